@@ -1,0 +1,1 @@
+"""MUSE: language models with a complex hidden state."""

@@ -1,0 +1,449 @@
+"""The configuration of every run: one dataclass per Hydra group, checked when it is built.
+
+Hydra composes the YAML files of ``conf/`` against these dataclasses, so an unknown key or a
+value of the wrong type fails before anything runs. ``__post_init__`` checks what types cannot
+say; each message names the option and the values allowed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from muse.errors import ConfigError
+
+
+def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{option}={value} is not known; choose one of {', '.join(allowed)}")
+
+
+def _at_least(option: str, value: float, minimum: float) -> None:
+    if not value >= minimum:
+        raise ConfigError(f"{option}={value} is too small; it must be at least {minimum:g}")
+
+
+def _positive(option: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{option}={value} is not allowed; it must be greater than 0")
+
+
+def _fraction(option: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ConfigError(f"{option}={value} is not allowed; it must be at least 0 and below 1")
+
+
+PRECISIONS = ("fp32", "bf16", "bf16-mixed", "fp16-mixed")
+MIXERS = ("attention", "none")
+SCORES = ("real", "magnitude", "phase")
+ACTIVATIONS = ("split_gelu", "mod_relu", "mod_swish", "cardioid", "z_relu")
+REAL_ACTIVATIONS = ("gelu", "swiglu")
+NORMS = ("rms", "layer")
+INITS = ("glorot", "he")
+EMBEDDING_INITS = ("zeta", "normal")
+
+
+@dataclass
+class StageConfig:
+    """Which language model is trained: stage 0 is the real baseline, stage 1 the complex model.
+
+    Attributes:
+        number: stage number; 0 reads ``model.real``, 1 reads ``model.complex``.
+        precision: ``fp32``; ``bf16`` (parameters, gradients, optimiser state and activations are all
+            stored in bfloat16 and updates are rounded stochastically); ``bf16-mixed`` and
+            ``fp16-mixed`` (float32 parameters under autocast, the latter with a loss scaler).
+        mixer: ``attention``, or ``none`` for the block of the seeds, which mixes no tokens.
+        score: score kind of the complex attention.
+        activation: activation of the feed-forward block.
+        norm: normalisation layer.
+        init: scale of the Rayleigh initialisation of complex weights.
+        embedding_init: initialisation of the token embedding.
+        tied: whether the output head shares the token embedding.
+        dropout: probability of dropping an activation on each residual branch.
+    """
+
+    number: int = 1
+    precision: str = "bf16"
+    mixer: str = "attention"
+    score: str = "real"
+    activation: str = "split_gelu"
+    norm: str = "rms"
+    init: str = "glorot"
+    embedding_init: str = "zeta"
+    tied: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _one_of("stage", str(self.number), ("0", "1"))
+        _one_of("stage.precision", self.precision, PRECISIONS)
+        _one_of("stage.mixer", self.mixer, MIXERS)
+        _one_of("stage.score", self.score, SCORES)
+        if self.number == 0:
+            _one_of("stage.activation", self.activation, REAL_ACTIVATIONS)
+        else:
+            _one_of("stage.activation", self.activation, ACTIVATIONS)
+        _one_of("stage.norm", self.norm, NORMS)
+        _one_of("stage.init", self.init, INITS)
+        _one_of("stage.embedding_init", self.embedding_init, EMBEDDING_INITS)
+        _fraction("stage.dropout", self.dropout)
+
+
+@dataclass
+class WidthConfig:
+    """The sizes of one decoder.
+
+    Attributes:
+        d_model: channels of the hidden state (complex channels in stage 1).
+        layers: number of blocks.
+        heads: attention heads.
+        kv_heads: key and value heads (grouped-query attention); must divide ``heads``.
+        d_ff: hidden channels of the feed-forward block.
+    """
+
+    d_model: int = 96
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 4
+    d_ff: int = 384
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "layers", "heads", "kv_heads", "d_ff"):
+            _at_least(f"model.*.{name}", getattr(self, name), 1)
+        if self.d_model % self.heads:
+            raise ConfigError(
+                f"model.*.d_model={self.d_model} is not divisible by model.*.heads={self.heads}"
+            )
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"model.*.heads={self.heads} is not divisible by model.*.kv_heads={self.kv_heads}"
+            )
+
+
+@dataclass
+class ModelConfig:
+    """A size, given as the widths of both stages so that their parameter counts agree.
+
+    Attributes:
+        name: name of the size.
+        vocab_size: vocabulary that a trained tokenizer is given, and that benchmarks without text use.
+        seq_len: tokens in a training window.
+        real: widths of stage 0.
+        complex: widths of stage 1.
+    """
+
+    name: str = "tiny"
+    vocab_size: int = 4096
+    seq_len: int = 128
+    real: WidthConfig = field(default_factory=WidthConfig)
+    complex: WidthConfig = field(default_factory=WidthConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("model.vocab_size", self.vocab_size, 2)
+        _at_least("model.seq_len", self.seq_len, 1)
+
+
+CORPORA = ("stdlib", "wikitext2", "text", "synthetic")
+
+
+@dataclass
+class DataConfig:
+    """Where the text comes from.
+
+    Attributes:
+        name: ``stdlib`` (the standard library of the running Python), ``wikitext2``, ``text``
+            (any files) or ``synthetic`` (random tokens, for the memory and speed benchmarks).
+        path: a file or folder; needed by ``text``, optional for ``wikitext2``.
+        variant: the hub's configuration of WikiText-2, ``wikitext-2-v1`` or ``wikitext-2-raw-v1``.
+        cache: folder of tokenizers and tokenised text; they are found again by content hash.
+    """
+
+    name: str = "stdlib"
+    path: str | None = None
+    variant: str = "wikitext-2-v1"
+    cache: str = "outputs/cache"
+
+    def __post_init__(self) -> None:
+        _one_of("data", self.name, CORPORA)
+        _one_of("data.variant", self.variant, ("wikitext-2-v1", "wikitext-2-raw-v1"))
+        if self.name == "text" and not self.path:
+            raise ConfigError("data=text needs data.path=<a file or a folder of text files>")
+
+
+@dataclass
+class TokenizerConfig:
+    """How text becomes tokens.
+
+    Attributes:
+        name: ``bpe`` (byte-level, trained on the training split), ``gpt2`` or ``word``.
+        vocab_size: entries of a trained BPE.
+        path: local folder with ``vocab.json`` and ``merges.txt`` for ``gpt2``; the hub if absent.
+    """
+
+    name: str = "bpe"
+    vocab_size: int = 4096
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("tokenizer", self.name, ("bpe", "gpt2", "word"))
+        if self.name == "bpe":
+            _at_least("tokenizer.vocab_size", self.vocab_size, 257)
+
+
+@dataclass
+class OptimConfig:
+    """The optimiser and its schedule.
+
+    Attributes:
+        name: ``adamw``, or ``muon`` for the weight matrices with AdamW for everything else.
+        lr: peak learning rate of AdamW.
+        muon_lr: peak learning rate of Muon.
+        weight_decay: decoupled weight decay of weight matrices (norms and biases have none).
+        betas: decay of AdamW's first and second moment.
+        eps: AdamW's denominator offset.
+        momentum: Muon's momentum.
+        second_moment: ``plane`` lets AdamW scale the planes of a complex parameter apart;
+            ``modulus`` uses |g|^2 for both, so that a step keeps the direction of the gradient.
+        schedule: ``cosine``, ``wsd`` (warm-up, stable, linear decay) or ``constant``.
+        warmup: steps of linear warm-up.
+        decay: fraction of the steps in which ``wsd`` decays.
+        final_lr: learning rate at the last step as a fraction of the peak.
+        clip: largest gradient norm; 0 switches clipping off.
+        accumulation: micro-batches that one update is the mean of.
+    """
+
+    name: str = "adamw"
+    lr: float = 3e-3
+    muon_lr: float = 0.02
+    weight_decay: float = 0.1
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    momentum: float = 0.95
+    second_moment: str = "plane"
+    schedule: str = "cosine"
+    warmup: int = 50
+    decay: float = 0.2
+    final_lr: float = 0.1
+    clip: float = 1.0
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of("optim", self.name, ("adamw", "muon"))
+        _positive("optim.lr", self.lr)
+        _positive("optim.muon_lr", self.muon_lr)
+        _at_least("optim.weight_decay", self.weight_decay, 0)
+        if len(self.betas) != 2:
+            raise ConfigError(f"optim.betas={self.betas} must hold two numbers")
+        for beta in self.betas:
+            _fraction("optim.betas", beta)
+        _positive("optim.eps", self.eps)
+        _fraction("optim.momentum", self.momentum)
+        _one_of("optim.second_moment", self.second_moment, ("plane", "modulus"))
+        _one_of("optim.schedule", self.schedule, ("cosine", "wsd", "constant"))
+        _at_least("optim.warmup", self.warmup, 0)
+        _fraction("optim.decay", self.decay)
+        if not 0 <= self.final_lr <= 1:
+            raise ConfigError(f"optim.final_lr={self.final_lr} is a fraction between 0 and 1")
+        _at_least("optim.clip", self.clip, 0)
+        _at_least("optim.accumulation", self.accumulation, 1)
+
+
+@dataclass
+class HardwareConfig:
+    """The device and how it is used.
+
+    Attributes:
+        device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``.
+        memory_gb: cap of the CUDA allocator in GB (10^9 bytes); null for none.
+        threads: CPU threads of PyTorch; null for PyTorch's own choice.
+        compile: whether the model is compiled with ``torch.compile``.
+    """
+
+    device: str = "auto"
+    memory_gb: float | None = None
+    threads: int | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("hardware.device", self.device, ("auto", "cpu", "cuda"))
+        if self.memory_gb is not None:
+            _positive("hardware.memory_gb", self.memory_gb)
+        if self.threads is not None:
+            _at_least("hardware.threads", self.threads, 1)
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go beside ``metrics.jsonl``, which is always written.
+
+    Attributes:
+        mode: W&B's ``offline``, ``online`` or ``disabled``.
+        project: W&B project.
+        log_every: optimiser steps between two lines of metrics.
+    """
+
+    mode: str = "offline"
+    project: str = "muse"
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        _one_of("logger.mode", self.mode, ("offline", "online", "disabled"))
+        _at_least("logger.log_every", self.log_every, 1)
+
+
+@dataclass
+class TrainConfig:
+    """How long to train and how often to look.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: windows in a micro-batch.
+        eval_every: steps between two evaluations on the validation split; 0 for the end only.
+        eval_tokens: validation tokens in the evaluations along the way; 0 for all. The last
+            evaluation always covers the whole split.
+        eval_stride: tokens that the window moves by in an evaluation; null for no overlap.
+        test: whether the test split is evaluated at the end.
+        checkpoint_every: steps between two checkpoints; 0 for the end only.
+        sample_tokens: length of the text sample printed at the end.
+    """
+
+    steps: int = 800
+    batch_size: int = 16
+    eval_every: int = 200
+    eval_tokens: int = 65536
+    eval_stride: int | None = None
+    test: bool = False
+    checkpoint_every: int = 200
+    sample_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        _at_least("train.steps", self.steps, 1)
+        _at_least("train.batch_size", self.batch_size, 1)
+        for name in ("eval_every", "eval_tokens", "checkpoint_every", "sample_tokens"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+        if self.eval_stride is not None:
+            _at_least("train.eval_stride", self.eval_stride, 1)
+
+
+BENCHMARKS = ("perplexity", "vram", "throughput", "stability", "gradients", "all")
+
+
+@dataclass
+class BenchmarkConfig:
+    """What is measured and against what.
+
+    Attributes:
+        name: which benchmark; ``all`` runs every other one.
+        batch_size: windows in a measured batch.
+        seq_len: tokens in a measured window.
+        train_steps: steps that both models are trained for when no checkpoint is given.
+        checkpoint: run folder of the model under test.
+        baseline_checkpoint: run folder of the baseline.
+        warmup: untimed steps.
+        repeats: timed steps.
+        inputs: random inputs of the stability benchmark.
+        rerun: whether a sweep measures again what a finished cell has already measured.
+    """
+
+    name: str = "all"
+    batch_size: int = 2
+    seq_len: int = 1024
+    train_steps: int = 20
+    checkpoint: str | None = None
+    baseline_checkpoint: str | None = None
+    warmup: int = 2
+    repeats: int = 7
+    inputs: int = 100
+    rerun: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("benchmark", self.name, BENCHMARKS)
+        for name in ("batch_size", "seq_len", "train_steps", "repeats", "inputs"):
+            _at_least(f"benchmark.{name}", getattr(self, name), 1)
+        _at_least("benchmark.warmup", self.warmup, 0)
+
+
+@dataclass
+class RunConfig:
+    """Everything ``train.py`` needs.
+
+    Attributes:
+        seed: seed of initialisation, data order and dropout.
+        resume: ``never``, ``auto`` (continue the newest unfinished run of the same configuration)
+            or the folder of a run.
+        output_root: folder in which runs are written and looked for.
+    """
+
+    stage: StageConfig = field(default_factory=StageConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 0
+    resume: str = "never"
+    output_root: str = "outputs"
+
+    def __post_init__(self) -> None:
+        _at_least("seed", self.seed, 0)
+        stride = self.train.eval_stride
+        if stride is not None and stride > self.model.seq_len:
+            raise ConfigError(
+                f"train.eval_stride={stride} skips tokens; it must be at most "
+                f"model.seq_len={self.model.seq_len}"
+            )
+
+
+@dataclass
+class BenchConfig(RunConfig):
+    """Everything ``bench.py`` needs: a run and what to measure of it."""
+
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra under the names that conf/train.yaml and conf/bench.yaml use."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=RunConfig)
+    store.store(name="bench_schema", node=BenchConfig)
+
+
+def build_config(composed: DictConfig) -> Any:
+    """Turn Hydra's composed configuration into checked dataclasses.
+
+    Raises:
+        ConfigError: when a value is not allowed.
+    """
+    return OmegaConf.to_object(composed)
+
+
+_BARE_STAGE = re.compile(r"^(\+{0,2})stage=(\d[\w]*(?:,\d[\w]*)*)$")
+
+
+def quote_stage(arguments: list[str]) -> list[str]:
+    """Quote the numbers of ``stage=<n>[,<n>...]``, which Hydra would read as integers and refuse.
+
+    A config group override must be a string; ``stage=1`` is parsed as the integer 1 and fails with
+    "Config group override must be a string or a list". Every other argument is returned unchanged.
+    """
+
+    def quote(argument: str) -> str:
+        match = _BARE_STAGE.match(argument)
+        if match is None:
+            return argument
+        prefix, values = match.groups()
+        return f"{prefix}stage=" + ",".join(f"'{value}'" for value in values.split(","))
+
+    return [quote(argument) for argument in arguments]
+
+
+def available(group: str) -> list[str]:
+    """The options of a Hydra group, read from the folder ``conf/<group>``."""
+    folder = Path(__file__).resolve().parent.parent / "conf" / group
+    return sorted(path.stem for path in folder.glob("*.yaml"))

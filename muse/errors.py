@@ -1,0 +1,9 @@
+"""Errors whose message is all that a user is shown."""
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot be used; the message names the option and what is allowed."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says what happened and what is kept."""
