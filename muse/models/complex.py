@@ -1,0 +1,111 @@
+"""Stage 1: the complex decoder, and the literal block of the seeds."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from muse.config import StageConfig, WidthConfig
+from muse.layers import (
+    ComplexAttention,
+    ComplexEmbedding,
+    ComplexFFN,
+    ComplexLayerNorm,
+    ComplexLinear,
+    ComplexRMSNorm,
+    ModReLU,
+)
+from muse.layers.init import rayleigh_scale
+from muse.layers.recompute import recomputed
+from muse.models.language_model import LanguageModel
+from muse.models.real import TIED_LOGIT
+
+
+class ComplexBlock(nn.Module):
+    """z += ComplexAttention(norm z); z += ComplexFFN(norm z)."""
+
+    def __init__(self, width: WidthConfig, stage: StageConfig, gain: float) -> None:
+        super().__init__()
+        self.attention_norm = _norm(stage.norm, width.d_model)
+        self.attention = ComplexAttention(
+            width.d_model, width.heads, width.kv_heads, stage.score, stage.init, gain
+        )
+        self.ffn_norm = _norm(stage.norm, width.d_model)
+        self.ffn = ComplexFFN(width.d_model, width.d_ff, stage.activation, stage.init, gain)
+        self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
+
+    def forward(self, z: Tensor) -> Tensor:
+        normal = self.attention_norm(z)
+        with recomputed(normal, self.attention_norm, z):
+            z = z + self.dropout(self.attention(normal))
+        normal = self.ffn_norm(z)
+        with recomputed(normal, self.ffn_norm, z):
+            return z + self.dropout(self.ffn(normal))
+
+
+class SeedBlock(nn.Module):
+    """The seeds' block: norm, ComplexLinear, ModReLU, dropout, residual, norm. It mixes no tokens."""
+
+    def __init__(self, features: int, stage: StageConfig, gain: float) -> None:
+        super().__init__()
+        self.norm_in = ComplexRMSNorm(features)
+        self.linear = ComplexLinear(features, features, init=stage.init, gain=gain)
+        median = gain * rayleigh_scale(features, features, stage.init) * math.sqrt(2 * math.log(2) * features)
+        self.activation = ModReLU(features, bias=-median)
+        self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
+        self.norm_out = ComplexRMSNorm(features)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.norm_out(z + self.dropout(self.activation(self.linear(self.norm_in(z)))))
+
+
+class Flatten(nn.Module):
+    """[re | im]: the real inner product with a row of the head is then Re(z conj(w))."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.flatten(-2)
+
+
+class RealPart(nn.Module):
+    """Re z."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z[..., 0, :]
+
+
+def _norm(name: str, features: int) -> nn.Module:
+    return ComplexRMSNorm(features) if name == "rms" else ComplexLayerNorm(features)
+
+
+def complex_decoder(stage: StageConfig, width: WidthConfig, vocab_size: int, seq_len: int) -> LanguageModel:
+    """Build stage 1; ``mixer=none`` builds the model of the seeds."""
+    if stage.mixer == "none":
+        return _seed_model(stage, width, vocab_size, seq_len)
+    gain = 1 / math.sqrt(2 * width.layers)
+    rms = TIED_LOGIT / width.d_model
+    head = None
+    if not stage.tied:
+        head = nn.Linear(2 * width.d_model, vocab_size, bias=False)
+        nn.init.normal_(head.weight, std=rms * 0.5**0.5)
+    return LanguageModel(
+        embedding=ComplexEmbedding(vocab_size, width.d_model, rms, stage.embedding_init),
+        blocks=[ComplexBlock(width, stage, gain) for _ in range(width.layers)],
+        norm=_norm(stage.norm, width.d_model),
+        read_out=Flatten(),
+        head=head,
+    )
+
+
+def _seed_model(stage: StageConfig, width: WidthConfig, vocab_size: int, seq_len: int) -> LanguageModel:
+    gain = 1 / math.sqrt(width.layers)
+    head = nn.Linear(width.d_model, vocab_size)
+    nn.init.normal_(head.weight, std=TIED_LOGIT / width.d_model)
+    nn.init.zeros_(head.bias)
+    return LanguageModel(
+        embedding=ComplexEmbedding(vocab_size, width.d_model, init=stage.embedding_init, positions=seq_len),
+        blocks=[SeedBlock(width.d_model, stage, gain) for _ in range(width.layers)],
+        norm=ComplexRMSNorm(width.d_model),
+        read_out=RealPart(),
+        head=head,
+    )

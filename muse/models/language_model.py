@@ -1,0 +1,81 @@
+"""The language model of every stage: embedding, blocks, norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muse.models.loss import linear_cross_entropy
+
+
+class LanguageModel(nn.Module):
+    """embedding -> blocks -> norm -> read-out -> head.
+
+    Args:
+        embedding: maps tokens (B, S) to states.
+        blocks: each maps states to states and lets no token see a later one.
+        norm: final norm.
+        read_out: maps normalised states to real features (B, S, E).
+        head: maps features to logits; None shares the weight of the embedding.
+    """
+
+    def __init__(
+        self,
+        embedding: nn.Module,
+        blocks: list[nn.Module],
+        norm: nn.Module,
+        read_out: Callable[[Tensor], Tensor],
+        head: nn.Linear | None = None,
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.read_out = read_out
+        self.head = head
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """Real features (B, S, E) before the head."""
+        state = self.embedding(tokens)
+        for block in self.blocks:
+            state = block(state)
+        return self.read_out(self.norm(state))
+
+    def compile_features(self) -> None:
+        """Compile everything before the head; names in the state dict stay as they are."""
+        self.features = torch.compile(self.features)  # type: ignore[method-assign]
+
+    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, E) and bias (V,) of the head."""
+        if self.head is not None:
+            return self.head.weight, self.head.bias
+        weight = self.embedding.weight
+        assert isinstance(weight, Tensor)
+        return weight.flatten(1), None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, S, V) of tokens (B, S). Training uses ``loss``, which never holds them all."""
+        return F.linear(self.features(tokens), *self.head_parameters())
+
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """Logits (B, V) of the token that follows ``tokens`` (B, S)."""
+        return F.linear(self.features(tokens)[:, -1], *self.head_parameters())
+
+    def loss(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy in nats of ``targets`` (B, S) given ``tokens`` (B, S); targets of -1 do not count."""
+        features = self.features(tokens).flatten(0, 1)
+        weight, bias = self.head_parameters()
+        return linear_cross_entropy(features, weight, targets.flatten(), bias, reduction)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of real numbers the model trains; a complex parameter counts twice, a shared one once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the model's parameters."""
+    return next(model.parameters()).device

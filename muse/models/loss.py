@@ -1,0 +1,113 @@
+"""Cross-entropy of a linear head without the (tokens x vocabulary) logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Logits held at a time: rows of a chunk x vocabulary. Larger chunks cost memory, smaller ones speed and,
+# because the weight's gradient is summed over chunks in its own dtype, accuracy.
+CHUNK_ELEMENTS = 2**25
+# Rows whose softmax is worked out at a time in float32: small enough for the last-level cache.
+SOFTMAX_ELEMENTS = 2**21
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are worked out chunk by chunk in the forward pass: three products, none repeated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor
+    ) -> Tensor:
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        tokens, vocab = x.shape[0], weight.shape[0]
+        chunk = max(1, CHUNK_ELEMENTS // vocab)
+        total = torch.zeros_like(scale)
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = torch.zeros(vocab, dtype=total.dtype, device=x.device) if needs_bias else None
+        for start in range(0, tokens, chunk):
+            rows = slice(start, min(start + chunk, tokens))
+            logits = x[rows] @ weight.t()
+            _softmax_gradient_(logits, bias, targets[rows], total, grad_bias, any(ctx.needs_input_grad))
+            if grad_x is not None:
+                torch.mm(logits, weight, out=grad_x[rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(logits.t(), x[rows])
+        ctx.gradients = (grad_x, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype))
+        ctx.save_for_backward(scale)
+        return total * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy can be differentiated only once; call it again instead")
+        gradients, ctx.gradients = ctx.gradients, None
+        (scale,) = ctx.saved_tensors
+        # Scaled only here, so that a loss scale comes before float16 could underflow.
+        factor = grad * scale
+        return *(None if g is None else g.mul_(factor) for g in gradients), None, None
+
+
+def _softmax_gradient_(
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    total: Tensor,
+    grad_bias: Tensor | None,
+    needs_grad: bool,
+) -> None:
+    """Add a chunk's summed loss to ``total``; replace ``logits`` by their gradient in place."""
+    block = max(1, SOFTMAX_ELEMENTS // logits.shape[1])
+    for start in range(0, logits.shape[0], block):
+        rows = slice(start, min(start + block, logits.shape[0]))
+        counted = targets[rows] >= 0
+        index = targets[rows].clamp(min=0)[:, None]
+        values = logits[rows].to(total.dtype)
+        if bias is not None:
+            values = values + bias.to(total.dtype)
+        log_probability = values.log_softmax(-1)
+        total -= (log_probability.gather(1, index)[:, 0] * counted).sum()
+        if needs_grad:
+            gradient = log_probability.exp_()
+            gradient.scatter_add_(1, index, gradient.new_full((), -1.0).expand_as(index))
+            gradient.mul_(counted[:, None])
+            if grad_bias is not None:
+                grad_bias += gradient.sum(0)
+            logits[rows] = gradient.to(logits.dtype)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy in nats of softmax(x W^T + b) against ``targets``, in float32.
+
+    torch.nn.functional.linear_cross_entropy does the same, but its chunked form takes 1.8 times (float32)
+    to 5 times (bfloat16) as long as the three matrix products alone on a CPU, and does not exist before
+    torch 2.13.
+
+    Args:
+        x: (N, E).
+        weight: (V, E).
+        targets: (N,) int64; negative targets are not counted.
+        bias: (V,).
+        reduction: ``mean`` over the counted targets, or ``sum``.
+
+    Raises:
+        ValueError: for another reduction.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction} is not known; choose mean or sum")
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if reduction == "mean":
+        scale = 1 / (targets >= 0).sum().clamp(min=1).to(precise)
+    else:
+        scale = torch.ones((), dtype=precise, device=x.device)
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(x, weight, bias, targets, scale)

@@ -1,0 +1,50 @@
+"""Planar complex tensors: one real tensor with a plane axis at -2.
+
+A planar tensor has shape (..., 2, D): plane 0 holds real parts, plane 1 imaginary parts. Its dtype
+is float32, bfloat16 or float16 (or float64 in tests). ``z.flatten(-2)`` is (..., 2D) = [re | im],
+ready for one real matrix product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def from_complex(c: Tensor) -> Tensor:
+    """Convert complex64 or complex128 (..., D) to planar float32 or float64 (..., 2, D)."""
+    return torch.stack((c.real, c.imag), dim=-2)
+
+
+def to_complex(z: Tensor) -> Tensor:
+    """Convert planar (..., 2, D) to complex (..., D): complex128 for float64, complex64 otherwise."""
+    if z.dtype != torch.float64:
+        z = z.float()
+    return torch.complex(z[..., 0, :], z[..., 1, :])
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Elementwise complex product of planar tensors that broadcast to each other."""
+    a_re, a_im = a.unbind(-2)
+    b_re, b_im = b.unbind(-2)
+    return torch.stack((a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re), dim=-2)
+
+
+def conjugate(z: Tensor) -> Tensor:
+    """Complex conjugate of a planar tensor."""
+    re, im = z.unbind(-2)
+    return torch.stack((re, -im), dim=-2)
+
+
+def upcast(z: Tensor) -> Tensor:
+    """The dtype of pointwise maths: float32 for half precision, unchanged otherwise."""
+    return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+
+
+# The smallest modulus that is divided by: z / max(|z|, floor) keeps gradients at 0 finite.
+MODULUS_FLOOR = 1e-6
+
+
+def modulus(z: Tensor) -> Tensor:
+    """|z| of planar (..., 2, D) as (..., D), never below ``MODULUS_FLOOR`` and differentiable at 0."""
+    return (z.square().sum(-2) + MODULUS_FLOOR**2).sqrt()
