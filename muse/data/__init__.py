@@ -1,0 +1,20 @@
+"""Text, tokenizers, tokenised splits and batches."""
+
+from muse.data.batches import evaluation_batches, training_batch
+from muse.data.corpus import SPLITS, Corpus, count_words, load_corpus
+from muse.data.tokenizer import Tokenizer, build_tokenizer
+from muse.data.tokens import Counts, TokenData, load_tokens
+
+__all__ = [
+    "SPLITS",
+    "Corpus",
+    "Counts",
+    "TokenData",
+    "Tokenizer",
+    "build_tokenizer",
+    "count_words",
+    "evaluation_batches",
+    "load_corpus",
+    "load_tokens",
+    "training_batch",
+]

@@ -1,0 +1,102 @@
+"""Windows of tokens: training batches by step number, and the evaluation of a whole split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from muse.errors import ConfigError
+
+
+def training_batch(
+    tokens: np.ndarray, step: int, batch_size: int, seq_len: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batch of one training step, a pure function of its arguments.
+
+    An epoch starts at a random offset and visits, in random order and once each, consecutive windows
+    of ``seq_len`` inputs. A batch may straddle two epochs.
+
+    Args:
+        tokens: the training split, integers of shape (n,).
+        step: number of the micro-batch, from 0.
+        batch_size: windows in the batch.
+        seq_len: inputs in a window; a window has one token more, the last target.
+        seed: seed of the offsets and orders.
+
+    Returns:
+        Inputs and targets, the tokens that follow; int64 of shape (batch_size, seq_len).
+
+    Raises:
+        ConfigError: when the split is shorter than one window.
+    """
+    windows, slack = divmod(len(tokens) - 1, seq_len)
+    if windows < 1:
+        raise ConfigError(
+            f"model.seq_len={seq_len} is too long for a training split of {len(tokens)} tokens; "
+            f"it must be at most {len(tokens) - 1}"
+        )
+    if windows > 1:
+        # One window fewer, so that every epoch has as many and can still start anywhere in a window.
+        windows, slack = windows - 1, slack + seq_len
+    starts = []
+    for index in range(step * batch_size, (step + 1) * batch_size):
+        epoch, position = divmod(index, windows)
+        offset, order = _epoch(windows, slack, seed, epoch)
+        starts.append(offset + int(order[position]) * seq_len)
+    batch = torch.from_numpy(
+        np.stack([tokens[start : start + seq_len + 1] for start in starts]).astype(np.int64)
+    )
+    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+
+@lru_cache(maxsize=2)
+def _epoch(windows: int, slack: int, seed: int, epoch: int) -> tuple[int, np.ndarray]:
+    """The offset of the first window, at most ``slack``, and the order of the windows."""
+    generator = np.random.default_rng((seed, epoch))
+    return int(generator.integers(slack + 1)), generator.permutation(windows)
+
+
+def evaluation_batches(
+    tokens: np.ndarray, seq_len: int, batch_size: int, stride: int | None = None, limit: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Windows that predict every token but the first exactly once, in order.
+
+    Without ``stride`` the windows do not overlap. With it they move by ``stride`` tokens, and only the
+    last ``stride`` targets of each count (all of the first window's), so that a prediction sees at
+    least ``seq_len - stride`` tokens of context.
+
+    Args:
+        tokens: a split, integers of shape (n,).
+        seq_len: inputs in a window.
+        batch_size: windows in a batch; the last one may have fewer.
+        stride: tokens that the window moves by, at most ``seq_len``; None for ``seq_len``.
+        limit: predict the first ``limit`` tokens only; 0 for all.
+
+    Yields:
+        Inputs and targets, int64, and the mask of the targets that count, bool; each of shape
+        (batch_size, seq_len). Inputs and targets beyond the end of the split are 0.
+
+    Raises:
+        ConfigError: when the stride would skip tokens or there is nothing to predict.
+    """
+    stride = seq_len if stride is None else stride
+    if not 1 <= stride <= seq_len:
+        raise ConfigError(
+            f"train.eval_stride={stride} is not allowed; it must be between 1 and model.seq_len={seq_len}"
+        )
+    if len(tokens) < 2:
+        raise ConfigError(f"data has a split of {len(tokens)} tokens; an evaluation needs at least 2")
+    predictions = len(tokens) - 1 if limit == 0 else min(limit, len(tokens) - 1)
+    windows = 1 + max(0, -(-(predictions - seq_len) // stride))
+    for first in range(0, windows, batch_size):
+        starts = torch.arange(first, min(first + batch_size, windows))[:, None] * stride
+        batch = torch.zeros(len(starts), seq_len + 1, dtype=torch.int64)
+        for row, start in enumerate(starts.flatten().tolist()):
+            window = tokens[start : min(start + seq_len, predictions) + 1].astype(np.int64)
+            batch[row, : len(window)] = torch.from_numpy(window)
+        position = torch.arange(seq_len)
+        new = (starts == 0) | (position >= seq_len - stride)
+        yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), new & (starts + position < predictions)

@@ -1,0 +1,227 @@
+"""Text to tokens and back: byte-level BPE, the BPE of GPT-2, or whole words."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+from muse.config import TokenizerConfig
+from muse.data import hub
+from muse.data.cache import atomic_write
+from muse.data.corpus import Corpus
+from muse.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_LINE = "<eos>"
+UNKNOWN = "<unk>"
+
+CHUNK_CHARACTERS = 1 << 14
+CHUNKS_PER_BATCH = 64
+
+# No pre-token of byte-level BPE has white space after anything else, so the text before and after
+# such a place is encoded independently. Words are separated there, too.
+_CUT = re.compile(r"(?<=\S)(?=[ \n])")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer of the ``tokenizers`` library and its end token.
+
+    Attributes:
+        model: the library's tokenizer.
+        end: ``<|endoftext|>``, which ends a document, or ``<eos>``, which ends a line of words.
+    """
+
+    model: tokenizers.Tokenizer
+    end: str
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of entries; every token id is below it."""
+        return self.model.get_vocab_size()
+
+    @property
+    def end_id(self) -> int:
+        """Id of the end token."""
+        index = self.model.token_to_id(self.end)
+        assert index is not None
+        return index
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) of everything that decides how text is encoded."""
+        state = f"{tokenizers.__version__}\n{self.end}\n{self.model.to_str()}"
+        return hashlib.sha256(state.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of ``text``, without an end of document; words have ``<eos>`` at line feeds."""
+        return self.model.encode(self._prepare(text), add_special_tokens=False).ids
+
+    def encode_documents(self, documents: Sequence[str]) -> Iterator[np.ndarray]:
+        """Encode documents, each followed by an end token, with a progress bar on stderr.
+
+        A word tokenizer ends every line, and so adds an end only to a last line without a line feed.
+
+        Yields:
+            Consecutive pieces of the stream of tokens: uint32 arrays of shape (tokens,).
+        """
+        total = sum(map(len, documents))
+        with tqdm(total=total, desc="tokenising", unit="char", unit_scale=True, disable=None) as progress:
+            pieces = (piece for document in documents for piece in _pieces(document))
+            while batch := list(islice(pieces, CHUNKS_PER_BATCH)):
+                encodings = self.model.encode_batch_fast(
+                    [self._prepare(text) for text, _ in batch], add_special_tokens=False
+                )
+                ids: list[int] = []
+                for (text, last), encoding in zip(batch, encodings, strict=True):
+                    ids += encoding.ids
+                    if last and not (self.end == END_OF_LINE and text.endswith("\n")):
+                        ids.append(self.end_id)
+                    progress.update(len(text))
+                yield np.array(ids, dtype=np.uint32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of token ids; the inverse of ``encode`` except for words, which lose their spacing."""
+        text = self.model.decode([int(index) for index in ids], skip_special_tokens=False)
+        if self.end == END_OF_LINE:
+            return re.sub(f" ?{END_OF_LINE} ?", "\n", text)
+        return text
+
+    def _prepare(self, text: str) -> str:
+        if self.end == END_OF_LINE:
+            return " ".join(text.replace("\n", f" {END_OF_LINE} ").split())
+        return text
+
+
+def build_tokenizer(config: TokenizerConfig, corpus: Corpus, cache: Path) -> Tokenizer:
+    """Train or load the tokenizer that ``tokenizer`` names.
+
+    - ``bpe``: byte-level BPE with ``tokenizer.vocab_size`` entries (fewer where the text has fewer
+      pairs to merge), trained on the training split and kept in ``cache`` under a content hash.
+    - ``gpt2``: 50257 entries, from the folder ``tokenizer.path`` or from the hub.
+    - ``word``: every word of the training split, ``<unk>`` and ``<eos>``.
+
+    Raises:
+        ConfigError: when files are missing, the hub does not answer or ``cache`` cannot be written.
+    """
+    if config.name == "bpe":
+        return _cached_bpe(config.vocab_size, corpus, cache)
+    if config.name == "gpt2":
+        return _load_gpt2(config.path)
+    return _word_tokenizer(corpus.train)
+
+
+def _cached_bpe(vocab_size: int, corpus: Corpus, cache: Path) -> Tokenizer:
+    state = f"bpe {corpus.digest('train')} {vocab_size} {tokenizers.__version__}"
+    path = cache / f"bpe-{vocab_size}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.json"
+    if path.is_file():
+        try:
+            return _byte_level(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        # The library raises nothing more specific.
+        except Exception as error:  # noqa: BLE001
+            log.warning("%s is damaged (%s); training the tokenizer again", path, error)
+    model = _train_bpe(vocab_size, corpus.train)
+    with atomic_write(path) as file:
+        file.write(model.to_str().encode())
+    return _byte_level(model)
+
+
+def _train_bpe(vocab_size: int, documents: Sequence[str]) -> tokenizers.Tokenizer:
+    log.info("training a BPE with %d entries on %d characters", vocab_size, sum(map(len, documents)))
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[END_OF_TEXT],
+        show_progress=sys.stderr.isatty(),
+    )
+    pieces = (text for document in documents for text, _ in _pieces(document))
+    model.train_from_iterator(pieces, trainer)
+    return model
+
+
+def _load_gpt2(path: str | None) -> Tokenizer:
+    vocab, merges = _gpt2_files(path)
+    try:
+        model = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    # The library raises nothing more specific.
+    except Exception as error:
+        raise ConfigError(
+            f"tokenizer.path={path} holds no BPE that can be read ({error}); "
+            "give a folder with GPT-2's vocab.json and merges.txt"
+        ) from error
+    if model.token_to_id(END_OF_TEXT) is None:
+        raise ConfigError(
+            f"tokenizer.path={path} has no {END_OF_TEXT} in vocab.json; "
+            "give a folder with GPT-2's vocab.json and merges.txt"
+        )
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    model.add_special_tokens([END_OF_TEXT])
+    return _byte_level(model)
+
+
+def _gpt2_files(path: str | None) -> tuple[Path, Path]:
+    names = "vocab.json", "merges.txt"
+    if path is not None:
+        vocab, merges = (Path(path).expanduser() / name for name in names)
+        if not (vocab.is_file() and merges.is_file()):
+            raise ConfigError(
+                f"tokenizer.path={path} must be a folder with GPT-2's vocab.json and merges.txt"
+            )
+        return vocab, merges
+    import huggingface_hub
+
+    offline = not hub.reachable()
+    try:
+        vocab, merges = (
+            Path(huggingface_hub.hf_hub_download("openai-community/gpt2", name, local_files_only=offline))
+            for name in names
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "tokenizer=gpt2 is not cached and could not be loaded from the hub; "
+            "go online or set tokenizer.path=<folder with vocab.json and merges.txt>"
+        ) from error
+    return vocab, merges
+
+
+def _word_tokenizer(documents: Sequence[str]) -> Tokenizer:
+    counts = Counter(word for document in documents for word in document.split())
+    words = sorted({*counts, UNKNOWN, END_OF_LINE}, key=lambda word: (-counts[word], word))
+    model = tokenizers.Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNKNOWN)
+    )
+    model.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
+    return Tokenizer(model, END_OF_LINE)
+
+
+def _byte_level(model: tokenizers.Tokenizer) -> Tokenizer:
+    # An end token spelled out in a text is text: only encode_documents ends a document.
+    model.encode_special_tokens = True
+    return Tokenizer(model, END_OF_TEXT)
+
+
+def _pieces(document: str) -> Iterator[tuple[str, bool]]:
+    """Cut a document into pieces that are encoded independently; the flag marks the last one."""
+    start = 0
+    while cut := _CUT.search(document, start + CHUNK_CHARACTERS):
+        yield document[start : cut.start()], False
+        start = cut.start()
+    yield document[start:], True

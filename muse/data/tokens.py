@@ -1,0 +1,132 @@
+"""Tokenised splits, kept as memory-mapped files that are found again by content hash."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from muse.config import DataConfig, TokenizerConfig
+from muse.data.cache import atomic_write
+from muse.data.corpus import SPLITS, Corpus, count_words, load_corpus
+from muse.data.tokenizer import Tokenizer, build_tokenizer
+
+log = logging.getLogger(__name__)
+
+SYNTHETIC_TOKENS = {"train": 1 << 20, "valid": 1 << 16, "test": 1 << 16}
+
+# A cache file is the tokens followed by the SHA-256 of their bytes.
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The sizes of a split, by which a loss becomes a perplexity per token or word, or bits per byte.
+
+    Attributes:
+        tokens: tokens, end tokens included.
+        words: words between white space plus one end of line a line; None without text.
+        bytes: bytes of the text in UTF-8; None without text.
+    """
+
+    tokens: int
+    words: int | None
+    bytes: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class TokenData:
+    """A tokenised corpus.
+
+    Attributes:
+        train: tokens of the training split, an array of shape (tokens,), uint16 where the vocabulary
+            fits and uint32 otherwise.
+        valid: tokens of the validation split.
+        test: tokens of the test split.
+        vocab_size: entries of the vocabulary; every token is below it.
+        tokenizer: the tokenizer; None for synthetic data.
+        counts: sizes by the name of the split.
+    """
+
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+    vocab_size: int
+    tokenizer: Tokenizer | None
+    counts: dict[str, Counts]
+
+
+def load_tokens(data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int) -> TokenData:
+    """Load a corpus, build its tokenizer and tokenise every split, or find all that in ``data.cache``.
+
+    Args:
+        data: the corpus; ``synthetic`` gives uniformly random tokens, the same ones every time.
+        tokenizer: the tokenizer; ignored for synthetic data.
+        vocab_size: entries of the synthetic vocabulary; ignored for text.
+
+    Raises:
+        ConfigError: when text or tokenizer cannot be loaded or ``data.cache`` cannot be written.
+    """
+    if data.name == "synthetic":
+        return _synthetic(vocab_size)
+    corpus = load_corpus(data)
+    cache = Path(data.cache)
+    built = build_tokenizer(tokenizer, corpus, cache)
+    tokens = {split: _cached_tokens(corpus, split, built, cache) for split in SPLITS}
+    counts = {
+        split: Counts(
+            tokens=len(tokens[split]),
+            words=sum(map(count_words, corpus.split(split))),
+            bytes=sum(len(document.encode()) for document in corpus.split(split)),
+        )
+        for split in SPLITS
+    }
+    return TokenData(**tokens, vocab_size=built.vocab_size, tokenizer=built, counts=counts)
+
+
+def _synthetic(vocab_size: int) -> TokenData:
+    generator = np.random.default_rng(0)
+    tokens = {
+        split: generator.integers(vocab_size, size=size, dtype=_dtype(vocab_size))
+        for split, size in SYNTHETIC_TOKENS.items()
+    }
+    counts = {split: Counts(tokens=size, words=None, bytes=None) for split, size in SYNTHETIC_TOKENS.items()}
+    return TokenData(**tokens, vocab_size=vocab_size, tokenizer=None, counts=counts)
+
+
+def _dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def _cached_tokens(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: Path) -> np.ndarray:
+    dtype = _dtype(tokenizer.vocab_size)
+    state = f"tokens {corpus.digest(split)} {tokenizer.digest} {dtype.str}"
+    path = cache / f"tokens-{split}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.bin"
+    if path.is_file():
+        tokens = _read(path, dtype)
+        if tokens is not None:
+            return tokens
+        log.warning("%s is damaged; tokenising the %s split again", path, split)
+    digest = hashlib.sha256()
+    with atomic_write(path) as file:
+        for piece in tokenizer.encode_documents(corpus.split(split)):
+            encoded = piece.astype(dtype).tobytes()
+            digest.update(encoded)
+            file.write(encoded)
+        file.write(digest.digest())
+    return np.memmap(path, dtype, mode="r", shape=((path.stat().st_size - _DIGEST_BYTES) // dtype.itemsize,))
+
+
+def _read(path: Path, dtype: np.dtype) -> np.ndarray | None:
+    """Map a cache file into memory; None where it is not what was written."""
+    size, rest = divmod(path.stat().st_size - _DIGEST_BYTES, dtype.itemsize)
+    if size <= 0 or rest:
+        return None
+    tokens = np.memmap(path, dtype, mode="r", shape=(size,))
+    with open(path, "rb") as file:
+        file.seek(-_DIGEST_BYTES, 2)
+        stored = file.read()
+    return tokens if hashlib.sha256(tokens.data).digest() == stored else None

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from muse.config import ConfigError
+from muse.data import batches, evaluation_batches, training_batch
+
+
+def count_up(size: int) -> np.ndarray:
+    return np.arange(size, dtype=np.uint16)
+
+
+def test_targets_are_the_tokens_that_follow():
+    inputs, targets = training_batch(count_up(1000), 3, 4, 16, seed=0)
+    assert inputs.shape == targets.shape == (4, 16)
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert inputs.is_contiguous() and targets.is_contiguous()
+    assert torch.equal(targets, inputs + 1)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+def test_a_batch_depends_on_nothing_but_its_arguments():
+    tokens = count_up(1000)
+    in_order = [training_batch(tokens, step, 4, 16, seed=1)[0] for step in range(50)]
+    for step in (49, 0, 31, 14, 30):
+        training_batch(tokens, step, 3, 8, seed=7)
+        assert torch.equal(training_batch(tokens, step, 4, 16, seed=1)[0], in_order[step])
+    assert not torch.equal(training_batch(tokens, 0, 4, 16, seed=2)[0], in_order[0])
+
+
+@pytest.mark.parametrize("size", [17, 18, 33, 34, 97, 1000])
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+def test_an_epoch_visits_every_window_once(size, batch_size):
+    seq_len, epochs = 16, 3
+    windows = max(1, (size - 1) // seq_len - 1)
+    steps = -(-epochs * windows // batch_size)
+    inputs = [training_batch(count_up(size), step, batch_size, seq_len, seed=0)[0] for step in range(steps)]
+    starts = torch.cat(inputs)[:, 0][: epochs * windows].reshape(epochs, windows)
+    for epoch in starts:
+        ordered = epoch.sort().values
+        assert torch.equal(ordered, ordered[0] + seq_len * torch.arange(windows))
+
+
+def test_epochs_differ_in_order_and_offset_and_reach_every_token():
+    size, seq_len, epochs = 100, 8, 60
+    windows = (size - 1) // seq_len - 1
+    steps = range(epochs * windows)
+    windows_seen = [training_batch(count_up(size), step, 1, seq_len, seed=0) for step in steps]
+    starts = torch.stack([inputs[0, 0] for inputs, _ in windows_seen]).reshape(epochs, windows)
+    assert len({tuple(epoch.tolist()) for epoch in starts}) == epochs
+    assert len({int(start) % seq_len for start in starts.flatten()}) == seq_len
+    assert set(torch.cat([inputs for inputs, _ in windows_seen]).flatten().tolist()) == set(range(size - 1))
+    assert set(torch.cat([targets for _, targets in windows_seen]).flatten().tolist()) == set(range(1, size))
+
+
+def test_later_steps_of_an_epoch_do_not_permute_again():
+    batches._epoch.cache_clear()
+    for step in range(20):
+        training_batch(count_up(1000), step, 2, 16, seed=5)
+    assert batches._epoch.cache_info().misses == 1
+
+
+@pytest.mark.parametrize("size", [0, 1, 16])
+def test_too_little_training_text_names_the_option(size):
+    with pytest.raises(ConfigError, match=r"model\.seq_len=16"):
+        training_batch(count_up(size), 0, 1, 16, seed=0)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 9, 10, 15, 16, 17, 18, 61, 101])
+@pytest.mark.parametrize("stride", [None, 1, 3, 7, 8])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("limit", [0, 1, 8, 13])
+def test_every_token_is_predicted_once(size, stride, batch_size, limit):
+    seq_len = 8
+    predicted: list[int] = []
+    for inputs, targets, mask in evaluation_batches(count_up(size), seq_len, batch_size, stride, limit):
+        assert inputs.shape == targets.shape == mask.shape
+        assert inputs.shape[0] <= batch_size and inputs.shape[1] == seq_len
+        assert (inputs.dtype, targets.dtype, mask.dtype) == (torch.int64, torch.int64, torch.bool)
+        assert mask.any(dim=1).all(), "a window that predicts nothing is wasted"
+        assert torch.equal(targets[mask], inputs[mask] + 1)
+        predicted += targets[mask].tolist()
+    last = size - 1 if limit == 0 else min(limit, size - 1)
+    assert predicted == list(range(1, last + 1))
+
+
+def test_a_sliding_window_gives_every_prediction_context():
+    seq_len, stride = 8, 3
+    for inputs, targets, mask in evaluation_batches(count_up(100), seq_len, 4, stride):
+        context = targets - inputs[:, :1]
+        assert (context[mask & (inputs[:, :1] > 0)] >= seq_len - stride + 1).all()
+
+
+@pytest.mark.parametrize("stride", [0, 9])
+def test_a_stride_that_skips_tokens_names_the_option(stride):
+    with pytest.raises(ConfigError, match=r"train\.eval_stride="):
+        next(evaluation_batches(count_up(100), 8, 4, stride))
+
+
+def test_nothing_to_predict_is_an_error():
+    with pytest.raises(ConfigError, match="at least 2"):
+        next(evaluation_batches(count_up(1), 8, 4))
