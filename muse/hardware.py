@@ -1,0 +1,46 @@
+"""The device a run uses, and its limits."""
+
+from __future__ import annotations
+
+import torch
+
+from muse.config import HardwareConfig
+from muse.errors import ConfigError
+
+
+def use_hardware(config: HardwareConfig) -> torch.device:
+    """Apply the hardware options to this process and return the device.
+
+    Raises:
+        ConfigError: when CUDA is asked for and there is none.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cpu" or (config.device == "auto" and not has_cuda):
+        return torch.device("cpu")
+    if not has_cuda:
+        raise ConfigError("hardware.device=cuda needs a CUDA device and none was found; use hardware=cpu")
+    torch.set_float32_matmul_precision("high")
+    if config.memory_gb is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_gb * 1e9 / total))
+    return torch.device("cuda", 0)
+
+
+def describe(device: torch.device) -> str:
+    """Name of the device for reports."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work on ``device``, so that a clock read next is right."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """Autocast dtype of a stage's precision; None where parameters and activations have one dtype."""
+    return {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}.get(precision)

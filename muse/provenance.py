@@ -1,0 +1,76 @@
+"""What a result was made with: versions, commit, configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from muse.config import RunConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "numpy", "tokenizers", "datasets", "hydra-core", "omegaconf", "wandb")
+# Options that change where a run writes or what it shows, but not a number in it.
+UNIDENTIFYING = ("resume", "logger", "hardware", "output_root")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def commit() -> str | None:
+    """Commit of the checkout, with ``-dirty`` where tracked files differ; None outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+@cache
+def source_hash() -> str:
+    """SHA-256 over the project's Python files: two results with equal hashes come from equal code."""
+    digest = hashlib.sha256()
+    for folder in ("muse", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(ROOT)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def identity(config: RunConfig, extra: str = "") -> str:
+    """Short hash of the options that decide a run's numbers; equal for a run and its continuation."""
+    options: dict[str, Any] = dataclasses.asdict(config)
+    for name in UNIDENTIFYING:
+        options.pop(name)
+    text = json.dumps(options, sort_keys=True) + extra
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def provenance(config: RunConfig) -> dict[str, Any]:
+    """Versions, commit, seed, configuration and time, for the JSON files of a run."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "commit": commit(),
+        "seed": config.seed,
+        "config": dataclasses.asdict(config),
+        "identity": identity(config),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,74 @@
+"""Plots of runs and benchmarks, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_lines(
+    path: Path,
+    title: str,
+    x_label: str,
+    y_label: str,
+    lines: dict[str, Sequence[tuple[float, float]]],
+) -> None:
+    """Write one line, as (x, y) points, for each name."""
+    figure, axes = _axes(title, x_label, y_label)
+    for name, points in lines.items():
+        if points:
+            marker = "o" if len(points) < 30 else None
+            axes.plot([x for x, _ in points], [y for _, y in points], label=name, marker=marker, markersize=4)
+    if any(lines.values()):
+        axes.legend()
+    _save(figure, path)
+
+
+def plot_stacked(
+    path: Path,
+    title: str,
+    y_label: str,
+    bars: dict[str, dict[str, float]],
+    limit: tuple[str, float] | None = None,
+) -> None:
+    """Write one bar for each name, stacked from its parts, and a dashed line at a limit."""
+    figure, axes = _axes(title, "", y_label)
+    parts = list(next(iter(bars.values()))) if bars else []
+    below = [0.0] * len(bars)
+    for part in parts:
+        heights = [values[part] for values in bars.values()]
+        axes.bar(list(bars), heights, bottom=below, label=part, width=0.6)
+        below = [b + h for b, h in zip(below, heights, strict=True)]
+    if limit is not None:
+        axes.axhline(limit[1], linestyle="--", color="black", label=limit[0])
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_loss_curve(path: Path, metrics: list[dict[str, Any]], title: str) -> None:
+    """Write training and validation loss over the steps of a run."""
+    lines = {
+        name: [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
+        for name, key in (("training", "train/loss"), ("validation", "valid/loss"))
+    }
+    plot_lines(path, title, "step", "loss [nats per token]", lines)

@@ -1,0 +1,137 @@
+"""One run of train.py: data, training, and everything it leaves in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from muse.config import RunConfig
+from muse.data import load_tokens
+from muse.errors import ConfigError
+from muse.files import write_json
+from muse.hardware import describe, use_hardware
+from muse.provenance import identity, provenance
+from muse.report.metrics import MetricsLog, read_metrics
+from muse.report.plots import plot_loss_curve
+from muse.report.table import table
+from muse.training.checkpoint import find_checkpoint, load_state
+from muse.training.sample import sample_text
+from muse.training.trainer import TrainResult, train
+
+RUN_FILE = "run.json"
+
+
+def run_training(config: RunConfig, run: Path) -> int:
+    """Train as configured and write the results into the folder ``run``.
+
+    Returns:
+        Exit status: 0, or 128 + the number of the signal that interrupted the run.
+    """
+    device = use_hardware(config.hardware)
+    if config.data.name == "synthetic":
+        raise ConfigError(
+            "data=synthetic has nothing to learn and is for benchmarks; train on data=stdlib, wikitext2 or text"
+        )
+    previous = _run_to_resume(config)
+    checkpoint = find_checkpoint(previous) if previous is not None else None
+    state = load_state(checkpoint) if checkpoint is not None else None
+    data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
+    write_json(
+        run / RUN_FILE,
+        {
+            **provenance(config),
+            "device": describe(device),
+            "resumed_from": str(previous) if previous else None,
+        },
+    )
+    if state is not None:
+        print(f"resuming {previous} after step {state.step}")
+    print(
+        f"stage {config.stage.number}, {config.model.name}, {config.stage.precision} on {describe(device)}: "
+        f"{len(data.train):,} training tokens of a vocabulary of {data.vocab_size:,}"
+    )
+    log = MetricsLog(run, config, previous, state.step if state else 0, state.wandb_id if state else None)
+    failed = True
+    try:
+        model, result = train(config, data, device, run, log, checkpoint, log.wandb_id)
+        curve = run / "loss.png"
+        plot_loss_curve(curve, read_metrics(run), f"stage {config.stage.number}, {config.model.name}")
+        if result.signal is not None:
+            print(
+                f"interrupted; step {result.step} is saved, resume=auto with the same options goes on from there"
+            )
+            return 128 + result.signal
+        summary = _summary(result)
+        write_json(run / "result.json", {**summary, **provenance(config)})
+        log.add_results(summary, [curve])
+        print(_table(result))
+        if config.train.sample_tokens and data.tokenizer is not None:
+            prompt = [int(token) for token in data.valid[:16]]
+            text = sample_text(
+                model, data.tokenizer, prompt, config.train.sample_tokens, config.model.seq_len
+            )
+            (run / "sample.txt").write_text(text + "\n", encoding="utf-8")
+            print(f"\nsample, after {len(prompt)} tokens of the validation split:\n{text}")
+        print(f"\neverything is in {run}")
+        failed = False
+        return 0
+    finally:
+        log.close(failed)
+
+
+def _summary(result: TrainResult) -> dict[str, Any]:
+    """The result as the JSON file holds it."""
+    return {
+        "steps": result.step,
+        "tokens": result.tokens,
+        "parameters": result.parameters,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "checkpoint": str(result.checkpoint),
+        "valid": dataclasses.asdict(result.valid) if result.valid else None,
+        "test": dataclasses.asdict(result.test) if result.test else None,
+    }
+
+
+def _table(result: TrainResult) -> str:
+    splits = [(name, split) for name, split in (("valid", result.valid), ("test", result.test)) if split]
+    return table(
+        ("split", "loss [nats/token]", "perplexity", "per word", "bits/byte", "tokens"),
+        [(name, s.loss, s.ppl, s.word_ppl, s.bits_per_byte, s.tokens) for name, s in splits],
+    )
+
+
+def _run_to_resume(config: RunConfig) -> Path | None:
+    """Folder of the run that ``resume`` means; None to start afresh.
+
+    Raises:
+        ConfigError: when a folder is named that holds no checkpoint or another configuration.
+    """
+    if config.resume == "never":
+        return None
+    wanted = identity(config)
+    if config.resume != "auto":
+        run = Path(config.resume)
+        if find_checkpoint(run) is None:
+            raise ConfigError(f"resume={config.resume} holds no checkpoint; give a run folder, auto or never")
+        if _identity_of(run) != wanted:
+            raise ConfigError(
+                f"resume={config.resume} was trained with other options (see {run / RUN_FILE}); repeat its "
+                "options, only hardware, logger and output_root may differ"
+            )
+        return run
+    candidates = [
+        file.parent
+        for file in Path(config.output_root).glob("train/**/" + RUN_FILE)
+        if _identity_of(file.parent) == wanted and find_checkpoint(file.parent) is not None
+    ]
+    return max(candidates, key=lambda run: (run / "checkpoints" / "last").stat().st_mtime_ns, default=None)
+
+
+def _identity_of(run: Path) -> str | None:
+    try:
+        return json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError):
+        return None

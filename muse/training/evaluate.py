@@ -1,0 +1,78 @@
+"""The fixed evaluation protocol: contiguous windows over the whole split, every token predicted once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from muse.data import Counts, evaluation_batches
+from muse.models import LanguageModel
+from muse.models.language_model import model_device
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss of a split, told in three units because a perplexity per token depends on the tokenizer.
+
+    Attributes:
+        loss: mean cross-entropy in nats a token.
+        ppl: perplexity per token.
+        word_ppl: perplexity per word; None when words were not counted or only a part was evaluated.
+        bits_per_byte: bits per UTF-8 byte; None as above.
+        tokens: predicted tokens.
+    """
+
+    loss: float
+    ppl: float
+    word_ppl: float | None
+    bits_per_byte: float | None
+    tokens: int
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel,
+    tokens: np.ndarray,
+    counts: Counts | None,
+    seq_len: int,
+    batch_size: int,
+    stride: int | None = None,
+    limit: int = 0,
+    precision: torch.dtype | None = None,
+) -> Evaluation:
+    """Evaluate ``model`` on a split.
+
+    Args:
+        tokens: the split, (tokens,).
+        counts: its words and bytes.
+        seq_len: tokens in a window.
+        batch_size: windows at a time.
+        stride: tokens that the window moves by; None for no overlap.
+        limit: tokens to evaluate; 0 for all.
+        precision: autocast dtype; None for the dtype of the parameters.
+    """
+    device = model_device(model)
+    training = model.training
+    model.eval()
+    total, predicted = 0.0, 0
+    try:
+        for inputs, targets, mask in evaluation_batches(tokens, seq_len, batch_size, stride, limit):
+            targets = targets.masked_fill(~mask, -1)
+            with torch.autocast(device.type, precision, enabled=precision is not None):
+                total += model.loss(inputs.to(device), targets.to(device), reduction="sum").item()
+            predicted += int(mask.sum())
+    finally:
+        model.train(training)
+    loss = total / max(1, predicted)
+    whole = counts is not None and predicted >= len(tokens) - 1
+    word_ppl = perplexity(total / counts.words) if whole and counts and counts.words else None
+    bits = total / math.log(2) / counts.bytes if whole and counts and counts.bytes else None
+    return Evaluation(loss, perplexity(loss), word_ppl, bits, predicted)

@@ -1,0 +1,227 @@
+"""AdamW and Muon from torch, over float32 or bfloat16 parameters."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from muse.config import OptimConfig
+from muse.layers import ComplexLinear
+
+# Elements of a bfloat16 parameter that are updated at a time: their float32 copies fit the last-level cache.
+SLICE_ELEMENTS = 2**20
+
+
+class ModelOptimizer:
+    """torch's optimisers over slices of a model's parameters.
+
+    A float32 parameter is one slice and is stepped in place. Parameters stored in bfloat16 lose updates
+    smaller than 1/256 of their value if they are rounded to nearest; here slice after slice is copied to
+    float32 together with its state, stepped there, and rounded back stochastically, which keeps the
+    expectation of every update (Gupta et al., "Deep Learning with Limited Numerical Precision", 2015).
+    Memory: parameter, gradient and state in bfloat16, and a float32 copy of one slice.
+
+    Args:
+        model: its parameters must have their final device and dtype.
+        config: optimiser options.
+        seed: seed of the rounding, which depends on nothing else but the step.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimConfig, seed: int = 0) -> None:
+        self.config = config
+        self.seed = seed
+        self.slices: list[tuple[nn.Parameter, int, int, Tensor]] = []
+        self.rounded = any(p.dtype == torch.bfloat16 for p in model.parameters())
+        matrices, decayed, plain = [], [], []
+        for name, parameter, plane_axis, hidden in _roles(model):
+            if config.name == "muon" and hidden:
+                # Muon takes matrices: the planes of a complex weight are stacked.
+                matrices += self._slice(parameter, plane_axis, whole=True)
+            elif name.endswith("weight") and parameter.dim() > 1:
+                decayed += self._slice(parameter, plane_axis)
+            else:
+                plain += self._slice(parameter, plane_axis)
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        betas = (config.betas[0], config.betas[1])
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                lr=config.lr,
+                betas=betas,
+                eps=config.eps,
+                fused=True,
+            )
+        ]
+        self.peaks = [config.lr]
+        if matrices:
+            muon = torch.optim.Muon(
+                matrices, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay
+            )
+            self.optimizers.append(muon)
+            self.peaks.append(config.muon_lr)
+
+    def _slice(self, parameter: nn.Parameter, plane_axis: int | None, whole: bool = False) -> list[Tensor]:
+        """Register the slices of a parameter: views along its first axis that share its storage."""
+        rows = parameter.shape[0]
+        step = rows
+        if self.rounded and not whole and plane_axis != 0:
+            step = max(1, SLICE_ELEMENTS * rows // parameter.numel())
+        views = []
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            view = parameter.detach()[start:stop]
+            view = view.flatten(0, -2) if whole else view
+            # The plane axis is all that a slice must still know of its parameter.
+            view.plane_axis = None if whole else plane_axis  # type: ignore[attr-defined]
+            self.slices.append((parameter, start, stop, view))
+            views.append(view)
+        return views
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Set every learning rate to ``factor`` times its peak."""
+        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+
+    @torch.no_grad()
+    def attach_gradients(self) -> None:
+        """Give every slice its part of the gradient of its parameter."""
+        for parameter, start, stop, view in self.slices:
+            gradient = parameter.grad
+            view.grad = None if gradient is None else gradient[start:stop].view_as(view)
+
+    @torch.no_grad()
+    def step(self, step: int, factor: float = 1.0) -> None:
+        """Update the parameters from the attached gradients times ``factor``.
+
+        Args:
+            step: index of the step; with the seed it decides the stochastic rounding.
+            factor: multiplies gradients, e.g. by a clipping coefficient.
+        """
+        noise = _rounding_noise(self.seed, step, self.slices[0][3].device) if self.rounded else None
+        for optimizer in self.optimizers:
+            adam = isinstance(optimizer, torch.optim.AdamW)
+            if noise is not None:
+                self._rounded_step(optimizer, adam, factor, noise)
+                continue
+            for group in optimizer.param_groups:
+                for view in group["params"]:
+                    if view.grad is None:
+                        continue
+                    if factor != 1.0:
+                        view.grad.mul_(factor)
+                    if adam:
+                        self._share_second_moment(view, view, optimizer.state[view])
+            optimizer.step()
+
+    def _rounded_step(
+        self, optimizer: torch.optim.Optimizer, adam: bool, factor: float, noise: Tensor
+    ) -> None:
+        groups, state = optimizer.param_groups, optimizer.state
+        try:
+            for group in groups:
+                for view in group["params"]:
+                    if view.grad is None:
+                        continue
+                    scratch = view.float()
+                    scratch.grad = view.grad.float().mul_(factor)
+                    kept = {k: v.float() for k, v in state[view].items()}
+                    if adam:
+                        self._share_second_moment(view, scratch, kept)
+                    optimizer.param_groups = [{**group, "params": [scratch]}]
+                    optimizer.state = defaultdict(dict, {scratch: kept})
+                    optimizer.step()
+                    _round_into(view, scratch, noise)
+                    for key, value in optimizer.state[scratch].items():
+                        if key == "step":
+                            state[view][key] = value
+                            continue
+                        if key not in state[view]:
+                            state[view][key] = torch.empty_like(view)
+                        _round_into(state[view][key], value, noise)
+        finally:
+            optimizer.param_groups, optimizer.state = groups, state
+
+    def _share_second_moment(self, view: Tensor, parameter: Tensor, state: dict[str, Any]) -> None:
+        """Make AdamW's second moment of a planar parameter |g|^2 on both planes.
+
+        AdamW is about to compute v <- b v + (1 - b) g^2; adding (1 - b)/b g'^2 with g' the gradient of the
+        other plane turns that into v <- b v + (1 - b) |g|^2.
+        """
+        axis = view.plane_axis  # type: ignore[attr-defined]
+        if self.config.second_moment != "modulus" or axis is None:
+            return
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        beta = self.config.betas[1]
+        assert parameter.grad is not None
+        other = parameter.grad.flip(axis)
+        state["exp_avg_sq"].addcmul_(other, other, value=(1 - beta) / max(beta, 1e-12))
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def _roles(model: nn.Module) -> list[tuple[str, nn.Parameter, int | None, bool]]:
+    """(name, parameter, plane axis, whether it is the matrix of a linear map inside a block), each once."""
+    roles: list[tuple[str, nn.Parameter, int | None, bool]] = []
+    seen: set[nn.Parameter] = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter in seen:
+                continue
+            seen.add(parameter)
+            linear = isinstance(module, (ComplexLinear, nn.Linear)) and not prefix.endswith("head")
+            local = name.rpartition(".")[2]
+            plane_axis = getattr(module, "plane_axes", {}).get(local)
+            roles.append((name, parameter, plane_axis, linear and local == "weight"))
+    return roles
+
+
+def _rounding_noise(seed: int, step: int, device: torch.device) -> Tensor:
+    """Uniform integers in [0, 2^16), int32 (largest slice,): one for each element of a slice."""
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+    return torch.randint(
+        0, 2**16, (2 * SLICE_ELEMENTS,), dtype=torch.int32, device=device, generator=generator
+    )
+
+
+def _round_into(target: Tensor, value: Tensor, noise: Tensor) -> None:
+    """Round float32 ``value`` to the bfloat16 ``target``, up with the probability of the part cut off."""
+    count = value.numel()
+    if count > noise.numel():
+        noise = noise.repeat(-(-count // noise.numel()))
+    bits = value.view(torch.int32).add_(noise[:count].view(value.shape))
+    target.copy_(bits.bitwise_and_(-(2**16)).view(torch.float32))
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Euclidean norm of all gradients in float32, a scalar tensor."""
+    norms = [
+        torch.linalg.vector_norm(p.grad, dtype=torch.float32)
+        for p in model.parameters()
+        if p.grad is not None
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def first_non_finite(model: nn.Module) -> str | None:
+    """Name of the first parameter whose gradient or value is not finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            return f"the gradient of {name}"
+        if not parameter.isfinite().all():
+            return name
+    return None
