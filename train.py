@@ -9,6 +9,7 @@ from muse.train_run import run_training
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(composed: DictConfig) -> None:
+    """Run one training."""
     run_job(composed, run_training)
 
 

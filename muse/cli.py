@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,17 +25,27 @@ def prepare() -> None:
     register_schemas()
 
 
-def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
+def run_job(
+    composed: DictConfig,
+    job: Callable[[Any, Path], int],
+    on_error: Callable[[Exception], None] = lambda error: None,
+) -> None:
     """Run one job in Hydra's folder for it and keep its exit status for ``finish``.
 
-    A job that fails says why in one sentence; in a multirun the next one still runs. Ctrl-C ends all.
+    A job that fails says why in one sentence, after ``on_error``; in a multirun the next one still runs.
+    Ctrl-C and SIGTERM end all.
     """
     run = Path(HydraConfig.get().runtime.output_dir)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         _statuses.append(job(build_config(composed), run))
     except (ConfigError, RunError) as error:
+        on_error(error)
         print(f"error: {error}", file=sys.stderr)
         _statuses.append(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     if _statuses[-1] > 128:
         sys.exit(_statuses[-1])
 

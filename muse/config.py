@@ -132,6 +132,7 @@ class ModelConfig:
         name: name of the size.
         vocab_size: vocabulary that a trained tokenizer is given, and that benchmarks without text use.
         seq_len: tokens in a training window.
+        lr: peak learning rate of AdamW that suits the size.
         real: widths of stage 0.
         complex: widths of stage 1.
     """
@@ -139,12 +140,14 @@ class ModelConfig:
     name: str = "tiny"
     vocab_size: int = 4096
     seq_len: int = 128
+    lr: float = 3e-3
     real: WidthConfig = field(default_factory=WidthConfig)
     complex: WidthConfig = field(default_factory=WidthConfig)
 
     def __post_init__(self) -> None:
         _at_least("model.vocab_size", self.vocab_size, 2)
         _at_least("model.seq_len", self.seq_len, 1)
+        _positive("model.lr", self.lr)
 
 
 CORPORA = ("stdlib", "wikitext2", "text", "synthetic")
@@ -340,7 +343,7 @@ class BenchmarkConfig:
         name: which benchmark; ``all`` runs every other one.
         batch_size: windows in a measured batch.
         seq_len: tokens in a measured window.
-        train_steps: steps that both models are trained for when no checkpoint is given.
+        train_steps: steps that both models are trained for when no checkpoint is given; 0 for none.
         checkpoint: run folder of the model under test.
         baseline_checkpoint: run folder of the baseline.
         warmup: untimed steps.
@@ -362,9 +365,10 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         _one_of("benchmark", self.name, BENCHMARKS)
-        for name in ("batch_size", "seq_len", "train_steps", "repeats", "inputs"):
+        for name in ("batch_size", "seq_len", "repeats", "inputs"):
             _at_least(f"benchmark.{name}", getattr(self, name), 1)
-        _at_least("benchmark.warmup", self.warmup, 0)
+        for name in ("train_steps", "warmup"):
+            _at_least(f"benchmark.{name}", getattr(self, name), 0)
 
 
 @dataclass

@@ -45,6 +45,11 @@ def upcast(z: Tensor) -> Tensor:
 MODULUS_FLOOR = 1e-6
 
 
-def modulus(z: Tensor) -> Tensor:
-    """|z| of planar (..., 2, D) as (..., D), never below ``MODULUS_FLOOR`` and differentiable at 0."""
-    return (z.square().sum(-2) + MODULUS_FLOOR**2).sqrt()
+def modulus_floor(dtype: torch.dtype) -> float:
+    """The floor for maths on values of ``dtype``: gradients of order 1/floor must not overflow float16."""
+    return 1e-3 if dtype == torch.float16 else MODULUS_FLOOR
+
+
+def modulus(z: Tensor, floor: float = MODULUS_FLOOR) -> Tensor:
+    """|z| of planar (..., 2, D) as (..., D), never below ``floor`` and differentiable at 0."""
+    return (z.square().sum(-2) + floor**2).sqrt()

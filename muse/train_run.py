@@ -32,7 +32,7 @@ def run_training(config: RunConfig, run: Path) -> int:
     device = use_hardware(config.hardware)
     if config.data.name == "synthetic":
         raise ConfigError(
-            "data=synthetic has nothing to learn and is for benchmarks; train on data=stdlib, wikitext2 or text"
+            "data=synthetic has nothing to learn, it is for benchmarks; choose data=stdlib, wikitext2 or text"
         )
     previous = _run_to_resume(config)
     checkpoint = find_checkpoint(previous) if previous is not None else None
@@ -60,7 +60,8 @@ def run_training(config: RunConfig, run: Path) -> int:
         plot_loss_curve(curve, read_metrics(run), f"stage {config.stage.number}, {config.model.name}")
         if result.signal is not None:
             print(
-                f"interrupted; step {result.step} is saved, resume=auto with the same options goes on from there"
+                f"interrupted; step {result.step} is saved, "
+                "resume=auto with the same options goes on from there"
             )
             return 128 + result.signal
         summary = _summary(result)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muse.planar import modulus, upcast
+from muse.planar import modulus, modulus_floor, upcast
 
 
 class ModReLU(nn.Module):
@@ -26,7 +26,7 @@ class ModReLU(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = upcast(z)
-        size = modulus(x)
+        size = modulus(x, modulus_floor(z.dtype))
         return (x * (F.relu(size + self.bias) / size).unsqueeze(-2)).to(z.dtype)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from muse.layers.linear import ComplexLinear
 from muse.layers.rotary import rotary_table, rotate
-from muse.planar import MODULUS_FLOOR, upcast
+from muse.planar import modulus_floor, upcast
 
 
 def complex_attention(q: Tensor, k: Tensor, v: Tensor, score: str = "real", causal: bool = True) -> Tensor:
@@ -46,8 +46,8 @@ def complex_attention(q: Tensor, k: Tensor, v: Tensor, score: str = "real", caus
     turned = torch.cat((-k[..., 1, :], k[..., 0, :]), dim=-1)
     flat_q = torch.cat((q_re, q_im), dim=-1)
     s_re = upcast(flat_q @ k.flatten(-2).mT) * scale
-    s_im = -upcast(flat_q @ turned.mT) * scale
-    size = (s_re.square() + s_im.square() + MODULUS_FLOOR**2).sqrt()
+    s_im = upcast(flat_q @ turned.mT) * scale
+    size = (s_re.square() + s_im.square() + modulus_floor(q.dtype) ** 2).sqrt()
     if causal:
         future = torch.ones(size.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         weight = size.masked_fill(future, -math.inf).softmax(-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def rayleigh_scale(fan_in: int, fan_out: int, kind: str) -> float:
-    """The Rayleigh parameter s, for which E|w|^2 = 2 s^2: Glorot 1/sqrt(fan_in + fan_out), He 1/sqrt(fan_in)."""
+    """Rayleigh parameter s, E|w|^2 = 2 s^2: Glorot 1/sqrt(fan_in + fan_out), He 1/sqrt(fan_in)."""
     return 1 / math.sqrt(fan_in + fan_out if kind == "glorot" else fan_in)
 
 

@@ -12,7 +12,7 @@ from muse.layers.init import rayleigh_, rayleigh_scale
 
 
 def real_form(weight: Tensor) -> Tensor:
-    """The real matrix [[W_r, -W_i], [W_i, W_r]], (2 out, 2 in), that acts on [re | im] as (2, out, in) acts on z."""
+    """[[W_r, -W_i], [W_i, W_r]], (2 out, 2 in): acts on [re | im] as the weight (2, out, in) acts on z."""
     real, imag = weight
     out_features, in_features = real.shape
     form = weight.new_empty(2, out_features, 2, in_features)
@@ -32,7 +32,7 @@ class _ComplexProduct(torch.autograd.Function):
         return F.linear(x.flatten(-2), real_form(weight)).unflatten(-1, (2, weight.shape[1]))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, 2 * weight.shape[1])
         grad_x = grad_weight = None

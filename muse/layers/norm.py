@@ -22,7 +22,7 @@ class _ComplexRMSNorm(torch.autograd.Function):
         return _complex_scale(x * rstd, upcast(gain)).to(z.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         z, gain, rstd = ctx.saved_tensors
         normal, grad_y = upcast(z) * rstd, upcast(grad)
         g_re, g_im = upcast(gain)
@@ -45,8 +45,8 @@ def _complex_scale(z: Tensor, gain: Tensor) -> Tensor:
     """Complex product of planar z (..., 2, D) and gain (2, D), without temporaries of z's size to spare."""
     z_re, z_im = z.unbind(-2)
     out = torch.empty_like(z)
-    torch.mul(z_re, gain[0], out=out[..., 0, :]).sub_(z_im * gain[1])
-    torch.mul(z_re, gain[1], out=out[..., 1, :]).add_(z_im * gain[0])
+    out[..., 0, :].copy_(z_re).mul_(gain[0]).addcmul_(z_im, gain[1], value=-1)
+    out[..., 1, :].copy_(z_re).mul_(gain[1]).addcmul_(z_im, gain[0])
     return out
 
 

@@ -21,9 +21,11 @@ def recomputed(output: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) 
         yield
         return
     kept = x.detach()
+    # Not the tensor itself: the graph keeps the hooks, and they would keep it.
+    identity = id(output)
 
     def pack(tensor: Tensor) -> Tensor | None:
-        return None if tensor is output else tensor
+        return None if id(tensor) == identity else tensor
 
     def unpack(saved: Tensor | None) -> Tensor:
         if saved is not None:

@@ -66,9 +66,12 @@ class LanguageModel(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of ``targets`` (B, S) given ``tokens`` (B, S); targets of -1 do not count."""
-        features = self.features(tokens).flatten(0, 1)
+        return self.loss_of(self.features(tokens), targets, reduction)
+
+    def loss_of(self, features: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy in nats of ``targets`` (B, S) given ``features`` (B, S, E)."""
         weight, bias = self.head_parameters()
-        return linear_cross_entropy(features, weight, targets.flatten(), bias, reduction)
+        return linear_cross_entropy(features.flatten(0, 1), weight, targets.flatten(), bias, reduction)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -41,7 +41,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total * scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_cross_entropy has no second derivative (create_graph=True)")
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy can be differentiated only once; call it again instead")
         gradients, ctx.gradients = ctx.gradients, None

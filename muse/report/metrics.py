@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from muse.config import RunConfig
+from muse.files import finite
 
 FILE = "metrics.jsonl"
 
@@ -43,7 +44,7 @@ class MetricsLog:
         self.wandb_id: str | None = self._wandb.id if self._wandb is not None else wandb_id
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.write(json.dumps(finite({"step": step, **metrics})) + "\n")
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)

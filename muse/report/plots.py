@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
+    # It reports the building of its font cache, which is of no use here.
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
@@ -31,7 +34,7 @@ def plot_lines(
     title: str,
     x_label: str,
     y_label: str,
-    lines: dict[str, Sequence[tuple[float, float]]],
+    lines: Mapping[str, Sequence[tuple[float, float]]],
 ) -> None:
     """Write one line, as (x, y) points, for each name."""
     figure, axes = _axes(title, x_label, y_label)

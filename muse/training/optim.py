@@ -166,6 +166,11 @@ class ModelOptimizer:
         other = parameter.grad.flip(axis)
         state["exp_avg_sq"].addcmul_(other, other, value=(1 - beta) / max(beta, 1e-12))
 
+    def state_tensors(self) -> list[Tensor]:
+        """The optimisers' moments."""
+        states = (state for optimizer in self.optimizers for state in optimizer.state.values())
+        return [value for state in states for key, value in state.items() if key != "step"]
+
     def state_dict(self) -> list[dict[str, Any]]:
         return [optimizer.state_dict() for optimizer in self.optimizers]
 
@@ -199,7 +204,10 @@ def _rounding_noise(seed: int, step: int, device: torch.device) -> Tensor:
 
 
 def _round_into(target: Tensor, value: Tensor, noise: Tensor) -> None:
-    """Round float32 ``value`` to the bfloat16 ``target``, up with the probability of the part cut off."""
+    """Round float32 ``value`` to a bfloat16 ``target``, up with the probability of the part cut off."""
+    if target.dtype == torch.float32:
+        target.copy_(value)
+        return
     count = value.numel()
     if count > noise.numel():
         noise = noise.repeat(-(-count // noise.numel()))
@@ -218,10 +226,14 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 
 def first_non_finite(model: nn.Module) -> str | None:
-    """Name of the first parameter whose gradient or value is not finite."""
+    """Name of the first parameter that is not finite, or else of the first whose gradient is not.
+
+    One bad parameter makes nearly every gradient bad, so parameters come first.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return name
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not parameter.grad.isfinite().all():
             return f"the gradient of {name}"
-        if not parameter.isfinite().all():
-            return name
     return None

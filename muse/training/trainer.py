@@ -202,13 +202,14 @@ def train(
         last_checkpoint = save(step, best=False)
     else:
         valid_end = evaluation("valid", 0)
-        log(step, {"valid/loss": valid_end.loss, "valid/ppl": valid_end.ppl})
-        if options.test:
-            test_end = evaluation("test", 0)
-            log(step, {"test/loss": test_end.loss, "test/ppl": test_end.ppl})
-        best = valid_end.loss < best_loss
-        best_loss = min(best_loss, valid_end.loss)
+        test_end = evaluation("test", 0) if options.test else None
+        # A run that was already finished is only evaluated again: its log and checkpoint have this.
         if state is None or not state.finished:
+            log(step, {"valid/loss": valid_end.loss, "valid/ppl": valid_end.ppl})
+            if test_end is not None:
+                log(step, {"test/loss": test_end.loss, "test/ppl": test_end.ppl})
+            best = valid_end.loss < best_loss
+            best_loss = min(best_loss, valid_end.loss)
             last_checkpoint = save(step, best, finished=True)
     model.eval()
     return model, TrainResult(
@@ -279,8 +280,8 @@ def _update(
         )
         raise RunError(
             f"the {what} is not finite in step {step + 1}; the first bad value is in "
-            f"{first_non_finite(model) or 'the activations'}; {kept}; a lower optim.lr, a longer optim.warmup "
-            "or stage.precision=fp32 may help"
+            f"{first_non_finite(model) or 'the activations'}; {kept}; a lower optim.lr, a longer "
+            "optim.warmup or stage.precision=fp32 may help"
         )
     if finite:
         clip = config.optim.clip

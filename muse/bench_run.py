@@ -1,0 +1,158 @@
+"""One run of bench.py: measurements, and everything it leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from muse.benchmarks.suite import VRAM_TARGET, Report, run_suite
+from muse.benchmarks.sweep import add_cell, swept_options
+from muse.config import BenchConfig
+from muse.errors import ConfigError
+from muse.files import write_json
+from muse.hardware import use_hardware
+from muse.provenance import identity, provenance, source_hash
+from muse.report.metrics import MetricsLog
+from muse.report.plots import plot_lines, plot_stacked
+from muse.report.table import show, table
+
+RESULT = "result.json"
+
+
+def run_benchmark(config: BenchConfig, run: Path) -> int:
+    """Measure as configured, write the results into the folder ``run`` and return the exit status.
+
+    In a multirun a cell that an earlier sweep has finished with the same options and the same code is
+    taken from there, and every cell, also one that fails, goes into the summary of the sweep.
+    """
+    if config.benchmark.seq_len > config.model.seq_len and config.stage.mixer == "none":
+        raise ConfigError(
+            f"benchmark.seq_len={config.benchmark.seq_len} is longer than the learned positions of "
+            f"stage.mixer=none; it must be at most model.seq_len={config.model.seq_len}"
+        )
+    use_hardware(config.hardware)
+    sweep = _sweep_folder()
+    result = _finished(config) if sweep is not None and not config.benchmark.rerun else None
+    status = "measured" if result is None else "reused"
+    if result is None:
+        result = _measure(config, run)
+    else:
+        print(f"already measured in {result['folder']}; benchmark.rerun=true measures again")
+        write_json(run / RESULT, result)
+    if sweep is not None:
+        _show_sweep(sweep, add_cell(sweep, _overrides(), result["values"], status))
+    return 0
+
+
+def record_failure(error: Exception) -> None:
+    """Put a cell that failed into the summary of its sweep."""
+    sweep = _sweep_folder()
+    if sweep is not None:
+        _show_sweep(sweep, add_cell(sweep, _overrides(), {"error": str(error)}, "failed"))
+
+
+def _measure(config: BenchConfig, run: Path) -> dict[str, Any]:
+    report = run_suite(config)
+    result = {
+        **report.values,
+        "values": report.values,
+        "details": report.details,
+        "source": source_hash(),
+        "folder": str(run),
+        **provenance(config),
+    }
+    plots = _plots(report, run)
+    write_json(run / RESULT, result)
+    log = MetricsLog(run, config)
+    log(0, {key: value for key, value in report.values.items() if isinstance(value, int | float)})
+    log.add_results(report.values, plots)
+    log.close()
+    print(_tables(report))
+    print(f"\neverything is in {run}")
+    return result
+
+
+def _tables(report: Report) -> str:
+    parts = []
+    for measurement, models in report.details.items():
+        keys = [k for k in next(iter(models.values())) if k not in ("curve", "device")]
+        rows = [[key, *(values.get(key) for values in models.values())] for key in keys]
+        parts.append(table((measurement, *models), rows))
+    if report.criteria:
+        parts.append(table(("criterion", "measured", "target", "pass"), report.criteria))
+    parts.append(f"all pass: {show(report.values['all_pass'])}")
+    return "\n" + "\n\n".join(parts)
+
+
+HOLDERS = ("parameters", "optimiser", "activations", "gradients and temporaries")
+
+
+def _plots(report: Report, run: Path) -> list[Path]:
+    plots = []
+    if memory := report.details.get("vram"):
+        path = run / "vram.png"
+        bars = {name: {part: values[part] for part in HOLDERS} for name, values in memory.items()}
+        baseline = memory.get("stage 0 fp32")
+        limit = (f"{VRAM_TARGET:.0%} of stage 0 fp32", VRAM_TARGET * baseline["peak"]) if baseline else None
+        plot_stacked(path, "peak memory of a training step", "GB", bars, limit)
+        plots.append(path)
+    if speed := report.details.get("throughput"):
+        path = run / "throughput.png"
+        bars = {
+            name: {
+                "matrix products": values["products_ms"],
+                "everything else": max(0.0, values["step_ms_p50"] - values["products_ms"]),
+            }
+            for name, values in speed.items()
+        }
+        plot_stacked(path, "time of a training step", "ms", bars)
+        plots.append(path)
+    if perplexity := report.details.get("perplexity"):
+        path = run / "perplexity.png"
+        curves = {name: values["curve"] for name, values in perplexity.items()}
+        plot_lines(path, "training loss on the same tokens", "step", "loss [nats per token]", curves)
+        plots.append(path)
+    return plots
+
+
+def _sweep_folder() -> Path | None:
+    hydra = HydraConfig.get()
+    return Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
+
+
+def _overrides() -> list[str]:
+    return list(HydraConfig.get().overrides.task)
+
+
+def _finished(config: BenchConfig) -> dict[str, Any] | None:
+    """The newest finished result of the same options and code below ``output_root``."""
+    wanted, source = identity(config), source_hash()
+    paths = sorted(
+        Path(config.output_root).glob(f"bench/**/{RESULT}"), key=lambda path: -path.stat().st_mtime_ns
+    )
+    for path in paths:
+        try:
+            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if result.get("identity") == wanted and result.get("source") == source:
+            return result
+    return None
+
+
+def _show_sweep(sweep: Path, cells: list[dict[str, Any]]) -> None:
+    swept = swept_options(cells)
+    if not swept:
+        return
+    numbers = (key for cell in cells for key, value in cell.items() if isinstance(value, int | float))
+    keys = list(dict.fromkeys(numbers))
+    rows = [
+        [" ".join(str(cell["options"].get(name)) for name in swept), cell["status"], *map(cell.get, keys)]
+        for cell in cells
+    ]
+    print("\n" + table((" ".join(swept), "status", *keys), rows))
+    print(f"\nthe sweep so far is in {sweep}")

@@ -1,0 +1,82 @@
+"""One training step on random tokens, as the memory and speed benchmarks take it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from muse.config import BenchConfig, StageConfig
+from muse.hardware import autocast_dtype
+from muse.models import LanguageModel, build_model
+from muse.provenance import ROOT
+from muse.training.checkpoint import find_checkpoint, load_weights
+from muse.training.optim import ModelOptimizer, gradient_norm
+
+
+def baseline_of(config: BenchConfig, precision: str | None = None) -> BenchConfig:
+    """The same benchmark of the real baseline, in its own precision or the given one."""
+    options = OmegaConf.load(ROOT / "conf" / "stage" / "0.yaml")
+    stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), options))
+    assert isinstance(stage, StageConfig)
+    if precision is not None:
+        stage = dataclasses.replace(stage, precision=precision)
+    stage = dataclasses.replace(stage, dropout=config.stage.dropout, tied=config.stage.tied)
+    benchmark = dataclasses.replace(config.benchmark, checkpoint=config.benchmark.baseline_checkpoint)
+    return dataclasses.replace(config, stage=stage, benchmark=benchmark)
+
+
+def random_tokens(config: BenchConfig, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Uniformly random inputs and targets, int64 (benchmark.batch_size, benchmark.seq_len)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (config.benchmark.batch_size, config.benchmark.seq_len + 1)
+    tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def benchmark_model(config: BenchConfig, device: torch.device) -> LanguageModel:
+    """The model of a benchmark, with the weights of ``benchmark.checkpoint`` if one is given."""
+    model = build_model(config.stage, config.model, config.model.vocab_size, config.seed)
+    if config.benchmark.checkpoint is not None:
+        checkpoint = find_checkpoint(Path(config.benchmark.checkpoint), "best")
+        load_weights(checkpoint or Path(config.benchmark.checkpoint), model)
+    model.to(device)
+    if config.hardware.compile:
+        model.compile_features()
+    return model
+
+
+def training_step(
+    config: BenchConfig, model: LanguageModel, device: torch.device
+) -> tuple[ModelOptimizer, Callable[[Callable[[], None]], Tensor]]:
+    """The optimiser and a function that takes one whole training step and returns its loss.
+
+    The step is forward, loss, backward, gradient norm, clipping and update; the function's argument is
+    called after the forward pass, before the loss.
+    """
+    optimizer = ModelOptimizer(model, config.optim, config.seed)
+    inputs, targets = random_tokens(config, device)
+    cast = autocast_dtype(config.stage.precision)
+    model.train()
+    done = 0
+
+    def step(after_forward: Callable[[], None]) -> Tensor:
+        nonlocal done
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, cast, enabled=cast is not None):
+            features = model.features(inputs)
+            after_forward()
+            loss = model.loss_of(features, targets)
+        del features
+        loss.backward()
+        optimizer.attach_gradients()
+        norm = gradient_norm(model).item()
+        optimizer.step(done, min(1.0, config.optim.clip / (norm + 1e-6)) if config.optim.clip else 1.0)
+        done += 1
+        return loss.detach()
+
+    return optimizer, step

@@ -1,0 +1,153 @@
+"""Speed of a training step, beside the time of its matrix products alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from muse.benchmarks.step import benchmark_model, training_step
+from muse.config import BenchConfig
+from muse.errors import RunError
+from muse.hardware import synchronize
+
+aten = torch.ops.aten
+# Positions of the two matrices among the arguments.
+PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1}
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product: shape, strides and dtype of both factors."""
+
+    left: tuple[tuple[int, ...], tuple[int, ...]]
+    right: tuple[tuple[int, ...], tuple[int, ...]]
+    dtype: torch.dtype
+
+    def flops(self) -> int:
+        """Multiplications and additions."""
+        return 2 * math.prod(self.left[0]) * self.right[0][-1]
+
+    def factors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Random factors of these shapes and strides."""
+        left, right = (
+            torch.empty_strided(shape, stride, dtype=self.dtype, device=device).normal_()
+            for shape, stride in (self.left, self.right)
+        )
+        return left, right
+
+
+class ProductRecorder(TorchDispatchMode):
+    """Counts the matrix products of everything that runs inside.
+
+    Fused causal attention counts as the products it is made of, two forward and five backward, each over
+    half of the keys: what a causal mask leaves of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter[Product] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        packet = func.overloadpacket
+        if packet in PRODUCTS:
+            first = PRODUCTS[packet]
+            left, right = args[first], args[first + 1]
+            self.products[_product(left, right)] += 1
+        elif "_scaled_dot_product" in packet.__name__:
+            backward = "backward" in packet.__name__
+            query, key = (args[1], args[2]) if backward else (args[0], args[1])
+            self._add_attention(query, key, backward)
+        return func(*args, **(kwargs or {}))
+
+    def _add_attention(self, query: Tensor, key: Tensor, backward: bool) -> None:
+        batch, heads, length, width = query.shape
+        seen = max(1, key.shape[2] // 2)
+        scores = _dense((batch * heads, length, width), (batch * heads, width, seen), query.dtype)
+        values = _dense((batch * heads, length, seen), (batch * heads, seen, width), query.dtype)
+        keys = _dense((batch * heads, seen, length), (batch * heads, length, width), query.dtype)
+        # Forward: q k^T and p v. Backward: q k^T again, do v^T, ds k, ds^T q, p^T do.
+        self.products.update({scores: 2, values: 1, keys: 2} if backward else {scores: 1, values: 1})
+
+
+def _product(left: Tensor, right: Tensor) -> Product:
+    return Product((tuple(left.shape), left.stride()), (tuple(right.shape), right.stride()), left.dtype)
+
+
+def _dense(left: tuple[int, ...], right: tuple[int, ...], dtype: torch.dtype) -> Product:
+    def strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[1] * shape[2], shape[2], 1
+
+    return Product((left, strides(left)), (right, strides(right)), dtype)
+
+
+def measure_throughput(config: BenchConfig, device: torch.device) -> dict[str, float]:
+    """Time training steps and, in turns with them, their matrix products as bare torch calls.
+
+    Returns:
+        ``tokens_per_second`` at the median step; ``step_ms_p20``, ``_p50`` and ``_p80``;
+        ``products_ms``, the median time of the products; ``products_ratio``, the median over rounds of
+        step time / products time; ``product_tflops``, the products' arithmetic rate.
+
+    Raises:
+        RunError: when a loss is not finite, so that no speed of a broken step is reported.
+    """
+    model = benchmark_model(config, device)
+    _, step = training_step(config, model, device)
+    step(lambda: None)
+    with ProductRecorder() as recorder:
+        step(lambda: None)
+    replays = [(*product.factors(device), count) for product, count in recorder.products.items()]
+
+    def products() -> None:
+        for left, right, count in replays:
+            for _ in range(count):
+                torch.matmul(left, right)
+
+    losses: list[Tensor] = []
+
+    def one_step() -> None:
+        losses.append(step(lambda: None))
+
+    for _ in range(config.benchmark.warmup):
+        one_step()
+        products()
+    steps, bare = [], []
+    for _ in range(config.benchmark.repeats):
+        steps.append(_seconds(one_step, device))
+        bare.append(_seconds(products, device))
+    if not all(math.isfinite(loss.item()) for loss in losses):
+        raise RunError("a loss of the timed steps is not finite; their speed means nothing")
+    flops = sum(product.flops() * count for product, count in recorder.products.items())
+    tokens = config.benchmark.batch_size * config.benchmark.seq_len
+    return {
+        "tokens_per_second": tokens / quantile(steps, 0.5),
+        "step_ms_p20": 1e3 * quantile(steps, 0.2),
+        "step_ms_p50": 1e3 * quantile(steps, 0.5),
+        "step_ms_p80": 1e3 * quantile(steps, 0.8),
+        "products_ms": 1e3 * quantile(bare, 0.5),
+        "products_ratio": quantile([s / b for s, b in zip(steps, bare, strict=True)], 0.5),
+        "product_tflops": flops / quantile(bare, 0.5) / 1e12,
+    }
+
+
+def _seconds(function: Callable[[], None], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def quantile(values: list[float], fraction: float) -> float:
+    """The value that ``fraction`` of the sorted values lie below, without interpolation."""
+    return sorted(values)[min(len(values) - 1, int(fraction * len(values)))]

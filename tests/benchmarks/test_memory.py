@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from muse.benchmarks.memory import GB, measure_memory
+from muse.benchmarks.step import baseline_of, benchmark_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("number", "precision", "size"), [(0, "fp32", 4), (1, "fp32", 4), (1, "bf16", 2)])
+def test_memory_is_parameters_twice_their_moments_and_more(bench_config, number, precision, size):
+    measured = measure_memory(bench_config(number, precision), CPU)
+    parameters = measured["parameter_count"] * size / GB
+    assert measured["parameters"] == pytest.approx(parameters, rel=1e-9)
+    assert measured["gradients"] == pytest.approx(parameters, rel=1e-9)
+    assert measured["optimiser"] == pytest.approx(2 * parameters, rel=1e-9)
+    parts = ("parameters", "optimiser", "activations", "gradients and temporaries")
+    assert measured["peak"] == pytest.approx(sum(measured[part] for part in parts), rel=1e-9)
+    assert all(measured[part] > 0 for part in parts)
+
+
+def test_activations_grow_in_proportion_to_the_batch(bench_config):
+    small, large = (measure_memory(bench_config(batch_size=batch), CPU)["activations"] for batch in (2, 8))
+    assert large == pytest.approx(4 * small, rel=0.05)
+
+
+def test_half_precision_halves_parameters_and_activations(bench_config):
+    full, half = (measure_memory(bench_config(1, precision), CPU) for precision in ("fp32", "bf16"))
+    assert half["parameters"] == full["parameters"] / 2
+    assert half["activations"] < 0.65 * full["activations"]
+
+
+def test_the_step_never_holds_the_logits(bench_config):
+    config = bench_config(batch_size=8, seq_len=32)
+    config.model.vocab_size = 50_000
+    logits = 8 * 32 * 50_000 * 4 / GB
+    measured = measure_memory(config, CPU)
+    assert measured["activations"] < logits / 20
+
+
+def test_the_baseline_differs_in_the_stage_only(bench_config):
+    config = bench_config(1, "bf16", baseline_checkpoint="somewhere")
+    baseline = baseline_of(config)
+    assert (baseline.stage.number, baseline.stage.precision) == (0, "fp32")
+    assert baseline.benchmark.checkpoint == "somewhere"
+    assert (baseline.model, baseline.optim, baseline.seed) == (config.model, config.optim, config.seed)
+    assert baseline_of(config, "bf16").stage.precision == "bf16"
+
+
+def test_the_benchmark_model_is_the_configured_one(bench_config):
+    assert {p.dtype for p in benchmark_model(bench_config(1, "bf16"), CPU).parameters()} == {torch.bfloat16}

@@ -1,0 +1,75 @@
+"""bench.py as a user types it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTH = "{d_model: 16, layers: 2, heads: 2, kv_heads: 2, d_ff: 32}"
+SMALL = [
+    "model.vocab_size=300",
+    "model.seq_len=16",
+    f"model.real={WIDTH}",
+    f"model.complex={WIDTH}",
+    "logger=none",
+    "hardware=cpu",
+]
+
+
+def bench(folder, *arguments):
+    folders = [f"output_root={folder}", f"data.cache={folder}/cache"]
+    command = [sys.executable, "bench.py", *arguments, *folders, *SMALL]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_all_benchmarks_leave_a_result_with_provenance_plots_and_a_table(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {n} says {n * n}\n" for n in range(3000)))
+    done = bench(
+        tmp_path, "stage=1", "benchmark=all", "data=text", f"data.path={text}", "benchmark.train_steps=2",
+        "benchmark.inputs=3", "benchmark.repeats=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("bench/*/*/result.json")
+    result = json.loads(path.read_text())
+    assert result["ppl"] > 1
+    assert result["all_pass"] in (True, False)
+    assert result["details"]["perplexity"]["stage 0 fp32"]["trained"] == "2 steps in this run"
+    assert result["versions"]["torch"]
+    assert result["config"]["model"]["vocab_size"] == 300
+    assert {p.name for p in path.parent.glob("*.png")} == {"vram.png", "throughput.png", "perplexity.png"}
+    assert "criterion" in done.stdout
+    assert (path.parent / "metrics.jsonl").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_a_sweep_survives_a_failing_cell_and_a_rerun_skips_finished_ones(tmp_path):
+    sweep = ["-m", "stage=1", "benchmark=stability", "benchmark.inputs=2", "benchmark.seq_len=8,0,16"]
+    first = bench(tmp_path, *sweep)
+    assert first.returncode == 1
+    assert "benchmark.seq_len=0" in first.stderr
+    assert "Traceback" not in first.stderr
+    (summary,) = tmp_path.glob("bench/sweep/*/summary.json")
+    assert [cell["status"] for cell in json.loads(summary.read_text())] == ["measured", "failed", "measured"]
+    assert (summary.parent / "summary.csv").exists()
+    assert (summary.parent / "summary.png").exists()
+
+    second = bench(tmp_path, *sweep)
+    assert "already measured" in second.stdout
+    newest = max(tmp_path.glob("bench/sweep/*/summary.json"), key=lambda path: path.stat().st_mtime_ns)
+    assert newest != summary
+    assert [cell["status"] for cell in json.loads(newest.read_text())] == ["reused", "failed", "reused"]
+
+
+def test_a_wrong_value_is_one_sentence(tmp_path):
+    done = bench(tmp_path, "benchmark.warmup=-1")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        "error: benchmark.warmup=-1 is too small; it must be at least 0"
+    )
