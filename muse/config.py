@@ -63,6 +63,7 @@ class StageConfig:
         norm: normalisation layer.
         init: scale of the Rayleigh initialisation of complex weights.
         embedding_init: initialisation of the token embedding.
+        zeta_scale: factor on the phases of the Zeta initialisation.
         tied: whether the output head shares the token embedding.
         dropout: probability of dropping an activation on each residual branch.
     """
@@ -75,6 +76,7 @@ class StageConfig:
     norm: str = "rms"
     init: str = "glorot"
     embedding_init: str = "zeta"
+    zeta_scale: float = 1.0
     tied: bool = True
     dropout: float = 0.0
 
@@ -90,6 +92,7 @@ class StageConfig:
         _one_of("stage.norm", self.norm, NORMS)
         _one_of("stage.init", self.init, INITS)
         _one_of("stage.embedding_init", self.embedding_init, EMBEDDING_INITS)
+        _positive("stage.zeta_scale", self.zeta_scale)
         _fraction("stage.dropout", self.dropout)
 
 

@@ -44,9 +44,10 @@ def complex_attention(q: Tensor, k: Tensor, v: Tensor, score: str = "real", caus
     q_re, q_im = q.unbind(-2)
     # Re s = q . k on concatenated planes; Im s = q . (i k).
     turned = torch.cat((-k[..., 1, :], k[..., 0, :]), dim=-1)
-    flat_q = torch.cat((q_re, q_im), dim=-1)
-    s_re = upcast(flat_q @ k.flatten(-2).mT) * scale
-    s_im = upcast(flat_q @ turned.mT) * scale
+    # Scaled before the product, so that large scores do not overflow float16.
+    flat_q = torch.cat((q_re, q_im), dim=-1) * scale
+    s_re = upcast(flat_q @ k.flatten(-2).mT)
+    s_im = upcast(flat_q @ turned.mT)
     size = (s_re.square() + s_im.square() + modulus_floor(q.dtype) ** 2).sqrt()
     if causal:
         future = torch.ones(size.shape[-2:], dtype=torch.bool, device=q.device).triu(1)

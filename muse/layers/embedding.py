@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muse.layers.init import zeta_
+from muse.layers.rotary import rotate
 
 
 class ComplexEmbedding(nn.Module):
@@ -20,19 +21,26 @@ class ComplexEmbedding(nn.Module):
         features: complex channels D.
         rms: root mean square of the moduli of the stored rows.
         init: ``zeta`` (phases spaced as the Riemann zeros) or ``normal``.
+        zeta_scale: factor on the phases of ``zeta``.
         positions: length of learned positional phases, as in the seeds; 0 for none.
     """
 
     plane_axes = {"weight": 1}
 
     def __init__(
-        self, vocab_size: int, features: int, rms: float = 1.0, init: str = "zeta", positions: int = 0
+        self,
+        vocab_size: int,
+        features: int,
+        rms: float = 1.0,
+        init: str = "zeta",
+        zeta_scale: float = 1.0,
+        positions: int = 0,
     ) -> None:
         super().__init__()
         self.rms = rms
         self.weight = nn.Parameter(torch.empty(vocab_size, 2, features))
         if init == "zeta":
-            zeta_(self.weight, rms)
+            zeta_(self.weight, rms, zeta_scale)
         else:
             nn.init.normal_(self.weight, std=rms * 0.5**0.5)
         self.phase = nn.Parameter(torch.zeros(positions, features)) if positions else None
@@ -44,7 +52,5 @@ class ComplexEmbedding(nn.Module):
             z = z * (1 / self.rms)
         if self.phase is not None:
             phase = self.phase[: tokens.shape[1]]
-            cos, sin = phase.cos(), phase.sin()
-            re, im = z.unbind(-2)
-            z = torch.stack((re * cos - im * sin, re * sin + im * cos), dim=-2)
+            z = rotate(z, torch.stack((phase.cos(), phase.sin()), dim=-2))
         return z

@@ -44,6 +44,8 @@ def riemann_zeros(count: int) -> Tensor:
 def zeta_(weight: Tensor, rms: float, zeta_scale: float = 1.0) -> Tensor:
     """Fill a planar embedding (V, 2, D) in place: Rayleigh moduli, phases spaced as the Riemann zeros.
 
+    This is the seeds' ZetaInitializer.
+
     The phase of channel k of token v is ``zeta_scale`` * (v + 1) * gamma_k, gamma_k the k-th zero: no two
     channels turn at commensurable rates, so no two tokens share their phases.
 

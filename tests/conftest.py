@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+
+# Deterministic cuBLAS, where there is a GPU; read when the first product runs.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture(autouse=True)
+def reproducible() -> Iterator[None]:
+    """Seed every generator, and make torch.empty and its like return NaN instead of whatever was there.
+
+    The filling is part of torch's deterministic mode (torch.utils.deterministic). It only warns about
+    operations without a deterministic form, because none of the tests is about them.
+    """
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    mode, filled = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(2).isnan().all(), "uninitialised memory is no longer filled"
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.set_deterministic_debug_mode(mode)
+
+
+@pytest.fixture
+def assert_as_accurate() -> Callable[..., None]:
+    """Check that a result is about as accurate as plain PyTorch in the same dtype.
+
+    Called with the result, the same maths in plain PyTorch in the same dtype, and in float64: the error, its
+    root mean square over the elements, may be twice that of plain PyTorch plus one unit in the last place of
+    the largest value (or of ``scale``, where values cancel to something small).
+    """
+
+    def check(result: Tensor, plain: Tensor, exact: Tensor, scale: float = 0.0) -> None:
+        assert result.dtype == plain.dtype
+        assert result.shape == exact.shape
+        error = (result.double() - exact).square().mean().sqrt()
+        allowed = 2 * (plain.double() - exact).square().mean().sqrt()
+        allowed += torch.finfo(result.dtype).eps * max(exact.abs().max().item(), scale)
+        assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+    return check

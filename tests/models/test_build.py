@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from muse.config import ModelConfig, StageConfig, WidthConfig, available
+from muse.models import build_model, count_parameters
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def model_config(name):
+    values = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
+    widths = {part: WidthConfig(**values.pop(part)) for part in ("real", "complex")}
+    return ModelConfig(**values, **widths)
+
+
+def stage_config(number, **options):
+    values = OmegaConf.to_container(OmegaConf.load(CONF / "stage" / f"{number}.yaml"))
+    return StageConfig(**values | options)
+
+
+def build_on_meta(stage, model, vocab_size):
+    with torch.device("meta"):
+        return build_model(stage, model, vocab_size)
+
+
+@pytest.mark.parametrize("name", available("model"))
+def test_stages_have_equal_parameter_counts(name):
+    model = model_config(name)
+    counts = [count_parameters(build_on_meta(stage_config(n), model, model.vocab_size)) for n in (0, 1)]
+    assert abs(counts[1] / counts[0] - 1) < 0.03, counts
+
+
+def test_parameters_of_the_seeds_block():
+    model = model_config("seed")
+    built = build_on_meta(stage_config(1, mixer="none"), model, 50257)
+    assert count_parameters(built) == 80_937_553
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_swiglu_and_score_kinds_cost_nothing(number):
+    model = model_config("tiny")
+    option, values = ("activation", ["gelu", "swiglu"]) if number == 0 else ("score", ["real", "phase"])
+    counts = [
+        count_parameters(build_on_meta(stage_config(number, **{option: v}), model, 4096)) for v in values
+    ]
+    assert abs(counts[1] / counts[0] - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"number": 0},
+        {"number": 0, "tied": False},
+        {"number": 1},
+        {"number": 1, "tied": False},
+        {"number": 1, "score": "phase", "norm": "layer", "activation": "mod_relu"},
+        {"number": 1, "init": "he", "embedding_init": "normal"},
+        {"number": 1, "mixer": "none"},
+    ],
+    ids=str,
+)
+def test_initial_loss_is_that_of_a_uniform_guess(options):
+    model = model_config("tiny")
+    built = build_model(stage_config(**options), model, model.vocab_size)
+    tokens = torch.randint(model.vocab_size, (2, 129))
+    with torch.no_grad():
+        loss = built.loss(tokens[:, :-1], tokens[:, 1:]).item()
+    assert abs(loss / math.log(model.vocab_size) - 1) < 0.02
+
+
+@pytest.mark.parametrize("options", [{"number": 0}, {"number": 1}, {"number": 1, "mixer": "none"}], ids=str)
+def test_seed_alone_decides_the_weights(options):
+    model = model_config("tiny")
+    stage = stage_config(**options)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    first = build_model(stage, model, 50, seed=7).state_dict()
+    assert torch.equal(torch.rand(3), expected), "building a model moved the global random state"
+    second = build_model(stage, model, 50, seed=7).state_dict()
+    other = build_model(stage, model, 50, seed=8).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
+    assert all(value.isfinite().all() for value in first.values())
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed", "fp16-mixed"])
+def test_storage_follows_the_precision(number, precision):
+    built = build_on_meta(stage_config(number, precision=precision), model_config("tiny"), 50)
+    expected = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert {p.dtype for p in built.parameters()} == {expected}

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from muse.models import count_parameters
+from muse.training.optim import gradient_norm
+
+VOCAB = 61
+STAGE_1 = [
+    *({"score": score} for score in ("real", "magnitude", "phase")),
+    *({"score": score, "norm": "layer"} for score in ("real", "magnitude", "phase")),
+    *({"activation": name} for name in ("mod_relu", "mod_swish", "cardioid", "z_relu")),
+    {"mixer": "none"},
+]
+MODELS = [{"number": 0}, {"number": 0, "activation": "swiglu"}, *STAGE_1]
+SCORES = [{"score": score} for score in ("real", "magnitude", "phase")]
+
+
+def label(options):
+    return "-".join(str(value) for value in options.values())
+
+
+def tokens(length=20, batch=2):
+    return torch.randint(VOCAB, (batch, length))
+
+
+@pytest.mark.parametrize("options", MODELS, ids=label)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_token_sees_a_later_one(build, options, precision):
+    model = build(**options, precision=precision).eval()
+    x = tokens(66)
+    with torch.no_grad():
+        before = model(x)
+        for position in (1, 33, 65):
+            other = x.clone()
+            other[:, position] = (other[:, position] + 1) % VOCAB
+            after = model(other)
+            assert torch.equal(after[:, :position], before[:, :position])
+            assert not torch.equal(after[:, position], before[:, position])
+            if options.get("mixer") == "none":
+                assert torch.equal(after[:, position + 1 :], before[:, position + 1 :])
+            elif position < 65:
+                assert not torch.equal(after[:, position + 1], before[:, position + 1])
+
+
+@pytest.mark.parametrize("options", [{"number": 0}, *SCORES], ids=label)
+def test_gradient_of_a_logit_stops_at_its_token(build, options):
+    model = build(**options)
+    states = []
+
+    def keep(_, __, state):
+        states.append(state.requires_grad_())
+        state.retain_grad()
+
+    model.embedding.register_forward_hook(keep)
+    model(tokens(12))[:, 7].square().sum().backward()
+    by_token = states[0].grad.flatten(2).abs().sum((0, 2))
+    assert (by_token[:8] > 0).all()
+    assert (by_token[8:] == 0).all()
+
+
+@pytest.mark.parametrize("options", MODELS, ids=label)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
+def test_loss_and_gradients_are_finite(build, options, precision):
+    model = build(**options, precision=precision)
+    x = tokens(33)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        loss = model.loss(x[:, :-1], x[:, 1:])
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
+    expected = torch.bfloat16 if precision == "bf16" else torch.float32
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == expected
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.norm() > 0, name
+    assert 1e-6 < gradient_norm(model) < 1e3
+
+
+@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, {"mixer": "none"}], ids=label)
+def test_loss_is_the_cross_entropy_of_the_logits(build, options):
+    model = build(**options).double()
+    x, y = tokens(), tokens()
+    y[0, :5] = -1
+    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1)
+    torch.testing.assert_close(model.loss(x, y), expected)
+    total = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1, reduction="sum")
+    torch.testing.assert_close(model.loss(x, y, "sum"), total)
+    torch.testing.assert_close(model.next_logits(x), model(x)[:, -1])
+    ours = torch.autograd.grad(model.loss(x, y), list(model.parameters()))
+    plain = torch.autograd.grad(expected, list(model.parameters()))
+    for actual, wanted in zip(ours, plain, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, {"mixer": "none"}], ids=label)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_hundred_random_inputs(build, options, precision):
+    model = build(**options, precision=precision).eval()
+    with torch.no_grad():
+        assert model(tokens(33, batch=80)).isfinite().all()
+        assert all(model(tokens(length, batch=1)).isfinite().all() for length in (1, 2, 3, 63, 64, 65))
+        assert all(model(torch.full((1, 40), token)).isfinite().all() for token in range(14))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_tied_head_shares_one_tensor(build, number):
+    model = build(number)
+    weight, bias = model.head_parameters()
+    assert bias is None
+    assert weight.data_ptr() == model.embedding.weight.data_ptr()
+    assert sum("embedding" in name or "head" in name for name in model.state_dict()) == 1
+    x = tokens()
+    tied = torch.autograd.grad(model.loss(x, x), model.embedding.weight)[0]
+    # Both uses, told apart: as a table of inputs and as the head.
+    features = model.features(x).flatten(0, 1)
+    cut = torch.autograd.grad(
+        F.cross_entropy(F.linear(features, weight.detach()), x.flatten()), model.embedding.weight
+    )[0]
+    head = torch.autograd.grad(
+        F.cross_entropy(F.linear(features.detach(), model.head_parameters()[0]), x.flatten()),
+        model.embedding.weight,
+    )[0]
+    assert cut.norm() > 0
+    assert head.norm() > 0
+    torch.testing.assert_close(tied, cut + head, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_untied_head_is_its_own(build, number):
+    tied, model = build(number), build(number, tied=False)
+    assert count_parameters(model) - count_parameters(tied) == tied.embedding.weight.numel()
+    assert model.head_parameters()[0].data_ptr() != model.embedding.weight.data_ptr()
+    unused = [t for t in range(VOCAB) if t != 5]
+    x = torch.full((1, 4), 5)
+    model.loss(x, x).backward()
+    assert (model.embedding.weight.grad[unused] == 0).all()
+    assert (model.head.weight.grad.abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, {"mixer": "none"}], ids=label)
+def test_dropout_acts_in_training_only(build, options):
+    model, plain = build(**options, dropout=0.5), build(**options)
+    x = tokens()
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_norms_change_no_bit_of_the_gradients(build, norm, dropout):
+    block = build(norm=norm, dropout=dropout).blocks[0].train()
+
+    def plain(z):
+        z = z + block.dropout(block.attention(block.attention_norm(z)))
+        return z + block.dropout(block.ffn.down(block.ffn.activation(block.ffn.up(block.ffn_norm(z)))))
+
+    z, cotangent = torch.randn(2, 2, 9, 2, 12)
+    results = []
+    for function in (block, plain):
+        torch.manual_seed(5)
+        leaf = z.detach().requires_grad_()
+        out = function(leaf)
+        results.append([out, *torch.autograd.grad(out, (leaf, *block.parameters()), cotangent)])
+    assert all(torch.equal(actual, expected) for actual, expected in zip(*results, strict=True))
