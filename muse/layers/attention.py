@@ -100,8 +100,9 @@ class ComplexAttention(nn.Module):
         """Map planar (B, S, 2, D) to planar (B, S, 2, D)."""
         length = z.shape[1]
         heads = self.projection(z).unflatten(-1, (-1, self.head_dim)).permute(0, 3, 1, 2, 4)
-        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        turned, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         table = rotary_table(torch.arange(length, device=z.device), self.head_dim)
+        q, k = rotate(turned, table).split((self.heads, self.kv_heads), dim=1)
         # A view of v would keep the whole projection alive until the backward pass.
-        out = complex_attention(rotate(q, table), rotate(k, table), v.contiguous(), self.score)
+        out = complex_attention(q, k, v.contiguous(), self.score)
         return self.output(out.permute(0, 2, 3, 1, 4).flatten(-2))

@@ -17,9 +17,10 @@ class _ComplexRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, gain: Tensor, eps: float) -> Tensor:
         x = upcast(z)
-        rstd = (x.square().sum((-2, -1), keepdim=True) / z.shape[-1] + eps).rsqrt()
+        length = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+        rstd = (length.square() / z.shape[-1] + eps).rsqrt()
         ctx.save_for_backward(z, gain, rstd)
-        return _complex_scale(x * rstd, upcast(gain)).to(z.dtype)
+        return _complex_scale(x, upcast(gain)).mul_(rstd).to(z.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 # Logits held at a time: rows of a chunk x vocabulary. Larger chunks cost memory, smaller ones speed and,
 # because the weight's gradient is summed over chunks in its own dtype, accuracy.
 CHUNK_ELEMENTS = 2**25
-# Elements whose softmax is worked out at a time in float32: few enough for the last-level cache.
+# Elements whose softmax is worked out at a time: few enough for the last-level cache.
 SOFTMAX_ELEMENTS = 2**22
 
 
@@ -26,20 +26,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(1, CHUNK_ELEMENTS // vocab)
         total = torch.zeros_like(scale)
         grad_x = torch.empty_like(x) if needs_x else None
-        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_weight = torch.empty_like(weight) if needs_weight else None
         grad_bias = torch.zeros(vocab, dtype=total.dtype, device=x.device) if needs_bias else None
+        # One buffer for all chunks: fresh memory costs more than the pass over it.
+        buffer = x.new_empty(min(chunk, tokens), vocab)
         for start in range(0, tokens, chunk):
             rows = slice(start, min(start + chunk, tokens))
-            logits = x[rows] @ weight.t()
+            logits = torch.mm(x[rows], weight.t(), out=buffer[: rows.stop - start])
+            if bias is not None:
+                logits += bias
             counted = targets[rows] >= 0
-            losses = _softmax_gradient_(logits, bias, targets[rows].clamp(min=0), any(ctx.needs_input_grad))
+            losses = _softmax_gradient_(logits, targets[rows].clamp(min=0), any(ctx.needs_input_grad))
             total += losses.masked_fill_(~counted, 0).sum()
             if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[rows])
                 grad_x[rows].mul_(counted[:, None])
-            # Rows that do not count are left out of the smaller factor.
             if grad_weight is not None:
-                grad_weight.addmm_(logits.t(), x[rows] * counted[:, None])
+                # Rows that do not count are left out of the smaller factor.
+                counted_x = x[rows] * counted[:, None]
+                torch.addmm(grad_weight, logits.t(), counted_x, beta=float(start > 0), out=grad_weight)
             if grad_bias is not None:
                 grad_bias += (counted.to(logits.dtype) @ logits).to(grad_bias.dtype)
         ctx.gradients = (grad_x, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype))
@@ -59,26 +64,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if g is None else g.mul_(factor) for g in gradients), None, None
 
 
-def _softmax_gradient_(logits: Tensor, bias: Tensor | None, targets: Tensor, needs_grad: bool) -> Tensor:
-    """Losses (rows,) of a chunk in float32; replaces ``logits`` by their gradient in place."""
+def _softmax_gradient_(logits: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
+    """Losses (rows,) of a chunk in float32; replaces ``logits`` by their gradient in place.
+
+    With gradients the softmax is rounded to the dtype of the logits, as its gradient is anyway; a loss is
+    then off by at most that rounding of one probability, and unbiased.
+    """
     precise = torch.float64 if logits.dtype == torch.float64 else torch.float32
     losses = torch.empty(logits.shape[0], dtype=precise, device=logits.device)
-    block = max(1, SOFTMAX_ELEMENTS // logits.shape[1])
+    block = min(max(1, SOFTMAX_ELEMENTS // logits.shape[1]), logits.shape[0])
+    buffer = logits.new_empty(block, logits.shape[1])
     for start in range(0, logits.shape[0], block):
         rows = slice(start, min(start + block, logits.shape[0]))
-        index = targets[rows, None]
-        values = logits[rows].to(precise)
-        if bias is not None:
-            values = values + bias.to(precise)
-        top, arg_top = values.max(-1, keepdim=True)
-        chosen = values.gather(1, index)
-        probability = torch.softmax(values, -1)
+        values, index = logits[rows], targets[rows, None]
+        chosen = values.gather(1, index).to(precise)
+        if not needs_grad:
+            losses[rows] = (values.to(precise).logsumexp(-1, keepdim=True) - chosen)[:, 0]
+            continue
+        probability = torch.softmax(values, -1, out=buffer[: rows.stop - start])
         # The largest probability never underflows, so the log-sum-exp needs no pass of its own.
-        log_sum = top - probability.gather(1, arg_top).log_()
+        log_sum = (
+            values.amax(-1, keepdim=True).to(precise) - probability.amax(-1, keepdim=True).to(precise).log()
+        )
         losses[rows] = (log_sum - chosen)[:, 0]
-        if needs_grad:
-            probability.scatter_add_(1, index, probability.new_full((), -1.0).expand_as(index))
-            logits[rows] = probability
+        probability.scatter_add_(1, index, probability.new_full((), -1.0).expand_as(index))
+        logits[rows] = probability
     return losses
 
 
@@ -112,5 +122,8 @@ def linear_cross_entropy(
         scale = 1 / (targets >= 0).sum().clamp(min=1).to(precise)
     else:
         scale = torch.ones((), dtype=precise, device=x.device)
+    if not torch.is_grad_enabled():
+        # A parameter asks for its gradient even here, and working it out costs twice the loss.
+        x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()
     with torch.autocast(device, enabled=False):
         return _LinearCrossEntropy.apply(x, weight, bias, targets, scale)

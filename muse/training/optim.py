@@ -144,7 +144,11 @@ class ModelOptimizer:
                             continue
                         if key not in state[view]:
                             state[view][key] = torch.empty_like(view)
-                        _round_into(state[view][key], value, noise)
+                        # A moment that changes by more than its rounding in a step needs no luck to move.
+                        if adam and max(self.config.betas) > 1 - 2 * torch.finfo(view.dtype).eps:
+                            _round_into(state[view][key], value, noise)
+                        else:
+                            state[view][key].copy_(value)
         finally:
             optimizer.param_groups, optimizer.state = groups, state
 
