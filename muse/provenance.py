@@ -60,6 +60,7 @@ def identity(config: RunConfig, extra: str = "") -> str:
     options: dict[str, Any] = dataclasses.asdict(config)
     for name in UNIDENTIFYING:
         options.pop(name)
+    options["data"].pop("cache")
     text = json.dumps(options, sort_keys=True) + extra
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

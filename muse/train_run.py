@@ -16,11 +16,12 @@ from muse.provenance import identity, provenance
 from muse.report.metrics import MetricsLog, read_metrics
 from muse.report.plots import plot_loss_curve
 from muse.report.table import table
-from muse.training.checkpoint import find_checkpoint, load_state
+from muse.training.checkpoint import adopt_checkpoints, find_checkpoint, load_state
 from muse.training.sample import sample_text
 from muse.training.trainer import TrainResult, train
 
 RUN_FILE = "run.json"
+RESULT_FILE = "result.json"
 
 
 def run_training(config: RunConfig, run: Path) -> int:
@@ -36,6 +37,11 @@ def run_training(config: RunConfig, run: Path) -> int:
         )
     previous = _run_to_resume(config)
     checkpoint = find_checkpoint(previous) if previous is not None else None
+    if previous is not None and (previous / RESULT_FILE).exists():
+        print(
+            f"{previous} is finished; its results are in {previous / RESULT_FILE}, resume=never starts afresh"
+        )
+        return 0
     state = load_state(checkpoint) if checkpoint is not None else None
     data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
     write_json(
@@ -46,13 +52,16 @@ def run_training(config: RunConfig, run: Path) -> int:
             "resumed_from": str(previous) if previous else None,
         },
     )
-    if state is not None:
+    earlier: list[dict[str, Any]] = []
+    if previous is not None and state is not None:
         print(f"resuming {previous} after step {state.step}")
+        adopt_checkpoints(previous, run)
+        earlier = lines_before(previous, state.step, config.train.steps)
     print(
         f"stage {config.stage.number}, {config.model.name}, {config.stage.precision} on {describe(device)}: "
         f"{len(data.train):,} training tokens of a vocabulary of {data.vocab_size:,}"
     )
-    log = MetricsLog(run, config, previous, state.step if state else 0, state.wandb_id if state else None)
+    log = MetricsLog(run, config, earlier, state.wandb_id if state else None)
     failed = True
     try:
         model, result = train(config, data, device, run, log, checkpoint, log.wandb_id)
@@ -65,7 +74,7 @@ def run_training(config: RunConfig, run: Path) -> int:
             )
             return 128 + result.signal
         summary = _summary(result)
-        write_json(run / "result.json", {**summary, **provenance(config)})
+        write_json(run / RESULT_FILE, {**summary, **provenance(config)})
         log.add_results(summary, [curve])
         print(_table(result))
         if config.train.sample_tokens and data.tokenizer is not None:
@@ -80,6 +89,15 @@ def run_training(config: RunConfig, run: Path) -> int:
         return 0
     finally:
         log.close(failed)
+
+
+def lines_before(previous: Path, step: int, last_step: int) -> list[dict[str, Any]]:
+    """Metrics of the run to continue that will not be logged again: up to its checkpoint.
+
+    The evaluation at the very end comes after the last checkpoint, all others come before theirs.
+    """
+    lines = [line for line in read_metrics(previous) if line["step"] <= step]
+    return [line for line in lines if line["step"] < last_step or "train/loss" in line]
 
 
 def _summary(result: TrainResult) -> dict[str, Any]:

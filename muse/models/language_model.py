@@ -49,20 +49,24 @@ class LanguageModel(nn.Module):
         self.features = torch.compile(self.features)  # type: ignore[method-assign]
 
     def head_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (V, E) and bias (V,) of the head."""
+        """Weight (V, E) or planar (V, 2, E / 2), and bias (V,), of the head."""
         if self.head is not None:
             return self.head.weight, self.head.bias
         weight = self.embedding.weight
         assert isinstance(weight, Tensor)
-        return weight.flatten(1), None
+        return weight, None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, S, V) of tokens (B, S). Training uses ``loss``, which never holds them all."""
-        return F.linear(self.features(tokens), *self.head_parameters())
+        return self._logits(self.features(tokens))
 
     def next_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) of the token that follows ``tokens`` (B, S)."""
-        return F.linear(self.features(tokens)[:, -1], *self.head_parameters())
+        return self._logits(self.features(tokens)[:, -1])
+
+    def _logits(self, features: Tensor) -> Tensor:
+        weight, bias = self.head_parameters()
+        return F.linear(features, weight.flatten(1), bias)
 
     def loss(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of ``targets`` (B, S) given ``tokens`` (B, S); targets of -1 do not count."""

@@ -23,6 +23,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         tokens, vocab = x.shape[0], weight.shape[0]
+        matrix = weight.flatten(1)
         chunk = max(1, CHUNK_ELEMENTS // vocab)
         total = torch.zeros_like(scale)
         grad_x = torch.empty_like(x) if needs_x else None
@@ -32,19 +33,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer = x.new_empty(min(chunk, tokens), vocab)
         for start in range(0, tokens, chunk):
             rows = slice(start, min(start + chunk, tokens))
-            logits = torch.mm(x[rows], weight.t(), out=buffer[: rows.stop - start])
+            logits = torch.mm(x[rows], matrix.t(), out=buffer[: rows.stop - start])
             if bias is not None:
                 logits += bias
             counted = targets[rows] >= 0
             losses = _softmax_gradient_(logits, targets[rows].clamp(min=0), any(ctx.needs_input_grad))
             total += losses.masked_fill_(~counted, 0).sum()
             if grad_x is not None:
-                torch.mm(logits, weight, out=grad_x[rows])
+                torch.mm(logits, matrix, out=grad_x[rows])
                 grad_x[rows].mul_(counted[:, None])
             if grad_weight is not None:
                 # Rows that do not count are left out of the smaller factor.
                 counted_x = x[rows] * counted[:, None]
-                torch.addmm(grad_weight, logits.t(), counted_x, beta=float(start > 0), out=grad_weight)
+                out = grad_weight.flatten(1)
+                torch.addmm(out, logits.t(), counted_x, beta=float(start > 0), out=out)
             if grad_bias is not None:
                 grad_bias += (counted.to(logits.dtype) @ logits).to(grad_bias.dtype)
         ctx.gradients = (grad_x, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype))
@@ -103,7 +105,8 @@ def linear_cross_entropy(
 
     Args:
         x: (N, E).
-        weight: (V, E).
+        weight: (V, E), or (V, 2, E / 2) as a planar embedding holds it: autograd can add to the gradient of a
+            whole tensor in place, to that of a view it cannot.
         targets: (N,) int64; negative targets are not counted.
         bias: (V,).
         reduction: ``mean`` over the counted targets, or ``sum``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ class MetricsLog:
     Args:
         run: folder of the run.
         config: configuration of the run; ``logger.mode`` decides about W&B.
-        previous: folder of the run that this one continues; its lines up to ``step`` are taken over.
-        step: finished steps of the run that this one continues.
+        earlier: lines of the run that this one continues.
         wandb_id: W&B id of the run that this one continues.
     """
 
@@ -29,16 +29,13 @@ class MetricsLog:
         self,
         run: Path,
         config: RunConfig,
-        previous: Path | None = None,
-        step: int = 0,
+        earlier: Sequence[dict[str, Any]] = (),
         wandb_id: str | None = None,
     ) -> None:
         run.mkdir(parents=True, exist_ok=True)
-        kept = read_metrics(previous) if previous is not None else []
         self._file = open(run / FILE, "w", encoding="utf-8")  # noqa: SIM115
-        for line in kept:
-            if line["step"] <= step:
-                self._file.write(json.dumps(line) + "\n")
+        for line in earlier:
+            self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._wandb = _start_wandb(run, config, wandb_id)
         self.wandb_id: str | None = self._wandb.id if self._wandb is not None else wandb_id

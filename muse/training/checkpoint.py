@@ -36,7 +36,6 @@ class TrainingState:
         random: states of PyTorch's generators.
         best_loss: lowest validation loss so far.
         wandb_id: id of the W&B run.
-        finished: whether the run reached its last step and evaluation.
     """
 
     step: int
@@ -45,7 +44,6 @@ class TrainingState:
     random: dict[str, Tensor]
     best_loss: float
     wandb_id: str | None
-    finished: bool
 
 
 def random_state() -> dict[str, Tensor]:
@@ -73,6 +71,8 @@ def _sync(path: Path) -> None:
 
 def save_checkpoint(folder: Path, model: nn.Module, state: TrainingState, best: bool) -> Path:
     """Write a checkpoint, make it the last (and, if ``best``, the best) one, drop those of no use.
+
+    A checkpoint of this step that is there already is left as it is: a step has one state.
 
     Raises:
         RunError: when the disk is full or cannot be written; earlier checkpoints are untouched.
@@ -120,6 +120,27 @@ def find_checkpoint(run: Path, which: str = "last") -> Path | None:
     name = read_pointer(run / "checkpoints", which)
     path = run / "checkpoints" / name if name else None
     return path if path is not None and path.is_dir() else None
+
+
+def adopt_checkpoints(previous: Path, run: Path) -> None:
+    """Give ``run``, which continues ``previous``, the last and best checkpoints of that folder.
+
+    Files are linked where the file system can, since checkpoints are never rewritten.
+    """
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+    for which in ("last", "best"):
+        checkpoint = find_checkpoint(previous, which)
+        if checkpoint is not None:
+            target = run / "checkpoints" / checkpoint.name
+            if not target.exists():
+                shutil.copytree(checkpoint, target, copy_function=link)
+            write_atomically(run / "checkpoints" / which, checkpoint.name)
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:

@@ -115,7 +115,7 @@ def train(
     speeds: list[float] = []
     began = time.perf_counter()
 
-    def save(step: int, best: bool, finished: bool = False) -> Path:
+    def save(step: int, best: bool) -> Path:
         return save_checkpoint(
             checkpoints,
             model,
@@ -126,7 +126,6 @@ def train(
                 random=random_state(),
                 best_loss=best_loss,
                 wandb_id=wandb_id,
-                finished=finished,
             ),
             best,
         )
@@ -197,20 +196,17 @@ def train(
                 last_checkpoint = save(step, best)
         signal_number = interrupt.signal
 
+    # Before the evaluation, which may take long: a run that is killed in it goes on from here.
+    last_checkpoint = save(step, best=False)
     valid_end = test_end = None
-    if step < options.steps:
-        last_checkpoint = save(step, best=False)
-    else:
+    if signal_number is None:
         valid_end = evaluation("valid", 0)
-        test_end = evaluation("test", 0) if options.test else None
-        # A run that was already finished is only evaluated again: its log and checkpoint have this.
-        if state is None or not state.finished:
-            log(step, {"valid/loss": valid_end.loss, "valid/ppl": valid_end.ppl})
-            if test_end is not None:
-                log(step, {"test/loss": test_end.loss, "test/ppl": test_end.ppl})
-            best = valid_end.loss < best_loss
-            best_loss = min(best_loss, valid_end.loss)
-            last_checkpoint = save(step, best, finished=True)
+        log(step, {"valid/loss": valid_end.loss, "valid/ppl": valid_end.ppl})
+        if options.test:
+            test_end = evaluation("test", 0)
+            log(step, {"test/loss": test_end.loss, "test/ppl": test_end.ppl})
+        if valid_end.loss < best_loss:
+            save(step, best=True)
     model.eval()
     return model, TrainResult(
         step=step,

@@ -16,7 +16,8 @@ def test_targets_are_the_tokens_that_follow():
     inputs, targets = training_batch(count_up(1000), 3, 4, 16, seed=0)
     assert inputs.shape == targets.shape == (4, 16)
     assert inputs.dtype == targets.dtype == torch.int64
-    assert inputs.is_contiguous() and targets.is_contiguous()
+    assert inputs.is_contiguous()
+    assert targets.is_contiguous()
     assert torch.equal(targets, inputs + 1)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
@@ -77,7 +78,8 @@ def test_every_token_is_predicted_once(size, stride, batch_size, limit):
     predicted: list[int] = []
     for inputs, targets, mask in evaluation_batches(count_up(size), seq_len, batch_size, stride, limit):
         assert inputs.shape == targets.shape == mask.shape
-        assert inputs.shape[0] <= batch_size and inputs.shape[1] == seq_len
+        assert inputs.shape[0] <= batch_size
+        assert inputs.shape[1] == seq_len
         assert (inputs.dtype, targets.dtype, mask.dtype) == (torch.int64, torch.int64, torch.bool)
         assert mask.any(dim=1).all(), "a window that predicts nothing is wasted"
         assert torch.equal(targets[mask], inputs[mask] + 1)

@@ -52,7 +52,8 @@ def test_a_single_file_is_cut_at_lines(text_file):
     text = text_file.read_text(encoding="utf-8")
     (train,), (valid,), (test,) = corpus.train, corpus.valid, corpus.test
     assert train + valid + test == text
-    assert train.endswith("\n") and valid.endswith("\n")
+    assert train.endswith("\n")
+    assert valid.endswith("\n")
     assert len(train) == pytest.approx(0.9 * len(text), rel=0.02)
     assert len(valid) == pytest.approx(0.05 * len(text), rel=0.2)
 
@@ -167,5 +168,7 @@ def test_an_unreachable_hub_fails_quickly_and_says_what_to_do(tmp_path):
     )
     assert time.monotonic() - start < 20
     wikitext2, gpt2 = result.stdout.splitlines()
-    assert wikitext2.startswith("data=wikitext2") and "data.path=<folder" in wikitext2
-    assert gpt2.startswith("tokenizer=gpt2") and "tokenizer.path=<folder" in gpt2
+    assert wikitext2.startswith("data=wikitext2")
+    assert "data.path=<folder" in wikitext2
+    assert gpt2.startswith("tokenizer=gpt2")
+    assert "tokenizer.path=<folder" in gpt2

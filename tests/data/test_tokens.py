@@ -34,7 +34,8 @@ def test_tokens_and_counts(data):
     for split in SPLITS:
         (text,) = corpus.split(split)
         array, counts = getattr(tokens, split), tokens.counts[split]
-        assert isinstance(array, np.memmap) and array.dtype == np.uint16
+        assert isinstance(array, np.memmap)
+        assert array.dtype == np.uint16
         assert array[-1] == tokens.tokenizer.end_id
         assert tokens.tokenizer.decode(array[:-1]) == text
         assert (counts.tokens, counts.words) == (len(array), count_words(text))
@@ -175,10 +176,12 @@ def test_synthetic_tokens_are_uniform_and_the_same_every_time(tmp_path):
     data = DataConfig("synthetic", cache=str(tmp_path / "cache"))
     tokens, again = load_tokens(data, BPE, 50), load_tokens(data, BPE, 50)
     assert len(tokens.train) == 1 << 20
-    assert tokens.vocab_size == 50 and tokens.tokenizer is None
+    assert tokens.vocab_size == 50
+    assert tokens.tokenizer is None
     frequencies = np.bincount(tokens.train, minlength=50) / len(tokens.train)
     assert len(frequencies) == 50
     np.testing.assert_allclose(frequencies, 1 / 50, rtol=0.05)
     np.testing.assert_array_equal(tokens.valid, again.valid)
-    assert tokens.counts["test"].words is None and tokens.counts["test"].bytes is None
+    assert tokens.counts["test"].words is None
+    assert tokens.counts["test"].bytes is None
     assert not (tmp_path / "cache").exists()

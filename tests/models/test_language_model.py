@@ -118,10 +118,10 @@ def test_tied_head_shares_one_tensor(build, number):
     # Both uses, told apart: as a table of inputs and as the head.
     features = model.features(x).flatten(0, 1)
     cut = torch.autograd.grad(
-        F.cross_entropy(F.linear(features, weight.detach()), x.flatten()), model.embedding.weight
+        F.cross_entropy(F.linear(features, weight.detach().flatten(1)), x.flatten()), model.embedding.weight
     )[0]
     head = torch.autograd.grad(
-        F.cross_entropy(F.linear(features.detach(), model.head_parameters()[0]), x.flatten()),
+        F.cross_entropy(F.linear(features.detach(), model.head_parameters()[0].flatten(1)), x.flatten()),
         model.embedding.weight,
     )[0]
     assert cut.norm() > 0

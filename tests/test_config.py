@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from muse import config as options
+from muse.config import (
+    BenchConfig,
+    BenchmarkConfig,
+    DataConfig,
+    HardwareConfig,
+    LoggerConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    StageConfig,
+    TokenizerConfig,
+    TrainConfig,
+    WidthConfig,
+    available,
+    build_config,
+    quote_stage,
+    register_schemas,
+)
+from muse.errors import ConfigError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+GROUPS = sorted({path.parent.name for path in FILES if path.parent.name})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("stage=1", "stage='1'"),
+        ("stage=0,1", "stage='0','1'"),
+        ("+stage=1", "+stage='1'"),
+        ("++stage=0,1", "++stage='0','1'"),
+        ("stage=3a", "stage='3a'"),
+        ("stage=1,3a", "stage='1','3a'"),
+        ("stage=12", "stage='12'"),
+        ("stage='1'", "stage='1'"),
+        ("stage='0','1'", "stage='0','1'"),
+        ('stage="1"', 'stage="1"'),
+        ("stage=choice(1,2)", "stage=choice(1,2)"),
+        ("stage=", "stage="),
+        ("~stage", "~stage"),
+        ("stage.number=1", "stage.number=1"),
+        ("model=seed", "model=seed"),
+        ("benchmark.stage=1", "benchmark.stage=1"),
+        ("train.steps=1,2", "train.steps=1,2"),
+        ("-m", "-m"),
+        ("--cfg", "--cfg"),
+    ],
+)
+def test_only_bare_numbers_of_stage_are_quoted(given, expected):
+    assert quote_stage([given]) == [expected]
+    assert quote_stage([expected]) == [expected]
+
+
+def test_arguments_keep_their_order():
+    given = ["-m", "model=tiny", "stage=0,1", "seed=1,2"]
+    assert quote_stage(given) == ["-m", "model=tiny", "stage='0','1'", "seed=1,2"]
+    assert given[2] == "stage=0,1"
+    assert quote_stage([]) == []
+
+
+# Class, a value that is refused, and what the message must name.
+REFUSED: list[tuple[type, dict[str, Any], str]] = [
+    (StageConfig, {"number": 7}, "stage=7"),
+    (StageConfig, {"precision": "fp8"}, "stage.precision"),
+    (StageConfig, {"mixer": "conv"}, "stage.mixer"),
+    (StageConfig, {"score": "cosine"}, "stage.score"),
+    (StageConfig, {"activation": "gelu"}, "stage.activation"),
+    (StageConfig, {"number": 0, "activation": "mod_relu"}, "stage.activation"),
+    (StageConfig, {"norm": "batch"}, "stage.norm"),
+    (StageConfig, {"init": "zero"}, "stage.init"),
+    (StageConfig, {"embedding_init": "one"}, "stage.embedding_init"),
+    (StageConfig, {"dropout": 1.0}, "stage.dropout"),
+    (StageConfig, {"dropout": -0.1}, "stage.dropout"),
+    (StageConfig, {"dropout": float("nan")}, "stage.dropout"),
+    (WidthConfig, {"d_model": 0}, "d_model"),
+    (WidthConfig, {"layers": 0}, "layers"),
+    (WidthConfig, {"heads": 0}, "heads"),
+    (WidthConfig, {"kv_heads": 0}, "kv_heads"),
+    (WidthConfig, {"d_ff": 0}, "d_ff"),
+    (WidthConfig, {"d_model": 10, "heads": 4}, "d_model=10"),
+    (WidthConfig, {"heads": 4, "kv_heads": 3}, "kv_heads=3"),
+    (ModelConfig, {"vocab_size": 1}, "model.vocab_size"),
+    (ModelConfig, {"seq_len": 0}, "model.seq_len"),
+    (ModelConfig, {"lr": 0.0}, "model.lr"),
+    (DataConfig, {"name": "web"}, "data=web"),
+    (DataConfig, {"variant": "wikitext-103"}, "data.variant"),
+    (DataConfig, {"name": "text"}, "data.path"),
+    (DataConfig, {"name": "text", "path": ""}, "data.path"),
+    (TokenizerConfig, {"name": "char"}, "tokenizer=char"),
+    (TokenizerConfig, {"vocab_size": 256}, "tokenizer.vocab_size"),
+    (OptimConfig, {"name": "sgd"}, "optim=sgd"),
+    (OptimConfig, {"lr": 0.0}, "optim.lr"),
+    (OptimConfig, {"lr": float("nan")}, "optim.lr"),
+    (OptimConfig, {"muon_lr": -1.0}, "optim.muon_lr"),
+    (OptimConfig, {"weight_decay": -0.1}, "optim.weight_decay"),
+    (OptimConfig, {"betas": [0.9]}, "optim.betas"),
+    (OptimConfig, {"betas": [0.9, 1.0]}, "optim.betas"),
+    (OptimConfig, {"eps": 0.0}, "optim.eps"),
+    (OptimConfig, {"momentum": 1.0}, "optim.momentum"),
+    (OptimConfig, {"second_moment": "both"}, "optim.second_moment"),
+    (OptimConfig, {"schedule": "foo"}, "optim.schedule"),
+    (OptimConfig, {"warmup": -1}, "optim.warmup"),
+    (OptimConfig, {"decay": 1.0}, "optim.decay"),
+    (OptimConfig, {"final_lr": 1.5}, "optim.final_lr"),
+    (OptimConfig, {"final_lr": -0.5}, "optim.final_lr"),
+    (OptimConfig, {"clip": -1.0}, "optim.clip"),
+    (OptimConfig, {"accumulation": 0}, "optim.accumulation"),
+    (HardwareConfig, {"device": "tpu"}, "hardware.device"),
+    (HardwareConfig, {"memory_gb": 0.0}, "hardware.memory_gb"),
+    (HardwareConfig, {"threads": 0}, "hardware.threads"),
+    (LoggerConfig, {"mode": "cloud"}, "logger.mode"),
+    (LoggerConfig, {"log_every": 0}, "logger.log_every"),
+    (TrainConfig, {"steps": 0}, "train.steps"),
+    (TrainConfig, {"batch_size": 0}, "train.batch_size"),
+    (TrainConfig, {"eval_every": -1}, "train.eval_every"),
+    (TrainConfig, {"eval_tokens": -1}, "train.eval_tokens"),
+    (TrainConfig, {"eval_stride": 0}, "train.eval_stride"),
+    (TrainConfig, {"checkpoint_every": -1}, "train.checkpoint_every"),
+    (TrainConfig, {"sample_tokens": -1}, "train.sample_tokens"),
+    (BenchmarkConfig, {"name": "luck"}, "benchmark=luck"),
+    (BenchmarkConfig, {"batch_size": 0}, "benchmark.batch_size"),
+    (BenchmarkConfig, {"seq_len": 0}, "benchmark.seq_len"),
+    (BenchmarkConfig, {"train_steps": -1}, "benchmark.train_steps"),
+    (BenchmarkConfig, {"repeats": 0}, "benchmark.repeats"),
+    (BenchmarkConfig, {"inputs": 0}, "benchmark.inputs"),
+    (BenchmarkConfig, {"warmup": -1}, "benchmark.warmup"),
+    (RunConfig, {"seed": -1}, "seed=-1"),
+    (RunConfig, {"train": TrainConfig(eval_stride=129)}, "train.eval_stride=129"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "named"), REFUSED, ids=lambda value: getattr(value, "__name__", str(value))
+)
+def test_a_value_that_cannot_be_used_is_named(kind, values, named):
+    with pytest.raises(ConfigError) as caught:
+        kind(**values)
+    message = str(caught.value)
+    assert named in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "allowed"),
+    [
+        (StageConfig, {"precision": "x"}, options.PRECISIONS),
+        (StageConfig, {"mixer": "x"}, options.MIXERS),
+        (StageConfig, {"score": "x"}, options.SCORES),
+        (StageConfig, {"activation": "x"}, options.ACTIVATIONS),
+        (StageConfig, {"number": 0, "activation": "x"}, options.REAL_ACTIVATIONS),
+        (StageConfig, {"norm": "x"}, options.NORMS),
+        (StageConfig, {"init": "x"}, options.INITS),
+        (DataConfig, {"name": "x"}, options.CORPORA),
+        (BenchmarkConfig, {"name": "x"}, options.BENCHMARKS),
+    ],
+)
+def test_the_allowed_values_are_listed_and_work(kind, values, allowed):
+    with pytest.raises(ConfigError) as caught:
+        kind(**values)
+    assert str(caught.value).endswith(", ".join(allowed))
+    (option,) = [name for name, value in values.items() if value == "x"]
+    for value in allowed:
+        path = {"path": "somewhere"} if kind is DataConfig else {}
+        assert getattr(kind(**{**values, **path, option: value}), option) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (StageConfig, {"dropout": 0.0}),
+        (WidthConfig, {"d_model": 1, "layers": 1, "heads": 1, "kv_heads": 1, "d_ff": 1}),
+        (ModelConfig, {"vocab_size": 2, "seq_len": 1}),
+        (TokenizerConfig, {"vocab_size": 257}),
+        (TokenizerConfig, {"name": "word", "vocab_size": 1}),
+        (OptimConfig, {"betas": [0.0, 0.0], "final_lr": 0.0, "clip": 0.0, "warmup": 0, "weight_decay": 0.0}),
+        (OptimConfig, {"final_lr": 1.0}),
+        (TrainConfig, {"eval_every": 0, "eval_tokens": 0, "checkpoint_every": 0, "sample_tokens": 0}),
+        (RunConfig, {"train": TrainConfig(eval_stride=128)}),
+    ],
+)
+def test_the_smallest_and_largest_values_are_allowed(kind, values):
+    assert {name: getattr(kind(**values), name) for name in values} == values
+
+
+def composed(entry: str, overrides: list[str]) -> Any:
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(entry, quote_stage(overrides))
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_file_of_conf_gives_a_checked_configuration(path):
+    group, name = path.parent.name, path.stem
+    if not group:
+        if name == "common":
+            return
+        built = build_config(composed(name, []))
+        assert type(built) is {"train": RunConfig, "bench": BenchConfig}[name]
+        return
+    entries = ["bench"] if group == "benchmark" else ["train", "bench"]
+    for entry in entries:
+        overrides = [f"{group}={name}"]
+        if (group, name) == ("data", "text"):
+            overrides.append("data.path=somewhere")
+        built = build_config(composed(entry, overrides))
+        chosen = getattr(built, group)
+        assert dataclasses.is_dataclass(chosen)
+        # What the file says is what comes out.
+        written = OmegaConf.load(CONF / path)
+        for key in written:
+            if OmegaConf.is_interpolation(written, key):
+                continue
+            value = getattr(chosen, key)
+            plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            assert plain == OmegaConf.to_container(written)[key], key
+        if hasattr(chosen, "name"):
+            assert chosen.name == name
+
+
+def test_the_tokenizer_and_the_optimiser_follow_the_model():
+    for size in available("model"):
+        built = build_config(composed("train", [f"model={size}"]))
+        assert built.tokenizer.vocab_size == built.model.vocab_size
+        assert built.optim.lr == built.model.lr
+    built = build_config(composed("train", ["optim.lr=0.5", "tokenizer.vocab_size=300"]))
+    assert (built.optim.lr, built.tokenizer.vocab_size) == (0.5, 300)
+
+
+@pytest.mark.parametrize("stage", ["0", "1"])
+def test_stage_chooses_the_model(stage):
+    assert build_config(composed("train", [f"stage={stage}"])).stage.number == int(stage)
+    assert stage in available("stage")
+
+
+def test_available_lists_the_options_of_each_group():
+    for group in GROUPS:
+        assert available(group) == sorted(path.stem for path in FILES if path.parent.name == group)
+    assert available("nothing") == []
+
+
+@pytest.mark.parametrize("override", ["train.steps=0", "stage.dropout=2", "optim.betas=[0.5]", "seed=-3"])
+def test_a_composed_configuration_is_checked(override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")) as caught:
+        build_config(composed("train", [override]))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,329 @@
+"""train.py as a user runs it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 90
+EVALUATIONS = [20, 40, 60, 80, 90]
+WIDTH = "{d_model:16,layers:2,heads:2,kv_heads:2,d_ff:32}"
+# Seconds after which a process hangs rather than works.
+PATIENCE = 240
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a text, a cache of its tokens, and room for runs."""
+    folder = tmp_path_factory.mktemp("cli")
+    lines = (f"Line {n} says\n    that {n * n} is the square of {n}.\n" for n in range(200))
+    (folder / "text.txt").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def options(place: Path, root: str) -> list[str]:
+    """A very small run that logs every step."""
+    return [
+        "stage=1",
+        "data=text",
+        f"data.path={place / 'text.txt'}",
+        f"data.cache={place / 'cache'}",
+        f"output_root={place / root}",
+        "logger=none",
+        "logger.log_every=1",
+        "hardware=cpu",
+        "model.vocab_size=300",
+        "model.seq_len=16",
+        f"model.real={WIDTH}",
+        f"model.complex={WIDTH}",
+        "stage.dropout=0.1",
+        f"train.steps={STEPS}",
+        "train.batch_size=2",
+        "train.eval_every=20",
+        "train.checkpoint_every=3",
+        "train.sample_tokens=4",
+    ]
+
+
+def start(place: Path, arguments: list[str]) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(place / "hub"),
+    }
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error; nothing may ever show a traceback."""
+    try:
+        out, err = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    assert "Traceback" not in out + err, err
+    return process.returncode, out, err
+
+
+def run_cli(place: Path, *arguments: str) -> tuple[int, str, str]:
+    return finish(start(place, list(arguments)))
+
+
+def errors(err: str) -> list[str]:
+    return [line for line in err.splitlines() if line.startswith("error: ")]
+
+
+def read_json(path: Path) -> Any:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def run_folders(place: Path, root: str) -> list[Path]:
+    """Folders of the runs below ``root``, the oldest first."""
+    files = (place / root).glob("train/**/run.json")
+    return [path.parent for path in sorted(files, key=lambda path: path.stat().st_mtime_ns)]
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run without the speed, which is never the same twice."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = [json.loads(line) for line in lines]
+    return [{key: value for key, value in line.items() if "second" not in key} for line in metrics]
+
+
+def weights(run: Path) -> bytes:
+    return (Path(read_json(run / "result.json")["checkpoint"]) / "model.safetensors").read_bytes()
+
+
+def wait_for_step(process: subprocess.Popen[str], place: Path, root: str, count: int, steps: int) -> Path:
+    """Wait until the run number ``count`` has made ``steps`` steps of its own; return its folder."""
+    deadline = time.monotonic() + PATIENCE
+    first = None
+    while time.monotonic() < deadline and process.poll() is None:
+        folders = run_folders(place, root)
+        if len(folders) >= count and (folders[count - 1] / "metrics.jsonl").exists():
+            lines = (folders[count - 1] / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
+            first = lines if first is None else first
+            if lines >= first + steps:
+                return folders[count - 1]
+        time.sleep(0.002)
+    process.kill()
+    pytest.fail(f"the run ended too early or never started: {process.communicate()}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> Path:
+    status, out, err = run_cli(place, *options(place, "whole"))
+    assert status == 0, err
+    (run,) = run_folders(place, "whole")
+    assert f"everything is in {run}" in out
+    return run
+
+
+@pytest.mark.slow
+def test_a_run_leaves_everything_in_its_folder(place, undisturbed):
+    assert undisturbed.parent == place / "whole" / "train" / "stage1-tiny"
+    for name in ("run.json", "result.json"):
+        told = read_json(undisturbed / name)
+        assert told["seed"] == 0
+        assert told["versions"]["torch"]
+        assert len(told["identity"]) == 16
+        assert "commit" in told
+        assert told["config"]["train"]["steps"] == STEPS
+        assert told["config"]["model"]["complex"]["d_model"] == 16
+    composed = yaml.safe_load((undisturbed / ".hydra" / "config.yaml").read_text())
+    assert composed["train"]["steps"] == STEPS
+    assert "stage=1" in (undisturbed / ".hydra" / "overrides.yaml").read_text().replace("'", "")
+    result = read_json(undisturbed / "result.json")
+    assert result["steps"] == STEPS
+    assert result["valid"]["loss"] < logged(undisturbed)[0]["train/loss"]
+    assert result["tokens"] == STEPS * 2 * 16
+    assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (undisturbed / "sample.txt").read_text(encoding="utf-8")
+    assert not (undisturbed / "wandb").exists()
+    steps = [line["step"] for line in logged(undisturbed) if "train/loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    assert [line["step"] for line in logged(undisturbed) if "valid/loss" in line] == EVALUATIONS
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(place, undisturbed):
+    generator = random.Random(7)
+    for count in (1, 2, 3):
+        process = start(place, [*options(place, "killed"), "resume=auto"])
+        wait_for_step(process, place, "killed", count, generator.randint(3, 8))
+        time.sleep(generator.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    status, out, err = run_cli(place, *options(place, "killed"), "resume=auto")
+    assert status == 0, err
+    folders = run_folders(place, "killed")
+    assert len(folders) == 4
+    assert "resuming" in out
+    assert weights(folders[-1]) == weights(undisturbed)
+    assert logged(folders[-1]) == logged(undisturbed)
+    whole, rest = (read_json(run / "result.json")["valid"] for run in (undisturbed, folders[-1]))
+    assert whole == rest
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_run_that_can_be_continued(place, undisturbed):
+    resume = "auto"
+    for count, number in ((1, signal.SIGTERM), (2, signal.SIGINT)):
+        process = start(place, [*options(place, "stopped"), f"resume={resume}"])
+        run = wait_for_step(process, place, "stopped", count, 5)
+        process.send_signal(number)
+        status, out, err = finish(process)
+        assert status == 128 + number
+        assert "stopping after this step" in err
+        steps = [line["step"] for line in logged(run) if "train/loss" in line]
+        assert f"step {steps[-1]} is saved, resume=auto" in out
+        assert (run / "checkpoints" / "last").read_text() == f"step_{steps[-1]:08d}"
+        assert steps == list(range(1, steps[-1] + 1))
+        assert not (run / "result.json").exists()
+    # The last part names the folder instead, and may log elsewhere.
+    status, out, err = run_cli(place, *options(place, "stopped elsewhere"), f"resume={run}")
+    assert status == 0, err
+    (last,) = run_folders(place, "stopped elsewhere")
+    assert read_json(last / "run.json")["resumed_from"] == str(run)
+    assert f"resuming {run} after step {steps[-1]}" in out
+    assert weights(last) == weights(undisturbed)
+    assert logged(last) == logged(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_alone(place, undisturbed):
+    status, out, err = run_cli(place, *options(place, "again"), f"resume={undisturbed}")
+    assert status == 0, err
+    assert f"{undisturbed} is finished" in out
+    assert run_folders(place, "again") == []
+
+
+@pytest.mark.slow
+def test_a_sweep_over_bare_stage_numbers_goes_on_after_a_job_that_diverges(place):
+    arguments = [argument for argument in options(place, "sweep") if not argument.startswith("stage=")]
+    status, _, err = run_cli(
+        place,
+        "-m",
+        *arguments,
+        "stage=0,1",
+        "optim.lr=1e30,0.01",
+        "optim.warmup=0",
+        "train.steps=4",
+        "train.checkpoint_every=1",
+        "logger=wandb",
+    )
+    assert status == 1
+    runs = run_folders(place, "sweep")
+    assert len(runs) == 4
+    outcome = [
+        (read_json(run / "run.json")["config"]["stage"]["number"], (run / "result.json").exists())
+        for run in runs
+    ]
+    assert outcome == [(0, False), (0, True), (1, False), (1, True)]
+    assert len({run.parent for run in runs}) == 1
+    for run, (number, finished) in zip(runs, outcome, strict=True):
+        assert f"stage{number}" in run.name
+        assert yaml.safe_load((run / ".hydra" / "config.yaml").read_text())["stage"]["number"] == number
+        assert list(run.glob("wandb/offline-run-*/*.wandb"))
+        if not finished:
+            (message,) = [line for line in errors(err) if str(run) in line]
+            assert "is not finite in step 2" in message
+            assert str(run / "checkpoints" / "step_00000001") in message
+            assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000001"]
+    assert len(errors(err)) == 2
+
+
+@pytest.mark.slow
+def test_options_that_cannot_be_used_are_one_sentence_each(place, undisturbed):
+    (place / "empty").mkdir()
+    arguments = [argument for argument in options(place, "refused") if not argument.startswith("hardware")]
+    resume = f"resume=never,{undisturbed},{place / 'empty'},{place / 'nowhere'}"
+    status, _, err = run_cli(
+        place, "-m", *arguments, "train.steps=2", "hardware=cpu,cuda", "optim.schedule=foo,wsd", resume
+    )
+    assert status == 1
+    found = errors(err)
+    assert len(found) == 15
+    assert sum(line.startswith("error: optim.schedule=foo") for line in found) == 8
+    assert all("cosine, wsd, constant" in line for line in found if "optim.schedule" in line)
+    assert sum("hardware.device=cuda" in line and "hardware=cpu" in line for line in found) == 4
+    resumed = [line for line in found if line.startswith("error: resume=")]
+    assert len(resumed) == 3
+    assert f"resume={undisturbed} was trained with other options" in resumed[0]
+    assert "holds no checkpoint" in resumed[1]
+    assert "holds no checkpoint" in resumed[2]
+    # The one job without a fault ran.
+    assert len(list((place / "refused").glob("train/**/result.json"))) == 1
+
+
+@pytest.mark.slow
+def test_data_that_is_not_there_is_one_sentence_each(place):
+    arguments = [argument for argument in options(place, "no data") if not argument.startswith("data")]
+    status, _, err = run_cli(place, "-m", *arguments, "data=wikitext2,text,synthetic", "data.cache=cache")
+    assert status == 1
+    wikitext, text, synthetic = errors(err)
+    assert "data=wikitext2" in wikitext
+    assert "data.path=" in wikitext
+    assert "data=text needs data.path=" in text
+    assert "data=synthetic" in synthetic
+    assert "stdlib" in synthetic
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("train.stepz=3", ["train.stepz"]),
+        ("stage=9", ["stage/9", "Available options in 'stage'", "0", "1"]),
+        ("train.steps=abc", ["train.steps", "abc", "Integer"]),
+        ("data=text data.path=missing.txt", ["error: ", "data.path=missing.txt"]),
+    ],
+)
+def test_an_option_that_does_not_exist_is_named(place, argument, told):
+    status, _, err = run_cli(place, f"output_root={place / 'wrong'}", *argument.split())
+    assert status == 1
+    assert all(part in err for part in told), err
+
+
+@pytest.mark.slow
+def test_help_lists_groups_and_options(place):
+    status, out, _err = run_cli(place, "--help")
+    assert status == 0
+    for line in ("stage: 0, 1", "optim: adamw, muon", "data: stdlib, synthetic, text, wikitext2"):
+        assert line in out.splitlines()
+    options_of = yaml.safe_load(out.partition("==\nstage:")[2].join(("stage:", "")).partition("\nPowered")[0])
+    assert options_of["train"]["steps"] == 800
+    assert options_of["resume"] == "never"
+
+
+@pytest.mark.slow
+def test_cfg_job_shows_the_composed_configuration(place):
+    status, out, _err = run_cli(place, "stage=0", "train.steps=7", "--cfg", "job")
+    assert status == 0
+    shown = yaml.safe_load(out)
+    assert shown["stage"]["number"] == 0
+    assert shown["train"]["steps"] == 7
+    assert not (place / "outputs").exists()

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from training_helpers import SEQ_LEN, stage_config
+
+from muse.config import ModelConfig, TokenizerConfig, WidthConfig
+from muse.data import Corpus, Tokenizer, build_tokenizer
+from muse.models import LanguageModel, build_model
+from muse.training.sample import sample_text
+
+TEXT = "the cat sat on a mat and then it was gone again so we went home\n"
+
+
+@pytest.fixture
+def tokenizer(tmp_path) -> Tokenizer:
+    return build_tokenizer(TokenizerConfig(name="word"), Corpus([TEXT], [TEXT], [TEXT]), tmp_path)
+
+
+def model(tokenizer: Tokenizer, dropout: float = 0.0) -> LanguageModel:
+    width = WidthConfig(d_model=8, layers=1, heads=2, kv_heads=1, d_ff=16)
+    sizes = ModelConfig("nano", tokenizer.vocab_size, SEQ_LEN, real=width, complex=width)
+    return build_model(stage_config(1, dropout=dropout), sizes, tokenizer.vocab_size)
+
+
+def test_a_sample_is_decided_by_its_seed_alone(tokenizer):
+    net = model(tokenizer, dropout=0.5).train()
+    state = torch.get_rng_state()
+    texts = [sample_text(net, tokenizer, [1, 2], 30, SEQ_LEN, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert net.training
+    torch.manual_seed(99)
+    assert texts[0] == texts[1] == sample_text(net, tokenizer, [1, 2], 30, SEQ_LEN, seed=0)
+    assert texts[0] != texts[2]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3 * SEQ_LEN])
+def test_a_sample_goes_on_from_the_prompt(tokenizer, tokens):
+    prompt = tokenizer.encode("the cat sat on a mat and then it was gone")
+    text = sample_text(model(tokenizer), tokenizer, prompt, tokens, SEQ_LEN)
+    assert text.startswith(tokenizer.decode(prompt))
+    assert len(tokenizer.encode(text)) == len(prompt) + tokens
+
+
+def test_only_the_last_seq_len_tokens_count(tokenizer):
+    net = model(tokenizer)
+    endings = []
+    for first in (3, 4):
+        prompt = [first] * 5 + list(range(1, SEQ_LEN + 1))
+        text = sample_text(net, tokenizer, prompt, 10, SEQ_LEN)
+        endings.append(tokenizer.encode(text)[-10:])
+    assert endings[0] == endings[1]
+
+
+def test_one_candidate_is_the_likeliest_token(tokenizer):
+    net = model(tokenizer).eval()
+    ids = [1, 2, 3]
+    for _ in range(12):
+        with torch.no_grad():
+            ids.append(int(net(torch.tensor([ids[-SEQ_LEN:]]))[0, -1].argmax()))
+    for seed in (0, 1):
+        assert sample_text(net, tokenizer, ids[:3], 12, SEQ_LEN, top_k=1, seed=seed) == tokenizer.decode(ids)
+    cold = sample_text(net, tokenizer, ids[:3], 12, SEQ_LEN, temperature=1e-4, seed=2)
+    assert cold == tokenizer.decode(ids)
+
+
+def test_the_likeliest_tokens_only_are_drawn(tokenizer):
+    net = model(tokenizer).eval()
+    with torch.no_grad():
+        allowed = set(net(torch.tensor([[5]]))[0, -1].topk(3).indices.tolist())
+    drawn = set()
+    for seed in range(40):
+        text = sample_text(net, tokenizer, [5], 1, SEQ_LEN, temperature=10.0, top_k=3, seed=seed)
+        drawn.add(tokenizer.encode(text)[-1])
+    assert drawn == allowed

@@ -1,0 +1,336 @@
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+import signal
+
+import pytest
+import torch
+from training_helpers import (
+    VOCAB,
+    CrashError,
+    Recorder,
+    crash_at,
+    prepare_model,
+    run_config,
+    run_train,
+    same,
+    snapshot,
+    token_data,
+)
+
+from muse.errors import RunError
+from muse.training.checkpoint import STATE, WEIGHTS, find_checkpoint, load_state
+from muse.training.trainer import TrainResult
+
+
+def assert_same_end(first: TrainResult, second: TrainResult) -> None:
+    """Both runs ended with the same weights and the same state of everything else, to the last bit."""
+    assert first.checkpoint is not None
+    assert second.checkpoint is not None
+    assert (first.checkpoint / WEIGHTS).read_bytes() == (second.checkpoint / WEIGHTS).read_bytes()
+    assert same(vars(load_state(first.checkpoint)), vars(load_state(second.checkpoint)))
+    assert first.valid == second.valid
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("number", "precision"),
+    [(0, "fp32"), (1, "bf16"), (0, "bf16"), (1, "fp32"), (1, "bf16-mixed"), (1, "fp16-mixed")],
+)
+def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, number, precision, optim, accumulation):
+    steps = 12 if accumulation == 1 else 6
+    options = {"name": optim, "accumulation": accumulation}
+    config = run_config(
+        number, precision, options, steps=steps, checkpoint_every=steps // 2, eval_every=steps // 3
+    )
+    whole = Recorder()
+    _, undisturbed = run_train(config, tmp_path / "whole", whole)
+
+    # The process dies some steps after its last checkpoint.
+    first = Recorder(react=crash_at(steps // 2 + 1))
+    with pytest.raises(CrashError):
+        run_train(config, tmp_path / "first", first)
+    checkpoint = find_checkpoint(tmp_path / "first")
+    assert load_state(checkpoint).step == steps // 2
+    torch.rand(7)
+    rest = Recorder()
+    _, resumed = run_train(config, tmp_path / "rest", rest, checkpoint)
+
+    assert_same_end(undisturbed, resumed)
+    later = {step: loss for step, loss in whole.losses().items() if step > steps // 2}
+    assert rest.losses() == later
+    assert len(later) == steps - steps // 2
+
+
+@pytest.mark.parametrize("modulus", [True, False])
+def test_every_step_may_be_the_last_one_of_a_process(tmp_path, modulus):
+    options = {"second_moment": "modulus" if modulus else "plane"}
+    config = run_config(1, "bf16", options, steps=5, checkpoint_every=1)
+    _, undisturbed = run_train(config, tmp_path / "whole")
+    checkpoint = None
+    for step in range(1, 5):
+        with pytest.raises(CrashError):
+            run_train(config, tmp_path / str(step), Recorder(react=crash_at(step + 1)), checkpoint)
+        checkpoint = find_checkpoint(tmp_path / str(step))
+        assert load_state(checkpoint).step == step
+    _, resumed = run_train(config, tmp_path / "rest", resume_from=checkpoint)
+    assert_same_end(undisturbed, resumed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, number):
+    config = run_config(steps=8)
+    _, undisturbed = run_train(config, tmp_path / "whole")
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    def send(step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), number)
+
+    log = Recorder(react=send)
+    _, stopped = run_train(config, tmp_path / "stopped", log)
+    assert stopped.signal == number
+    assert stopped.step == 3
+    assert max(log.losses()) == 3
+    assert stopped.valid is None
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    _, resumed = run_train(config, tmp_path / "rest", resume_from=stopped.checkpoint)
+    assert resumed.signal is None
+    assert_same_end(undisturbed, resumed)
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    def send(step: int) -> None:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_train(run_config(), tmp_path, Recorder(react=send))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_evaluations_logging_and_checkpoints_do_not_change_the_training(tmp_path):
+    plain = run_config(1, "bf16", steps=6)
+    busy = run_config(1, "bf16", steps=6, eval_every=2, checkpoint_every=1, test=True, eval_tokens=16)
+    busy.logger.log_every = 4
+    results = [run_train(config, tmp_path / str(i))[1] for i, config in enumerate((plain, busy))]
+    weights = [(result.checkpoint / WEIGHTS).read_bytes() for result in results]
+    assert weights[0] == weights[1]
+    assert results[0].valid == results[1].valid
+    assert results[0].test is None
+    assert results[1].test is not None
+
+
+def test_a_run_killed_in_its_last_evaluation_is_only_evaluated_again(tmp_path):
+    config = run_config(steps=3)
+    _, finished = run_train(config, tmp_path / "first")
+    log = Recorder()
+    _, again = run_train(config, tmp_path / "again", log, finished.checkpoint)
+    assert again.valid == finished.valid
+    assert not log.losses()
+    assert (again.checkpoint / WEIGHTS).read_bytes() == (finished.checkpoint / WEIGHTS).read_bytes()
+
+
+def test_the_seed_decides_the_run(tmp_path):
+    losses = []
+    for index, seed in enumerate((3, 3, 4)):
+        config = run_config(1, "bf16", steps=3)
+        config.seed = seed
+        log = Recorder()
+        run_train(config, tmp_path / str(index), log)
+        losses.append(log.losses())
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_training_learns(tmp_path, number, precision, optim):
+    config = run_config(number, precision, {"name": optim}, steps=60, batch_size=8)
+    config.stage.dropout = 0.0
+    log = Recorder()
+    _, result = run_train(config, tmp_path, log)
+    losses = log.losses()
+    assert losses[1] > 0.8 * math.log(VOCAB)
+    assert sum(losses[step] for step in range(51, 61)) / 10 < losses[1] - 0.5
+    assert result.valid.loss < losses[1] - 0.5
+    assert result.tokens == 60 * 8 * 8
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_micro_batches_equal_one_batch(tmp_path, number):
+    runs = []
+    for name, pieces, batch_size in (("pieces", 3, 2), ("whole", 1, 6)):
+        # A large eps, as AdamW would turn a rounding error of a gradient near zero into a whole step.
+        config = run_config(
+            number, "fp32", {"accumulation": pieces, "eps": 1e-2}, steps=4, batch_size=batch_size
+        )
+        config.stage.dropout = 0.0
+        log = Recorder()
+        model, result = run_train(config, tmp_path / name, log)
+        runs.append((model, result, log))
+    (pieces, one, first), (whole, two, second) = runs
+    for a, b in zip(pieces.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+    # The last line is the evaluation.
+    for (_, a), (_, b) in zip(first.lines[:4], second.lines[:4], strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
+        assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-4)
+    assert one.tokens == two.tokens
+
+
+@pytest.mark.parametrize("name", ["blocks.1.ffn_norm.gain", "embedding.weight", "norm.gain"])
+def test_a_bad_parameter_stops_the_run_and_is_named(tmp_path, monkeypatch, name):
+    config = run_config(1, "fp32", steps=6, checkpoint_every=2)
+
+    def poison_fourth_step(model: torch.nn.Module) -> None:
+        parameter, loss, calls = dict(model.named_parameters())[name], model.loss, []
+
+        def poisoned_loss(*arguments: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            if len(calls) == 4:
+                with torch.no_grad():
+                    parameter.view(-1)[-1] = math.nan
+            return loss(*arguments)
+
+        model.loss = poisoned_loss
+
+    models = prepare_model(monkeypatch, poison_fourth_step)
+    with pytest.raises(RunError, match=rf"step 4\b.* {re.escape(name)};") as caught:
+        run_train(config, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "checkpoints" / "step_00000002") in str(caught.value)
+    assert load_state(find_checkpoint(tmp_path)).step == 2
+    # The poisoned number is the only one that is bad: nothing was updated from it.
+    assert sum(int((~parameter.isfinite()).sum()) for parameter in models[0].parameters()) == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_gradient_stops_the_run_before_the_update(tmp_path, monkeypatch, precision, bad):
+    name = "blocks.0.ffn.up.weight"
+    backwards = []
+
+    def spoil(model: torch.nn.Module) -> None:
+        def hook(gradient: torch.Tensor) -> torch.Tensor:
+            backwards.append(1)
+            return torch.full_like(gradient, bad) if len(backwards) == 3 else gradient
+
+        dict(model.named_parameters())[name].register_hook(hook)
+
+    models = prepare_model(monkeypatch, spoil)
+    weights = {}
+    log = Recorder(react=lambda step: weights.update({step: snapshot(models[0])}))
+    with pytest.raises(RunError, match=rf"gradient norm is not finite in step 3\b.*gradient of {name};") as e:
+        run_train(run_config(1, precision), tmp_path, log)
+    assert "no checkpoint was written yet" in str(e.value)
+    assert sorted(weights) == [1, 2]
+    assert same(weights[2], snapshot(models[0]))
+
+
+def test_fp16_skips_a_step_whose_gradient_overflows_and_goes_on(tmp_path, monkeypatch):
+    backwards = []
+
+    def overflow(model: torch.nn.Module) -> None:
+        def hook(gradient: torch.Tensor) -> torch.Tensor:
+            backwards.append(1)
+            return gradient * math.inf if len(backwards) in (2, 4) else gradient
+
+        model.norm.gain.register_hook(hook)
+
+    models = prepare_model(monkeypatch, overflow)
+    weights = {}
+    log = Recorder(react=lambda step: weights.update({step: snapshot(models[0])}))
+    _, result = run_train(run_config(1, "fp16-mixed", {"name": "muon"}, steps=5), tmp_path, log)
+    changed = [not same(weights[step], weights[step + 1]) for step in (1, 2, 3, 4)]
+    assert changed == [False, True, False, True]
+    state = load_state(result.checkpoint)
+    assert state.scaler["scale"] == torch.amp.GradScaler("cpu").get_scale() / 4
+    assert all(parameter.isfinite().all() for parameter in models[0].parameters())
+    assert math.isfinite(result.valid.loss)
+
+
+def test_fp16_gives_up_when_the_scale_is_used_up(tmp_path, monkeypatch):
+    def spoil(model: torch.nn.Module) -> None:
+        model.norm.gain.register_hook(lambda gradient: gradient * math.nan)
+
+    models = prepare_model(monkeypatch, spoil)
+    initial = {}
+    log = Recorder(react=lambda step: initial or initial.update(snapshot(models[0])))
+    with pytest.raises(RunError, match=r"in step 17\b.*gradient of norm\.gain;"):
+        run_train(run_config(1, "fp16-mixed", steps=40), tmp_path, log)
+    assert same(initial, snapshot(models[0]))
+
+
+def test_best_is_the_checkpoint_of_the_lowest_validation_loss(tmp_path):
+    config = run_config(1, "fp32", {"lr": 0.1, "schedule": "constant", "clip": 0.0}, steps=30)
+    config.train.eval_every = 3
+    config.train.eval_tokens = 0
+    log = Recorder()
+    run_train(config, tmp_path, log)
+    losses = {step: metrics["valid/loss"] for step, metrics in log.lines if "valid/loss" in metrics}
+    assert len(losses) == 10
+    best = find_checkpoint(tmp_path, "best")
+    state = load_state(best)
+    # The checkpoint of the last step comes before its evaluation and does not know that loss yet.
+    known = min(loss for step, loss in losses.items() if step <= state.step and step < 30)
+    assert losses[state.step] == min(losses.values())
+    assert state.best_loss == known
+    assert load_state(find_checkpoint(tmp_path, "last")).step == 30
+
+
+def test_a_resumed_run_knows_its_lowest_validation_loss(tmp_path):
+    config = run_config(steps=4, checkpoint_every=2, eval_every=3)
+    with pytest.raises(CrashError):
+        run_train(config, tmp_path / "first", Recorder(react=crash_at(3)))
+    checkpoint = find_checkpoint(tmp_path / "first")
+    state = load_state(checkpoint)
+    state.best_loss = 0.0
+    torch.save(vars(state), checkpoint / STATE)
+    _, result = run_train(config, tmp_path / "rest", resume_from=checkpoint)
+    assert load_state(result.checkpoint).best_loss == 0.0
+    assert find_checkpoint(tmp_path / "rest", "best") is None
+
+
+def test_a_compiled_model_keeps_the_names_of_its_weights(tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_eagerly(function, **options):
+        compiled.append(function)
+        return functools.wraps(function)(lambda *arguments: function(*arguments))
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    config = run_config(steps=3)
+    _, plain = run_train(config, tmp_path / "plain")
+    assert compiled == []
+    config.hardware.compile = True
+    model, result = run_train(config, tmp_path / "compiled")
+    assert len(compiled) == 1
+    assert not [name for name in model.state_dict() if "_orig_mod" in name]
+    assert_same_end(plain, result)
+
+
+@pytest.mark.slow
+def test_torch_compile_trains_the_same_model(tmp_path):
+    config = run_config(steps=2)
+    config.stage.dropout = 0.0
+    config.model.complex.layers = 1
+    plain, eager = run_train(config, tmp_path / "plain")
+    config.hardware.compile = True
+    model, result = run_train(config, tmp_path / "compiled")
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert result.valid.loss == pytest.approx(eager.valid.loss, rel=1e-3)
+
+
+def test_a_run_without_words_has_only_a_perplexity_per_token(tmp_path):
+    data = token_data()
+    bare = type(data)(data.train, data.valid, data.test, data.vocab_size, None, {})
+    _, result = run_train(run_config(steps=1), tmp_path, data=bare)
+    assert result.valid.word_ppl is None
+    assert result.valid.bits_per_byte is None
+    assert result.valid.ppl == math.exp(result.valid.loss)
