@@ -92,6 +92,7 @@ def _throughput(config: BenchConfig, report: Report) -> None:
     report.values |= {
         "tokens_per_second": measured["tokens_per_second"],
         "products_ratio": measured["products_ratio"],
+        "products_and_sdpa_ratio": measured["products_and_sdpa_ratio"],
     }
     if config.stage.number != 0:
         baseline = baseline_of(config)

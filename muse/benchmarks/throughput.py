@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,16 +45,43 @@ class Product:
         return left, right
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """A causal attention with its backward pass: shapes (B, H, S, d) of queries and keys, and dtype."""
+
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+    dtype: torch.dtype
+
+    def function(self, device: torch.device) -> Callable[[], None]:
+        """Forward and backward of a bare SDPA call on random inputs of these shapes."""
+        q, k, v = (
+            torch.randn(shape, device=device).to(self.dtype).requires_grad_()
+            for shape in (self.query, self.key, self.key)
+        )
+        grad = torch.randn_like(q)
+
+        def call() -> None:
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=self.query[1] != self.key[1]
+            )
+            torch.autograd.grad(out, (q, k, v), grad)
+
+        return call
+
+
 class ProductRecorder(TorchDispatchMode):
     """Counts the matrix products of everything that runs inside.
 
     Fused causal attention counts as the products it is made of, two forward and five backward, each over
-    half of the keys: what a causal mask leaves of them.
+    half of the keys: what a causal mask leaves of them. Its calls are kept too, to be timed as they are.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.products: Counter[Product] = Counter()
+        self.attention_products: Counter[Product] = Counter()
+        self.attention_calls: Counter[AttentionCall] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -67,6 +95,8 @@ class ProductRecorder(TorchDispatchMode):
             backward = "backward" in packet.__name__
             query, key = (args[1], args[2]) if backward else (args[0], args[1])
             self._add_attention(query, key, backward)
+            if backward:
+                self.attention_calls[AttentionCall(tuple(query.shape), tuple(key.shape), query.dtype)] += 1
         return func(*args, **(kwargs or {}))
 
     def _add_attention(self, query: Tensor, key: Tensor, backward: bool) -> None:
@@ -76,7 +106,8 @@ class ProductRecorder(TorchDispatchMode):
         values = _dense((batch * heads, length, seen), (batch * heads, seen, width), query.dtype)
         keys = _dense((batch * heads, seen, length), (batch * heads, length, width), query.dtype)
         # Forward: q k^T and p v. Backward: q k^T again, do v^T, ds k, ds^T q, p^T do.
-        self.products.update({scores: 2, values: 1, keys: 2} if backward else {scores: 1, values: 1})
+        counts = {scores: 2, values: 1, keys: 2} if backward else {scores: 1, values: 1}
+        self.attention_products.update(counts)
 
 
 def _product(left: Tensor, right: Tensor) -> Product:
@@ -95,8 +126,10 @@ def measure_throughput(config: BenchConfig, device: torch.device) -> dict[str, f
 
     Returns:
         ``tokens_per_second`` at the median step; ``step_ms_p20``, ``_p50`` and ``_p80``;
-        ``products_ms``, the median time of the products; ``products_ratio``, the median over rounds of
-        step time / products time; ``product_tflops``, the products' arithmetic rate.
+        ``products_ms``, the median time of the products, those inside attention as bare products;
+        ``products_ratio``, the median over rounds of step time / products time;
+        ``products_and_sdpa_ratio``, the same with bare SDPA calls in place of the products inside attention;
+        ``product_tflops``, the products' arithmetic rate.
 
     Raises:
         RunError: when a loss is not finite, so that no speed of a broken step is reported.
@@ -106,12 +139,14 @@ def measure_throughput(config: BenchConfig, device: torch.device) -> dict[str, f
     step(lambda: None)
     with ProductRecorder() as recorder:
         step(lambda: None)
-    replays = [(*product.factors(device), count) for product, count in recorder.products.items()]
+    outside = _replay(recorder.products, device)
+    inside = _replay(recorder.attention_products, device)
+    calls = [(call.function(device), count) for call, count in recorder.attention_calls.items()]
 
-    def products() -> None:
-        for left, right, count in replays:
+    def attention() -> None:
+        for call, count in calls:
             for _ in range(count):
-                torch.matmul(left, right)
+                call()
 
     losses: list[Tensor] = []
 
@@ -119,15 +154,18 @@ def measure_throughput(config: BenchConfig, device: torch.device) -> dict[str, f
         losses.append(step(lambda: None))
 
     for _ in range(config.benchmark.warmup):
-        one_step()
-        products()
-    steps, bare = [], []
-    for _ in range(config.benchmark.repeats):
-        steps.append(_seconds(one_step, device))
-        bare.append(_seconds(products, device))
+        for function in (one_step, outside, inside, attention):
+            function()
+    rounds = [
+        tuple(_seconds(function, device) for function in (one_step, outside, inside, attention))
+        for _ in range(config.benchmark.repeats)
+    ]
     if not all(math.isfinite(loss.item()) for loss in losses):
         raise RunError("a loss of the timed steps is not finite; their speed means nothing")
-    flops = sum(product.flops() * count for product, count in recorder.products.items())
+    steps = [times[0] for times in rounds]
+    bare = [times[1] + times[2] for times in rounds]
+    products = recorder.products + recorder.attention_products
+    flops = sum(product.flops() * count for product, count in products.items())
     tokens = config.benchmark.batch_size * config.benchmark.seq_len
     return {
         "tokens_per_second": tokens / quantile(steps, 0.5),
@@ -136,8 +174,21 @@ def measure_throughput(config: BenchConfig, device: torch.device) -> dict[str, f
         "step_ms_p80": 1e3 * quantile(steps, 0.8),
         "products_ms": 1e3 * quantile(bare, 0.5),
         "products_ratio": quantile([s / b for s, b in zip(steps, bare, strict=True)], 0.5),
+        "products_and_sdpa_ratio": quantile([s / (o + a) for s, o, _, a in rounds], 0.5),
         "product_tflops": flops / quantile(bare, 0.5) / 1e12,
     }
+
+
+def _replay(products: Counter[Product], device: torch.device) -> Callable[[], None]:
+    """Bare calls of the products on random factors."""
+    replays = [(*product.factors(device), count) for product, count in products.items()]
+
+    def replay() -> None:
+        for left, right, count in replays:
+            for _ in range(count):
+                torch.matmul(left, right)
+
+    return replay
 
 
 def _seconds(function: Callable[[], None], device: torch.device) -> float:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muse.layers.init import zeta_
-from muse.layers.rotary import rotate
+from muse.planar import multiply
 
 
 class ComplexEmbedding(nn.Module):
@@ -52,5 +52,5 @@ class ComplexEmbedding(nn.Module):
             z = z * (1 / self.rms)
         if self.phase is not None:
             phase = self.phase[: tokens.shape[1]]
-            z = rotate(z, torch.stack((phase.cos(), phase.sin()), dim=-2))
+            z = multiply(z, torch.stack((phase.cos(), phase.sin()), dim=-2))
         return z

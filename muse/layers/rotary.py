@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,18 +17,41 @@ def rotary_table(positions: Tensor, channels: int, base: float = 10000.0) -> Ten
     return torch.stack((angle.cos(), angle.sin()), dim=-2).float()
 
 
+class _Rotation(torch.autograd.Function):
+    """z times the table, in float32; the gradient is turned back by the conjugate table."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(table)
+        return _turn(z, *table.unbind(-2))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (table,) = ctx.saved_tensors
+        cos, sin = table.unbind(-2)
+        return _turn(grad, cos, -sin), None
+
+
+def _turn(z: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    re, im = upcast(z).unbind(-2)
+    cos, sin = cos.to(re.dtype), sin.to(re.dtype)
+    out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    out[..., 0, :] = (re * cos).addcmul_(im, sin, value=-1)
+    out[..., 1, :] = (re * sin).addcmul_(im, cos)
+    return out
+
+
 def rotate(z: Tensor, table: Tensor) -> Tensor:
     """z_k e^{i n omega_k}: a complex tensor turned by its position.
 
-    A score q conj(k) of rotated q and k depends on the difference of their positions only.
+    A score q conj(k) of rotated q and k depends on the difference of their positions only. The table is
+    taken as a constant.
 
     Args:
         z: planar (..., S, 2, D).
         table: planar (S, 2, D), from ``rotary_table``.
     """
-    re, im = upcast(z).unbind(-2)
-    cos, sin = table.to(re.dtype).unbind(-2)
-    return torch.stack((re * cos - im * sin, re * sin + im * cos), dim=-2).to(z.dtype)
+    return _Rotation.apply(z, table)
 
 
 def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ def _softmax_gradient_(logits: Tensor, targets: Tensor, needs_grad: bool) -> Ten
             values.amax(-1, keepdim=True).to(precise) - probability.amax(-1, keepdim=True).to(precise).log()
         )
         losses[rows] = (log_sum - chosen)[:, 0]
-        probability.scatter_add_(1, index, probability.new_full((), -1.0).expand_as(index))
+        # Indexing, because scatter copies the whole matrix on a CPU.
+        probability[torch.arange(len(index), device=index.device), index[:, 0]] -= 1
         logits[rows] = probability
     return losses
 

@@ -6,7 +6,11 @@ from muse.errors import RunError
 
 GOOD = {
     "vram": lambda config: {"peak": 0.5 if config.stage.number else 1.0},
-    "throughput": lambda config: {"tokens_per_second": 10.0, "products_ratio": 1.1},
+    "throughput": lambda config: {
+        "tokens_per_second": 10.0,
+        "products_ratio": 1.1,
+        "products_and_sdpa_ratio": 1.0,
+    },
     "stability": lambda config: {"inputs": 3, "nan_count": 0, "inf_count": 0},
     "gradients": lambda config: {"grad_norm_min": 1e-3, "grad_norm_max": 1.0},
     "perplexity": lambda config: {"ppl": 20.0, "trained": "untrained"},

@@ -9,7 +9,8 @@ from muse.layers import ComplexLinear
 def recorded_flops(function):
     with ProductRecorder() as recorder:
         function()
-    return sum(product.flops() * count for product, count in recorder.products.items())
+    products = recorder.products + recorder.attention_products
+    return sum(product.flops() * count for product, count in products.items())
 
 
 def test_a_complex_linear_is_one_real_product_forward_and_two_backward():
