@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muse.layers.linear import ComplexLinear
-from muse.layers.rotary import rotary_table, rotate
+from muse.layers.rotary import rotary_table, turn_into
 from muse.planar import modulus_floor, upcast
 
 
@@ -65,6 +66,38 @@ def complex_attention(q: Tensor, k: Tensor, v: Tensor, score: str = "real", caus
     )
 
 
+class _SplitHeads(torch.autograd.Function):
+    """Queries and keys turned by their positions, and values, from one projection.
+
+    Forward and backward write each result once, in the layout in which the next product reads it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, projection: Tensor, table: Tensor, heads: int, kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(table)
+        ctx.counts = (heads, kv_heads, kv_heads)
+        cos, sin = table.unbind(-2)
+        q, k, v = projection.permute(0, 3, 1, 2, 4).split(ctx.counts, dim=1)
+        turned_q, turned_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+        turn_into(turned_q, q, cos, sin)
+        turn_into(turned_k, k, cos, sin)
+        return turned_q, turned_k, v.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, None, None, None]:
+        (table,) = ctx.saved_tensors
+        cos, sin = table.unbind(-2)
+        batch, _, length, planes, width = grad_q.shape
+        grad = grad_q.new_empty(batch, length, planes, sum(ctx.counts), width)
+        q, k, v = grad.permute(0, 3, 1, 2, 4).split(ctx.counts, dim=1)
+        turn_into(q, grad_q, cos, -sin)
+        turn_into(k, grad_k, cos, -sin)
+        v.copy_(grad_v)
+        return grad, None, None, None
+
+
 class ComplexAttention(nn.Module):
     """Causal multi-head self-attention on planar states with rotary positions.
 
@@ -98,11 +131,8 @@ class ComplexAttention(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Map planar (B, S, 2, D) to planar (B, S, 2, D)."""
-        length = z.shape[1]
-        heads = self.projection(z).unflatten(-1, (-1, self.head_dim)).permute(0, 3, 1, 2, 4)
-        turned, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
-        table = rotary_table(torch.arange(length, device=z.device), self.head_dim)
-        q, k = rotate(turned, table).split((self.heads, self.kv_heads), dim=1)
-        # A view of v would keep the whole projection alive until the backward pass.
-        out = complex_attention(q, k, v.contiguous(), self.score)
+        projection = self.projection(z).unflatten(-1, (-1, self.head_dim))
+        table = rotary_table(torch.arange(z.shape[1], device=z.device), self.head_dim)
+        q, k, v = _SplitHeads.apply(projection, table, self.heads, self.kv_heads)
+        out = complex_attention(q, k, v, self.score)
         return self.output(out.permute(0, 2, 3, 1, 4).flatten(-2))

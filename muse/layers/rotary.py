@@ -23,22 +23,25 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, table: Tensor) -> Tensor:
         ctx.save_for_backward(table)
-        return _turn(z, *table.unbind(-2))
+        out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+        turn_into(out, z, *table.unbind(-2))
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (table,) = ctx.saved_tensors
         cos, sin = table.unbind(-2)
-        return _turn(grad, cos, -sin), None
+        out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+        turn_into(out, grad, cos, -sin)
+        return out, None
 
 
-def _turn(z: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turn_into(out: Tensor, z: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Write planar z (..., S, 2, D) times cos + i sin (S, D), computed in float32, into ``out``."""
     re, im = upcast(z).unbind(-2)
     cos, sin = cos.to(re.dtype), sin.to(re.dtype)
-    out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     out[..., 0, :] = (re * cos).addcmul_(im, sin, value=-1)
     out[..., 1, :] = (re * sin).addcmul_(im, cos)
-    return out
 
 
 def rotate(z: Tensor, table: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from muse.layers import (
     ModReLU,
 )
 from muse.layers.init import rayleigh_scale
-from muse.layers.recompute import recomputed
 from muse.models.language_model import LanguageModel
 from muse.models.real import TIED_LOGIT
 
@@ -36,12 +35,8 @@ class ComplexBlock(nn.Module):
         self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
 
     def forward(self, z: Tensor) -> Tensor:
-        normal = self.attention_norm(z)
-        with recomputed(normal, self.attention_norm, z):
-            z = z + self.dropout(self.attention(normal))
-        normal = self.ffn_norm(z)
-        with recomputed(normal, self.ffn_norm, z):
-            return z + self.dropout(self.ffn(normal))
+        z = z + self.dropout(self.attention(self.attention_norm(z)))
+        return z + self.dropout(self.ffn(self.ffn_norm(z)))
 
 
 class SeedBlock(nn.Module):

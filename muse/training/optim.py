@@ -130,7 +130,9 @@ class ModelOptimizer:
                     if view.grad is None:
                         continue
                     scratch = view.float()
-                    scratch.grad = view.grad.float().mul_(factor)
+                    scratch.grad = view.grad.float()
+                    if factor != 1.0:
+                        scratch.grad.mul_(factor)
                     kept = {k: v.float() for k, v in state[view].items()}
                     if adam:
                         self._share_second_moment(view, scratch, kept)
