@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -448,9 +447,3 @@ def quote_stage(arguments: list[str]) -> list[str]:
         return f"{prefix}stage=" + ",".join(f"'{value}'" for value in values.split(","))
 
     return [quote(argument) for argument in arguments]
-
-
-def available(group: str) -> list[str]:
-    """The options of a Hydra group, read from the folder ``conf/<group>``."""
-    folder = Path(__file__).resolve().parent.parent / "conf" / group
-    return sorted(path.stem for path in folder.glob("*.yaml"))

@@ -22,7 +22,6 @@ from muse.config import (
     TokenizerConfig,
     TrainConfig,
     WidthConfig,
-    available,
     build_config,
     quote_stage,
     register_schemas,
@@ -230,7 +229,7 @@ def test_every_file_of_conf_gives_a_checked_configuration(path):
 
 
 def test_the_tokenizer_and_the_optimiser_follow_the_model():
-    for size in available("model"):
+    for size in ("tiny", "small", "seed"):
         built = build_config(composed("train", [f"model={size}"]))
         assert built.tokenizer.vocab_size == built.model.vocab_size
         assert built.optim.lr == built.model.lr
@@ -241,13 +240,6 @@ def test_the_tokenizer_and_the_optimiser_follow_the_model():
 @pytest.mark.parametrize("stage", ["0", "1"])
 def test_stage_chooses_the_model(stage):
     assert build_config(composed("train", [f"stage={stage}"])).stage.number == int(stage)
-    assert stage in available("stage")
-
-
-def test_available_lists_the_options_of_each_group():
-    for group in GROUPS:
-        assert available(group) == sorted(path.stem for path in FILES if path.parent.name == group)
-    assert available("nothing") == []
 
 
 @pytest.mark.parametrize("override", ["train.steps=0", "stage.dropout=2", "optim.betas=[0.5]", "seed=-3"])
