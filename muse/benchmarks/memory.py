@@ -11,6 +11,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from muse.benchmarks.step import benchmark_model, training_step
 from muse.config import BenchConfig
 from muse.errors import RunError
+from muse.hardware import synchronize
 from muse.models import count_parameters
 
 GB = 1e9
@@ -39,7 +40,7 @@ def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, float
     state = optimizer.state_tensors()
     after_forward = before = peak = 0.0
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 
 from muse.layers.activation import build_activation
-from muse.layers.init import rayleigh_scale
+from muse.layers.init import modulus_median, rayleigh_scale
 from muse.layers.linear import ComplexLinear
 from muse.layers.recompute import recomputed
 
@@ -31,8 +29,7 @@ class ComplexFFN(nn.Module):
     ) -> None:
         super().__init__()
         self.up = ComplexLinear(d_model, d_ff, bias=False, init=init)
-        # |z| of a normalised input times a Rayleigh(s) weight is Rayleigh(s sqrt(d_model)).
-        median = rayleigh_scale(d_model, d_ff, init) * math.sqrt(2 * math.log(2) * d_model)
+        median = modulus_median(rayleigh_scale(d_model, d_ff, init), d_model)
         self.activation = build_activation(activation, d_ff, median)
         self.down = ComplexLinear(d_ff, d_model, bias=False, init=init, gain=gain)
 

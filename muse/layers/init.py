@@ -16,6 +16,11 @@ def rayleigh_scale(fan_in: int, fan_out: int, kind: str) -> float:
     return 1 / math.sqrt(fan_in + fan_out if kind == "glorot" else fan_in)
 
 
+def modulus_median(scale: float, fan_in: int) -> float:
+    """Median of |W z| for Rayleigh(scale) weights and E|z|^2 = 1: it is Rayleigh(scale sqrt(fan_in))."""
+    return scale * math.sqrt(2 * math.log(2) * fan_in)
+
+
 @torch.no_grad()
 def rayleigh_(weight: Tensor, scale: float) -> Tensor:
     """Fill a planar weight in place with |w| ~ Rayleigh(scale) and uniform phase.

@@ -16,7 +16,7 @@ from muse.layers import (
     ComplexRMSNorm,
     ModReLU,
 )
-from muse.layers.init import rayleigh_scale
+from muse.layers.init import modulus_median, rayleigh_scale
 from muse.models.language_model import LanguageModel
 from muse.models.real import TIED_LOGIT
 
@@ -46,7 +46,7 @@ class SeedBlock(nn.Module):
         super().__init__()
         self.norm_in = ComplexRMSNorm(features)
         self.linear = ComplexLinear(features, features, init=stage.init, gain=gain)
-        median = gain * rayleigh_scale(features, features, stage.init) * math.sqrt(2 * math.log(2) * features)
+        median = modulus_median(gain * rayleigh_scale(features, features, stage.init), features)
         self.activation = ModReLU(features, bias=-median)
         self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
         self.norm_out = ComplexRMSNorm(features)
