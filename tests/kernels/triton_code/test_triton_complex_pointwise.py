@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import launch
+from kernels.complex_pointwise import (
+    ACTIVATIONS,
+    add_complex_rms_norm,
+    complex_activation,
+    complex_layer_norm,
+    complex_rms_norm,
+    rotate,
+    split_heads,
+)
+
+# Triton's interpreter has no bfloat16.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+NORMS = ["rms_norm", "add_rms_norm", "layer_norm"]
+OPERATIONS = [*NORMS, *ACTIVATIONS, "rotate", "rotate_back", "split_heads"]
+HEADS, KV_HEADS = 4, 2
+
+
+def case(name, tokens, width, dtype, device, scale=1.0):
+    """An operation of its leaves, and the leaves: the first one of the states scaled."""
+    z, other = (torch.randn(2, tokens, 2, width, device=device).mul(scale).to(dtype) for _ in range(2))
+    pairs = torch.randn(2, tokens, 2, HEADS + 2 * KV_HEADS, width, device=device).mul(scale).to(dtype)
+    gain, gamma = (torch.randn(rows, width, device=device).to(dtype) for rows in (2, 3))
+    offset, slope = torch.randn(2, width, device=device).mul(0.7).to(dtype)
+    angle = torch.rand(tokens, width, device=device) * 6
+    table = torch.stack((angle.cos(), angle.sin()), dim=-2)
+    match name:
+        case "rms_norm":
+            return complex_rms_norm, [z, gain]
+        case "add_rms_norm":
+            return add_complex_rms_norm, [z, other, gain]
+        case "layer_norm":
+            return complex_layer_norm, [z, gamma, gain]
+        case "rotate":
+            return lambda z: rotate(z, table), [z]
+        case "rotate_back":
+            return lambda z: rotate(z, table, inverse=True), [z]
+        case "split_heads":
+            return lambda x: split_heads(x, table, HEADS, KV_HEADS), [pairs]
+    return lambda z, *p: complex_activation(z, name, *p), [z, offset, slope][: 1 + ACTIVATIONS[name]]
+
+
+def results(function, leaves, dtype=None, spread=False):
+    """Outputs, then the gradients of all leaves for random gradients of all outputs.
+
+    The maths runs in ``dtype``, on leaves and gradients that were rounded to the dtype of the first leaf.
+    """
+    rounded = leaves[0].dtype
+    leaves = [leaf.detach().to(dtype or leaf.dtype).requires_grad_() for leaf in leaves]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [
+        torch.randn(x.shape, generator=generator).to(x.device, rounded).to(x.dtype) for x in outputs
+    ]
+    if spread:
+        cotangents = [x.mT.contiguous().mT for x in cotangents]
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, cotangents)]
+
+
+def references(function, leaves):
+    """The eager implementation in the dtype of the leaves, and in float64."""
+    with launch.eager():
+        return results(function, leaves), results(function, leaves, torch.float64)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+# (60, 5) gives each program of a backward pass several tiles, the last incomplete.
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 63), (3, 65), (60, 5)])
+def test_value_and_every_gradient(name, dtype, sizes, device, assert_as_accurate):
+    function, leaves = case(name, *sizes, dtype, device)
+    got = results(function, leaves)
+    for actual, plain, exact in zip(got, *references(function, leaves), strict=True):
+        # One channel, normalised, has a gradient of zero; what is left of it is rounding.
+        assert_as_accurate(actual, plain, exact, scale=1.0)
+
+
+@pytest.mark.parametrize("name", [*NORMS, "mod_swish", "rotate"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_tokens(name, dtype, device, assert_as_accurate):
+    function, leaves = case(name, 2, 1025, dtype, device)
+    got = results(function, leaves)
+    for actual, plain, exact in zip(got, *references(function, leaves), strict=True):
+        assert_as_accurate(actual, plain, exact)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_neither_inputs_nor_gradients_need_be_contiguous(name, device):
+    function, leaves = case(name, 3, 17, torch.float32, device)
+    spread = [
+        leaf.mT.contiguous().mT if leaf.ndim > 1 else leaf[:, None].repeat(1, 2)[:, 0] for leaf in leaves
+    ]
+    assert not any(leaf.is_contiguous() for leaf in spread)
+    assert all(map(torch.equal, results(function, spread, spread=True), results(function, leaves)))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 100.0])
+def test_zeros_tiny_and_large_values(name, dtype, scale, device, assert_as_accurate):
+    function, leaves = case(name, 3, 9, dtype, device, scale)
+    got = results(function, leaves)
+    for actual, plain, exact in zip(got, *references(function, leaves), strict=True):
+        assert actual.isfinite().all()
+        assert_as_accurate(actual, plain, exact, scale=scale)
+
+
+@pytest.mark.parametrize("kind", ["constant", "real", "imaginary", "dependent", "equal"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_of_degenerate_tokens(kind, dtype, device):
+    function, (z, gamma, beta) = case("layer_norm", 3, 33, dtype, device, scale=100.0)
+    re = z[..., 0, :].clone()
+    match kind:
+        case "constant":
+            z.fill_(70.0)
+        case "real":
+            z[..., 1, :] = 0
+        case "imaginary":
+            z[..., 0, :] = 0
+        case "dependent":
+            z[..., 1, :] = -1.7 * re
+        case "equal":
+            z[..., 1, :] = re
+    y, *gradients = results(function, [z, gamma, beta])
+    assert y.abs().max() < 50
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_repeated_backward_is_bitwise_equal(name, device):
+    function, leaves = case(name, 30, 9, torch.float32, device)
+    first = results(function, leaves)
+    for _ in range(3):
+        assert all(map(torch.equal, results(function, leaves), first))
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_are_per_token(name, dtype, device):
+    function, (z, *parameters) = case(name, 20, 9, dtype, device)
+    other = z.clone()
+    other[:, -1] = other[:, -1] * 50 + 3
+    before, after = (results(lambda z: function(z, *parameters), [x]) for x in (z, other))
+    for x, y in zip(before, after, strict=True):
+        assert torch.equal(x[:, :-1], y[:, :-1])
+        assert not torch.equal(x[:, -1], y[:, -1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mod_relu_without_offset_is_the_identity(dtype, device):
+    z = torch.randn(30, 2, 9, device=device).to(dtype)
+    assert torch.equal(complex_activation(z, "mod_relu", torch.zeros(9, dtype=dtype, device=device)), z)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_is_that_of_the_rounded_sum(dtype, device):
+    _, (z, branch, gain) = case("add_rms_norm", 20, 33, dtype, device)
+    total, normal = add_complex_rms_norm(z, branch, gain)
+    assert torch.equal(total, z + branch)
+    assert torch.equal(normal, complex_rms_norm(total, gain))
+
+
+def test_sum_and_norm_with_only_the_norm_used(device, assert_as_accurate):
+    _, leaves = case("add_rms_norm", 5, 9, torch.float32, device)
+
+    def normal(*leaves):
+        return add_complex_rms_norm(*leaves)[1]
+
+    got = results(normal, leaves)
+    for actual, plain, exact in zip(got, *references(normal, leaves), strict=True):
+        assert_as_accurate(actual, plain, exact)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (6, 3), (5, 5)])
+def test_heads_are_split_as_by_torch(heads, device):
+    projection = torch.randn(2, 3, 2, heads[0] + 2 * heads[1], 33, device=device)
+    table = torch.stack((torch.ones(3, 33), torch.zeros(3, 33)), dim=-2).to(device)
+    q, k, v = projection.permute(0, 3, 1, 2, 4).split((heads[0], heads[1], heads[1]), dim=1)
+    for actual, expected in zip(split_heads(projection, table, *heads), (q, k, v), strict=True):
+        assert torch.equal(actual, expected)
+        assert actual.is_contiguous()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_parameters_may_be_float32_for_float16_states(name, device, assert_as_accurate):
+    """As under autocast."""
+    function, (z, *parameters) = case(name, 3, 9, torch.float16, device)
+    if name == "add_rms_norm":
+        leaves = [z, parameters[0], parameters[1].float()]
+    else:
+        leaves = [z, *(parameter.float() for parameter in parameters)]
+    got = results(function, leaves)
+    for actual, leaf in zip(got[-len(leaves) :], leaves, strict=True):
+        assert actual.dtype == leaf.dtype
+    for actual, plain, exact in zip(got, *references(function, leaves), strict=True):
+        assert_as_accurate(actual, plain, exact)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_no_tokens(name, device):
+    function, leaves = case(name, 3, 9, torch.float32, device)
+    leaves[: 2 if name == "add_rms_norm" else 1] = [
+        leaf[:0] for leaf in leaves[: 2 if name == "add_rms_norm" else 1]
+    ]
+    out, *_ = got = results(function, leaves)
+    assert out.numel() == 0
+    assert all((gradient == 0).all() for gradient in got[-len(leaves) :])
