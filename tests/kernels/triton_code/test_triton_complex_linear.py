@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+import kernels.complex_linear as implementation
+from kernels.complex_linear import PARAMETERS, PINNED, complex_linear, complex_linear_activated
+from kernels.launch import eager
+from kernels.planar import modulus, modulus_floor, upcast
+
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+# Rows, in and out; the blocks of the interpreter are 32 up to 64 features out, else 64.
+SIZES = [(1, 1, 1), (63, 65, 63), (65, 1, 130), (7, 130, 33), (64, 32, 64)]
+
+
+@pytest.fixture(autouse=True)
+def triton_everywhere(monkeypatch):
+    """Run the Triton kernels, whatever is pinned as the faster one."""
+    monkeypatch.setattr(implementation, "_runs_triton", lambda _, x, *more: implementation.use_triton(x))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that ran."""
+    names = []
+
+    def launch(kernel, *arguments, **options):
+        names.append(kernel.__name__)
+        implementation_launch(kernel, *arguments, **options)
+
+    implementation_launch = implementation.launch
+    monkeypatch.setattr(implementation, "launch", launch)
+    return names
+
+
+def tensors(sizes, dtype, device):
+    rows, fan_in, fan_out = sizes
+    shapes = {
+        "x": (rows, 2, fan_in),
+        "weight": (2, fan_out, fan_in),
+        "bias": (2, fan_out),
+        "offset": (fan_out,),
+        "slope": (fan_out,),
+        "residual": (rows, 2, fan_out),
+        "grad": (rows, 2, fan_out),
+        "grad_hidden": (rows, 2, fan_out),
+    }
+    return {name: torch.randn(shape).to(device, dtype) for name, shape in shapes.items()}
+
+
+def run(function, inputs, cotangents):
+    """Outputs and all gradients."""
+    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+    outputs = function(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    cotangents = [c.to(o.dtype) for o, c in zip(outputs, cotangents, strict=True)]
+    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, list(leaves.values()), cotangents)]
+
+
+def plain_product(x, weight, bias=None, residual=None, products=4):
+    """As a user would write it."""
+    (x_re, x_im), (w_re, w_im) = x.unbind(-2), weight
+    if products == 3:
+        first, second, third = x_re @ w_re.T, x_im @ w_im.T, (x_re + x_im) @ (w_re + w_im).T
+        y = torch.stack((first - second, third - first - second), -2)
+    else:
+        y = torch.stack((x_re @ w_re.T - x_im @ w_im.T, x_re @ w_im.T + x_im @ w_re.T), -2)
+    y = y if bias is None else y + bias
+    return y if residual is None else y + residual
+
+
+def plain_activated(x, weight, bias=None, residual=None, offset=None, slope=None, *, activation):
+    hidden = plain_product(x, weight, bias)
+    z = upcast(hidden)
+    match activation:
+        case "mod_relu":
+            size = modulus(z, modulus_floor(hidden.dtype))
+            active = (z * (torch.relu(size + offset) / size).unsqueeze(-2)).to(hidden.dtype)
+        case "mod_swish":
+            active = (z * torch.sigmoid(slope * modulus(z) + offset).unsqueeze(-2)).to(hidden.dtype)
+        case "split_gelu":
+            active = torch.nn.functional.gelu(hidden)
+    return (active if residual is None else active + residual), hidden
+
+
+def activated(activation):
+    """The function and the plain one."""
+    return [partial(f, activation=activation) for f in (complex_linear_activated, plain_activated)]
+
+
+def check(function, plain_function, inputs, cotangents, assert_as_accurate):
+    results = run(function, inputs, cotangents)
+    plain = run(plain_function, inputs, cotangents)
+    exact = run(plain_function, {name: value.double() for name, value in inputs.items()}, cotangents)
+    for result, other, truth in zip(results, plain, exact, strict=True):
+        assert_as_accurate(result, other, truth)
+    return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_product(sizes, dtype, device, assert_as_accurate, launched):
+    t = tensors(sizes, dtype, device)
+    used = {name: t[name] for name in ("x", "weight", "bias")}
+    check(complex_linear, plain_product, used, [t["grad"]], assert_as_accurate)
+    assert launched == ["_product_kernel", "_product_kernel", "_weight_gradient_kernel"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_three_products(sizes, dtype, device, assert_as_accurate):
+    t = tensors(sizes, dtype, device)
+    used = {name: t[name] for name in ("x", "weight", "residual")}
+    functions = [partial(function, products=3) for function in (complex_linear, plain_product)]
+    check(*functions, used, [t["grad"]], assert_as_accurate)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_error_of_three_products(dtype, device):
+    t = tensors((128, 64, 128), dtype, device)
+    exact = plain_product(t["x"].double(), t["weight"].double())
+
+    def error(products):
+        y = complex_linear(t["x"], t["weight"], products=products).double()
+        error = (y - exact).square().mean() / exact.square().mean()
+        return error.sqrt().item() * torch.finfo(torch.bfloat16).eps / torch.finfo(dtype).eps
+
+    # As the docstring says of bfloat16; the roundings of float16 are smaller by a power of two.
+    assert 1.5e-3 < error(4) < 1.9e-3
+    assert 2.7e-3 < error(3) < 3.3e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("activation", list(PARAMETERS))
+def test_activated(sizes, dtype, activation, device, assert_as_accurate, launched):
+    t = tensors(sizes, dtype, device)
+    used = {name: t[name] for name in ("x", "weight", "bias", "residual", *PARAMETERS[activation])}
+
+    check(*activated(activation), used, [t["grad"], t["grad_hidden"]], assert_as_accurate)
+    assert launched.count("_product_kernel") == 2
+
+
+@pytest.mark.parametrize("activation", list(PARAMETERS))
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_one_gradient_and_no_bias(activation, with_residual, device, assert_as_accurate):
+    t = tensors((33, 17, 34), torch.float32, device)
+    names = ("x", "weight", *PARAMETERS[activation], *(["residual"] if with_residual else []))
+    for kept in (0, 1):
+        used = {name: t[name] for name in (names if kept == 0 else names[:2])}
+        others = {name: t[name] for name in names if name not in used}
+
+        def function(kept=kept, others=others, **inputs):
+            return complex_linear_activated(**inputs, **others, activation=activation)[kept]
+
+        results = run(function, used, [t["grad"]])
+        with eager():
+            expected = run(function, used, [t["grad"]])
+        for result, other in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["mod_relu", "mod_swish"])
+def test_many_rows_are_split(dtype, activation, device, assert_as_accurate, monkeypatch):
+    t = tensors((1025, 17, 33), dtype, device)
+    used = {name: t[name] for name in ("x", "weight", "bias", "residual", *PARAMETERS[activation])}
+    # Few programs, so that each has several blocks of rows.
+    monkeypatch.setattr(implementation, "PROGRAMS", 4)
+    splits = []
+
+    def launch(kernel, grid, *arguments, **options):
+        if kernel.__name__ != "_product_kernel":
+            splits.append(grid[1])
+        implementation_launch(kernel, grid, *arguments, **options)
+
+    implementation_launch = implementation.launch
+    monkeypatch.setattr(implementation, "launch", launch)
+
+    function, plain = activated(activation)
+    results = check(function, plain, used, [t["grad"], t["grad_hidden"]], assert_as_accurate)
+    (split,) = splits
+    assert 1 < split <= 16
+    again = run(function, used, [t["grad"], t["grad_hidden"]])
+    assert all(torch.equal(one, other) for one, other in zip(results, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["mod_relu", "mod_swish", "split_gelu"])
+def test_large_values(dtype, activation, device, assert_as_accurate):
+    t = tensors((33, 17, 34), dtype, device)
+    t["x"] *= 100
+    used = {name: t[name] for name in ("x", "weight", *PARAMETERS[activation])}
+    check(*activated(activation), used, [t["grad"], t["grad_hidden"]], assert_as_accurate)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["mod_relu", "mod_swish", "split_gelu"])
+def test_zeros(dtype, activation, device):
+    t = tensors((33, 17, 34), dtype, device)
+    t["x"].zero_()
+    # The gradient of mod_relu is of order offset / floor here, and the floor depends on the dtype.
+    t["offset"].abs_()
+    used = {name: t[name] for name in ("x", "weight", *PARAMETERS[activation])}
+    function, plain = activated(activation)
+    results = run(function, used, [t["grad"], t["grad_hidden"]])
+    for result, expected in zip(results, run(plain, used, [t["grad"], t["grad_hidden"]]), strict=True):
+        scale = expected.abs().max().item() or 1.0
+        torch.testing.assert_close(result / scale, expected / scale, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * torch.cuda.is_available())
+def test_wide_residual(dtype, device, assert_as_accurate):
+    t = tensors((33, 17, 34), dtype, device)
+    t["residual"] = torch.randn(33, 2, 34, device=device)
+    used = {name: t[name] for name in ("x", "weight", "residual")}
+
+    def function(**inputs):
+        y = complex_linear(**inputs)
+        active, hidden = complex_linear_activated(**inputs, activation="split_gelu")
+        assert y.dtype == active.dtype == torch.float32
+        return y, active, hidden
+
+    def plain_function(**inputs):
+        return plain_product(**inputs), *plain_activated(**inputs, activation="split_gelu")
+
+    cotangents = [torch.randn(33, 2, 34, device=device), torch.randn(33, 2, 34, device=device), t["grad"]]
+    results = check(function, plain_function, used, cotangents, assert_as_accurate)
+    exact = plain_product(**{name: value.double() for name, value in used.items()})
+    # The sum with the residual is rounded once, in float32.
+    assert (results[0] - exact).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("products", [3, 4])
+@pytest.mark.parametrize("lead", [(), (3, 2), (0,)])
+def test_strides_and_leading_shapes(products, lead, device):
+    rows = torch.Size(lead).numel()
+    t = tensors((rows, 6, 5), torch.float32, device)
+    used = {
+        "x": t["x"].mT.contiguous().mT.reshape(*lead, 2, 6),
+        "weight": t["weight"].mT.contiguous().mT,
+        "bias": t["bias"].t().contiguous().t(),
+        "residual": t["residual"].transpose(0, -1).contiguous().transpose(0, -1).reshape(*lead, 2, 5),
+    }
+    cotangent = t["grad"].mT.contiguous().mT.reshape(*lead, 2, 5)
+
+    def function(**inputs):
+        return complex_linear(**inputs, products=products)
+
+    results = run(function, used, [cotangent])
+    with eager():
+        expected = run(function, used, [cotangent])
+    for result, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", list(PARAMETERS))
+def test_strided_operands_of_an_activated_product(activation, device):
+    t = tensors((7, 6, 5), torch.float32, device)
+    names = ("x", "weight", "bias", "residual", *PARAMETERS[activation])
+
+    def strided(z):
+        """The same values between others."""
+        return torch.stack((z, z + 1), -1)[..., 0]
+
+    def function(**inputs):
+        return complex_linear_activated(**inputs, activation=activation)
+
+    used = {name: t[name] for name in names}
+    expected = run(function, used, [t["grad"], t["grad_hidden"]])
+    results = run(
+        lambda **inputs: function(**{name: strided(value) for name, value in inputs.items()}),
+        used,
+        [strided(t["grad"]), t["grad_hidden"].transpose(0, 1).contiguous().transpose(0, 1)],
+    )
+    for result, other in zip(results, expected, strict=True):
+        assert torch.equal(result, other)
+
+
+def test_no_rows(device):
+    t = tensors((0, 6, 5), torch.float32, device)
+    used = {name: t[name] for name in ("x", "weight", "bias", "offset", "slope", "residual")}
+    results = run(
+        lambda **inputs: complex_linear_activated(**inputs, activation="mod_swish"), used, [t["grad"]] * 2
+    )
+    assert all((result == 0).all() for result in results)
+
+
+def test_second_derivatives_run_the_kernels_too(device, launched):
+    t = tensors((3, 6, 5), torch.float32, device)
+    x, weight = t["x"].requires_grad_(), t["weight"].requires_grad_()
+
+    def second():
+        grads = torch.autograd.grad(complex_linear(x, weight), (x, weight), t["grad"], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), (x, weight))
+
+    results = second()
+    # Two products and a weight's gradient, then the gradients of the latter two.
+    assert launched.count("_product_kernel") >= 3
+    assert launched.count("_weight_gradient_kernel") >= 2
+    with eager():
+        for result, expected in zip(results, second(), strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dispatch_follows_the_table(device, monkeypatch):
+    monkeypatch.undo()
+    x = torch.randn(4, 2, 32, device=device)
+    weight_shape = (2, 32, 32)
+    table = PINNED.table["dispatch"]
+    for target in table:
+        monkeypatch.setattr(implementation, "target_name", lambda _, target=target: target)
+        for operation, backend in table[target]["32"].items():
+            runs = implementation._runs_triton(operation, x, weight_shape, None)
+            assert runs == (backend == "triton")
+    with eager():
+        assert not implementation._runs_triton("product", x, weight_shape, None)
+    # Rows of such features are not aligned: compiled kernels leave them to the library.
+    monkeypatch.setattr(implementation, "INTERPRETED", False)
+    monkeypatch.setattr(implementation, "target_name", lambda _: "interpreter")
+    assert implementation._runs_triton("product", x, (2, 32, 32), None)
+    assert not implementation._runs_triton("product", x, (2, 33, 32), None)
+    assert not implementation._runs_triton("product", x, (2, 32, 31), None)
