@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.complex_attention import (
+    SCORES,
+    complex_attention,
+    complex_attention_backward,
+    complex_attention_forward,
+)
+from muse.planar import conjugate, from_complex, multiply, to_complex
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def reference(q, k, v, score, causal):
+    """The definition, in complex128 with every score held."""
+    q, k, v = (to_complex(x.double()) for x in (q, k, v))
+    groups = q.shape[1] // k.shape[1]
+    heads = [head // groups for head in range(q.shape[1])]
+    s = torch.einsum("bhnd,bhmd->bhnm", q, k[:, heads].conj()) / math.sqrt(q.shape[-1])
+    logits = s.real if score == "real" else s.abs()
+    if causal:
+        future = torch.ones_like(logits, dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2])
+        logits = logits.masked_fill(future, -math.inf)
+    weight = logits.softmax(-1).to(torch.complex128)
+    if score == "phase":
+        weight = weight * torch.sgn(s)
+    return from_complex(weight @ v[:, heads])
+
+
+def plain(q, k, v, score, causal):
+    """The same maths on planes in the dtype of the operands."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    (q_re, q_im), (k_re, k_im), (v_re, v_im) = (x.unbind(-2) for x in (q, k, v))
+    scale = 1 / math.sqrt(q.shape[-1])
+    s_re = (q_re @ k_re.mT + q_im @ k_im.mT) * scale
+    s_im = (q_im @ k_re.mT - q_re @ k_im.mT) * scale
+    logits = s_re if score == "real" else (s_re.square() + s_im.square()).sqrt()
+    size = logits
+    if causal:
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
+    weight = logits.softmax(-1)
+    if score != "phase":
+        return torch.stack((weight @ v_re, weight @ v_im), dim=-2)
+    w_re, w_im = weight * s_re / size, weight * s_im / size
+    return torch.stack((w_re @ v_re - w_im @ v_im, w_re @ v_im + w_im @ v_re), dim=-2)
+
+
+def operands(length=7, heads=2, kv_heads=2, width=6, dtype=torch.float64, scale=1.0):
+    q = torch.randn(2, heads, length, 2, width) * scale
+    k, v = torch.randn(2, 2, kv_heads, length, 2, width) * scale
+    return q.to(dtype), k.to(dtype), (v / scale).to(dtype)
+
+
+def turn(z, angle):
+    return multiply(z, torch.tensor([[math.cos(angle)], [math.sin(angle)]], dtype=z.dtype))
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1), (7, 2, 2, 6), (63, 3, 3, 5), (65, 4, 2, 12), (9, 6, 1, 3), (64, 2, 1, 16)]
+)
+def test_value_is_the_definition(score, causal, sizes):
+    q, k, v = operands(*sizes)
+    torch.testing.assert_close(
+        complex_attention(q, k, v, score, causal), reference(q, k, v, score, causal), atol=1e-7, rtol=1e-7
+    )
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 4), (63, 2, 1, 12), (65, 2, 2, 7)])
+def test_accuracy(score, dtype, sizes, assert_as_accurate):
+    inputs = operands(*sizes, dtype=dtype)
+    cotangent = torch.randn_like(inputs[0])
+
+    def run(function, kind):
+        leaves = [x.detach().to(kind).requires_grad_() for x in inputs]
+        out = function(*leaves, score, True)
+        return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(kind))]
+
+    parts = (run(complex_attention, dtype), run(plain, dtype), run(reference, torch.float64))
+    for result, other, exact in zip(*parts, strict=True):
+        # With one key the weight is 1 and the gradients of the scores cancel to zero.
+        assert_as_accurate(result, other, exact, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_real_scores_are_sdpa_on_concatenated_planes(dtype):
+    q, k, v = operands(65, 4, 2, 6, dtype)
+    k_all, v_all = (x.repeat_interleave(2, 1).flatten(-2) for x in (k, v))
+    expected = F.scaled_dot_product_attention(
+        q.flatten(-2), k_all, v_all, is_causal=True, scale=1 / math.sqrt(6)
+    )
+    torch.testing.assert_close(complex_attention(q, k, v).flatten(-2), expected)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_global_phases(score):
+    q, k, v = operands()
+    out = complex_attention(q, k, v, score)
+    torch.testing.assert_close(
+        complex_attention(turn(q, 0.8), turn(k, 0.8), v, score), out, atol=1e-8, rtol=0
+    )
+    torch.testing.assert_close(
+        complex_attention(q, k, turn(v, 0.8), score), turn(out, 0.8), atol=1e-8, rtol=0
+    )
+
+
+def test_phase_of_the_query_alone():
+    q, k, v = operands()
+    for score, expected in (("magnitude", lambda out: out), ("phase", lambda out: turn(out, 0.8))):
+        out = complex_attention(q, k, v, score)
+        got = complex_attention(turn(q, 0.8), k, v, score)
+        torch.testing.assert_close(got, expected(out), atol=1e-8, rtol=0)
+    real = complex_attention(q, k, v)
+    assert (complex_attention(turn(q, 0.8), k, v) - real).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_phase_scores_differ_from_those_of_the_conjugate(score):
+    """s = q conj(k), not its conjugate: only the phase kind can tell them apart."""
+    q, k, v = operands()
+    out, other = complex_attention(q, k, v, score), complex_attention(conjugate(q), conjugate(k), v, score)
+    assert torch.allclose(out, other) == (score != "phase")
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradcheck(score, causal):
+    inputs = [x.requires_grad_() for x in operands(3, 2, 1, 2)]
+    assert torch.autograd.gradcheck(lambda *x: complex_attention(*x, score, causal), inputs)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_operands_need_not_be_contiguous(score):
+    q, k, v = (x.permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4) for x in operands(9))
+    assert not q.is_contiguous()
+    torch.testing.assert_close(
+        complex_attention(q, k, v, score), reference(q, k, v, score, True), atol=1e-7, rtol=1e-7
+    )
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 30.0])
+def test_large_and_vanishing_scores(score, dtype, scale):
+    q, k, v = operands(33, width=8, dtype=dtype, scale=scale or 1.0)
+    if scale == 0:
+        q, k = torch.zeros_like(q), torch.zeros_like(k)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = complex_attention(*leaves, score)
+    out.float().square().sum().backward()
+    assert out.isfinite().all()
+    assert all(x.grad.isfinite().all() for x in leaves)
+    # No weights beyond a convex combination: moduli stay below those of v.
+    largest = to_complex(v.detach()).abs().max()
+    assert to_complex(out.detach()).abs().max() <= largest * (1 + 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+def test_scores_of_zero(dtype):
+    """|s| = 0 weighs all keys alike; its phase is 0/0, taken as 0. Gradients stay finite in each dtype."""
+    q, k, v = operands(12, dtype=dtype)
+    q = torch.zeros_like(q).requires_grad_()
+    mean = v.double().mean(2, keepdim=True).expand(v.shape)
+    magnitude = complex_attention(q, k, v, "magnitude", causal=False)
+    torch.testing.assert_close(magnitude.double(), mean, atol=4 * torch.finfo(dtype).eps, rtol=0)
+    phase = complex_attention(q, k, v, "phase", causal=False)
+    assert (phase == 0).all()
+    (magnitude + phase).sum().backward()
+    assert q.grad.isfinite().all()
+
+
+def test_unknown_score():
+    with pytest.raises(ValueError, match="cosine"):
+        complex_attention(*operands(), score="cosine")
+
+
+def test_shapes_that_do_not_belong_together():
+    q, k, v = operands()
+    with pytest.raises(ValueError, match="no multiple of 3"):
+        complex_attention(q[:, [0, 1, 0, 1]], k[:, [0, 1, 0]], v[:, [0, 1, 0]])
+    with pytest.raises(ValueError, match="planar queries"):
+        complex_attention(q[..., :3], k, v)
+    with pytest.raises(ValueError, match="as many keys, not 5"):
+        complex_attention(q, k[:, :, :5], v[:, :, :5])
+    complex_attention(q, k[:, :, :5], v[:, :, :5], causal=False)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_more_keys_than_queries(score, dtype, causal, queries):
+    """The last queries of a sequence, with the keys of all of it, give the last outputs."""
+    q, k, v = operands(9, 4, 2, 5, dtype)
+    whole = complex_attention(q, k, v, score, causal)
+    last = complex_attention(q[:, :, -queries:], k, v, score, causal)
+    torch.testing.assert_close(last, whole[:, :, -queries:], atol=2 * torch.finfo(dtype).eps, rtol=2e-2)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_sequences_do_not_see_each_other(score, dtype, causal):
+    parts = [slice(0, 1), slice(1, 9), slice(9, 9), slice(9, 14)]
+    bounds = torch.tensor([0, 1, 9, 9, 14], dtype=torch.int32)
+    leaves = [x[:1].to(dtype).requires_grad_() for x in operands(14, 4, 2, 5)]
+    packed = complex_attention(*leaves, score, causal, cu_seqlens=bounds)
+    apart = torch.cat([complex_attention(*(x[:, :, p] for x in leaves), score, causal) for p in parts], dim=2)
+    assert torch.equal(packed, apart)
+    cotangent = torch.randn(packed.shape).to(dtype)
+    gradients = (torch.autograd.grad(out, leaves, cotangent) for out in (packed, apart))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("bounds", [[0, 3], [1, 7], [0, 5, 4, 7]])
+def test_boundaries_must_cover_the_batch(bounds):
+    q, k, v = (x[:1] for x in operands())
+    with pytest.raises(ValueError, match="must rise from 0 to the 7"):
+        complex_attention(q, k, v, "phase", cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    with pytest.raises(ValueError, match="a batch of one"):
+        complex_attention(*operands(), cu_seqlens=torch.tensor([0, 7], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize("length", [9, 300])
+def test_causality_bit_for_bit(score, dtype, length):
+    """300 queries are several blocks."""
+    q, k, v = operands(length, 2, 1, 5, dtype)
+    out = complex_attention(q, k, v, score)
+    token = length - 3
+    for x in (q, k, v):
+        x[:, :, token:] = 7.0
+    assert torch.equal(complex_attention(q, k, v, score)[:, :, :token], out[:, :, :token])
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_blocks_of_queries_do_not_change_the_result(score, monkeypatch):
+    leaves = [x.requires_grad_() for x in operands(50, 4, 2, 5)]
+    results = []
+    for step in (64, 7):
+        monkeypatch.setattr("kernels.complex_attention.BLOCK_QUERIES", (step, step))
+        out, _ = complex_attention_forward(*leaves, score, True)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repeated_gradients_are_the_same_bits(score, dtype):
+    leaves = [x.requires_grad_() for x in operands(70, 4, 2, 5, dtype)]
+    out, _ = complex_attention_forward(*leaves, score, True)
+    first, second = (torch.autograd.grad(out.float().sum(), leaves, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_registration(score, packed):
+    q, k, v = (x[:1].requires_grad_() for x in operands(6, 2, 1, 3, torch.float32))
+    bounds = torch.tensor([0, 2, 6], dtype=torch.int32) if packed else None
+    torch.library.opcheck(complex_attention_forward, (q, k, v, score, True, bounds))
+    out, lse = complex_attention_forward(q, k, v, score, True, bounds)
+    arguments = (out.detach(), q.detach(), k.detach(), v.detach(), None, lse.detach(), score, True, bounds)
+    torch.library.opcheck(complex_attention_backward, arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_without_a_graph_break(score, dtype):
+    leaves = [x.requires_grad_() for x in operands(12, 4, 2, 5, dtype)]
+
+    def loss(q, k, v):
+        return complex_attention(2 * q, k, v, score).float().square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    torch.testing.assert_close(compiled(*leaves), loss(*leaves))
+    for one, other in zip(*(torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_double_backward_is_refused():
+    leaves = [x.requires_grad_() for x in operands(5)]
+    out = complex_attention(*leaves, "phase")
+    (grad,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.sum(), leaves[0])

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from kernels.complex_attention import SCORES, complex_attention, complex_attention_forward
+
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+
+
+def plain(q, k, v, score, causal=True):
+    """The maths on planes in the dtype of the operands, every score held."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    (q_re, q_im), (k_re, k_im), (v_re, v_im) = (x.unbind(-2) for x in (q, k, v))
+    scale = 1 / math.sqrt(q.shape[-1])
+    s_re = ((q_re * scale) @ k_re.mT) + ((q_im * scale) @ k_im.mT)
+    s_im = ((q_im * scale) @ k_re.mT) - ((q_re * scale) @ k_im.mT)
+    # The floor of a vanishing modulus, see the module.
+    floor = 1e-3 if q.dtype == torch.float16 else 1e-6
+    size = s_re if score == "real" else (s_re.square() + s_im.square() + floor**2).sqrt()
+    logits = size
+    if causal:
+        future = torch.ones_like(logits, dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2])
+        logits = logits.masked_fill(future, -math.inf)
+    weight = logits.softmax(-1)
+    if score != "phase":
+        return torch.stack((weight @ v_re, weight @ v_im), dim=-2)
+    w_re, w_im = weight * s_re / size, weight * s_im / size
+    return torch.stack((w_re @ v_re - w_im @ v_im, w_re @ v_im + w_im @ v_re), dim=-2)
+
+
+def operands(device, dtype, batch=1, length=65, keys=None, heads=2, kv_heads=1, width=20, scale=1.0):
+    q = torch.randn(batch, heads, length, 2, width, device=device) * scale
+    k, v = torch.randn(2, batch, kv_heads, keys or length, 2, width, device=device)
+    return [x.to(dtype) for x in (q, k * scale, v)]
+
+
+def differentiated(function, inputs, cotangent, kind):
+    leaves = [x.detach().to(kind).requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(kind))]
+
+
+def ours(score, causal):
+    return lambda *x: complex_attention_forward(*x, score, causal)[0]
+
+
+def check(inputs, score, causal, assert_as_accurate):
+    """Forward and every gradient against float64."""
+    dtype = inputs[0].dtype
+    cotangent = torch.randn(inputs[0].shape, device=inputs[0].device).to(dtype)
+    parts = (
+        differentiated(ours(score, causal), inputs, cotangent, dtype),
+        differentiated(lambda *x: plain(*x, score, causal), inputs, cotangent, dtype),
+        differentiated(lambda *x: plain(*x, score, causal), inputs, cotangent, torch.float64),
+    )
+    for result, other, exact in zip(*parts, strict=True):
+        # With one key the weight is 1 and the gradients of the scores, sums of 2 d products, cancel to zero.
+        assert_as_accurate(result, other, exact, scale=(2 * inputs[0].shape[-1]) ** 0.5)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 63, 65])
+@pytest.mark.parametrize("causal", [True, False])
+def test_lengths(score, dtype, length, causal, device, assert_as_accurate):
+    check(operands(device, dtype, length=length), score, causal, assert_as_accurate)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(
+    ("width", "heads", "kv_heads"), [(16, 3, 3), (5, 4, 2), (48, 6, 1), (96, 2, 2), (128, 1, 1)]
+)
+def test_head_sizes_and_groups(score, width, heads, kv_heads, device, assert_as_accurate):
+    inputs = operands(device, torch.float32, 2, 33, width=width, heads=heads, kv_heads=kv_heads)
+    check(inputs, score, True, assert_as_accurate)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_long_sequence(score, device, assert_as_accurate):
+    check(operands(device, torch.float32, length=1025, heads=1, width=6), score, True, assert_as_accurate)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("length", "keys"), [(1, 40), (7, 65)])
+def test_more_keys_than_queries(score, causal, length, keys, device, assert_as_accurate):
+    check(operands(device, torch.float32, 2, length, keys), score, causal, assert_as_accurate)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_scores(score, dtype, device, assert_as_accurate):
+    check(operands(device, dtype, length=33, scale=6.0), score, True, assert_as_accurate)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_of_zero(score, dtype, device):
+    q, k, v = operands(device, dtype, length=33)
+    leaves = [x.requires_grad_() for x in (torch.zeros_like(q), k, v)]
+    out = ours(score, False)(*leaves)
+    expected = torch.zeros_like(out) if score == "phase" else v.mean(2, keepdim=True).expand_as(out)
+    torch.testing.assert_close(out, expected, atol=4 * torch.finfo(dtype).eps, rtol=0)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.float().sum(), leaves))
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_operands_need_not_be_contiguous(score, device):
+    inputs = operands(device, torch.float32, 2, 33)
+    cotangent = torch.randn_like(inputs[0])
+    expected = differentiated(ours(score, True), inputs, cotangent, torch.float32)
+    for order in ((0, 2, 3, 1, 4), (0, 1, 2, 4, 3)):
+        back = [order.index(axis) for axis in range(5)]
+        scattered = [x.permute(order).contiguous().permute(back) for x in (*inputs, cotangent)]
+        assert not scattered[0].is_contiguous()
+        got = differentiated(ours(score, True), scattered[:3], scattered[3], torch.float32)
+        assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_sequences(score, causal, device):
+    lengths = [1, 40, 0, 24]
+    inputs = operands(device, torch.float32, length=sum(lengths))
+    cotangent = torch.randn_like(inputs[0])
+    bounds = torch.tensor([0, 1, 41, 41, 65], dtype=torch.int32, device=device)
+    for longest in (None, 40):
+        packed = differentiated(
+            lambda *x, n=longest: complex_attention(*x, score, causal, bounds, n),
+            inputs,
+            cotangent,
+            torch.float32,
+        )
+        parts = [slice(0, 1), slice(1, 41), slice(41, 65)]
+        apart = [
+            differentiated(
+                ours(score, causal), [x[:, :, p] for x in inputs], cotangent[:, :, p], torch.float32
+            )
+            for p in parts
+        ]
+        for whole, *pieces in zip(packed, *apart, strict=True):
+            torch.testing.assert_close(whole, torch.cat(pieces, dim=2))
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_causality_bit_for_bit(score, device):
+    q, k, v = operands(device, torch.float32)
+    out = ours(score, True)(q, k, v)
+    for x in (q, k, v):
+        x[:, :, 50:] = 7.0
+    assert torch.equal(ours(score, True)(q, k, v)[:, :, :50], out[:, :, :50])
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeated_gradients_are_the_same_bits(score, dtype, device):
+    inputs = operands(device, dtype, kv_heads=1, heads=4)
+    cotangent = torch.randn_like(inputs[0])
+    first, second = (differentiated(ours(score, True), inputs, cotangent, dtype) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_head_size_that_is_too_large(device):
+    with pytest.raises(ValueError, match="width 130 is too large; at most 128"):
+        complex_attention(*operands(device, torch.float32, width=130), "phase")
