@@ -1,0 +1,519 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from kernels import symplectic
+from kernels.symplectic import (
+    POTENTIALS,
+    advance,
+    fixed_point,
+    force,
+    potential,
+    reconstruct,
+    symplectic_flow,
+)
+
+SCALE = 2.0**20
+NAMES = ("q", "p", "w1", "b1", "w2")
+
+
+def leapfrog(steps: int, dt: float) -> tuple[list[float], list[float]]:
+    return [dt / 2, *[dt] * (steps - 1), dt / 2], [*[dt] * steps, 0.0]
+
+
+def make(
+    tokens: int, width: int, hidden: int | None = None, dtype=torch.float32, weights=None
+) -> list[Tensor]:
+    hidden = hidden or 2 * width
+    q, p = torch.randn(2, tokens, width, dtype=dtype)
+    w1 = torch.randn(hidden, width, dtype=dtype) * width**-0.5
+    b1 = torch.randn(hidden, dtype=dtype) * 0.2
+    w2 = torch.randn(hidden, dtype=dtype) * (0.5 / hidden**0.5)
+    return [q, p, *(x.to(weights or dtype) for x in (w1, b1, w2))]
+
+
+def plain_force(q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str = "gelu_integral") -> Tensor:
+    """By autograd, so that the closed form is tested, too."""
+    with torch.enable_grad():
+        q = q if q.requires_grad else q.detach().requires_grad_()
+        return -torch.autograd.grad(potential(q, w1, b1, w2, phi).sum(), q, create_graph=True)[0]
+
+
+def plain_flow(q, p, w1, b1, w2, kicks, drifts, phi="gelu_integral"):
+    """The loop in plain PyTorch, with closed-form GELU forces in the dtype of the weights."""
+    for kick, drift in zip(kicks, drifts, strict=True):
+        if kick:
+            if phi == "gelu_integral":
+                g = F.gelu(F.linear(q.to(w1.dtype), w1, b1)) * w2
+                p = p - kick * (g @ w1).to(p.dtype)
+            else:
+                p = p + kick * plain_force(q, w1, b1, w2, phi)
+        q = q + drift * p
+    return q, p
+
+
+def gradients(run, tensors, seed=1):
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    q, p = run(*leaves)[:2]
+    torch.manual_seed(seed)
+    weights = torch.randn(2, *q.shape)
+    torch.autograd.backward((q, p), [w.to(q.dtype) for w in weights])
+    return [x.grad for x in leaves]
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    return ((x.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("phi", POTENTIALS)
+def test_derivative_of_the_potential_is_the_force(phi):
+    q, _, *weights = make(7, 5, dtype=torch.float64)
+    torch.testing.assert_close(force(q, *weights, phi), plain_force(q, *weights, phi).detach())
+
+
+def test_slope_of_the_default_potential_is_gelu():
+    a = torch.linspace(-8, 8, 101, dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, dtype=torch.float64)
+    (slope,) = torch.autograd.grad(potential(a[:, None], one[:, None], 0 * one, one).sum(), a)
+    torch.testing.assert_close(slope, F.gelu(a.detach()))
+
+
+@pytest.mark.parametrize("phi", POTENTIALS)
+def test_gradcheck_of_force(phi):
+    q, _, *weights = make(4, 3, 5, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (q, *weights)]
+    assert gradcheck(lambda *x: force(*x, phi), leaves)
+
+
+@pytest.mark.parametrize("phi", POTENTIALS)
+def test_gradcheck_of_the_floating_point_flow(phi):
+    leaves = [x.requires_grad_() for x in make(3, 3, 5, dtype=torch.float64)]
+    kicks, drifts = [0.1, 0.0, -0.2, 0.3], [0.2, 0.1, 0.0, 0.4]
+    assert gradcheck(lambda *x: symplectic_flow(*x, kicks, drifts, phi=phi)[:2], leaves)
+
+
+@pytest.mark.parametrize("phi", POTENTIALS)
+@pytest.mark.parametrize("scale", [0.0, 2.0**22])
+@pytest.mark.parametrize("tokens", [1, 63, 1025])
+def test_gradients_against_double_precision(phi, scale, tokens):
+    tensors, scheme = make(tokens, 40, 72), leapfrog(10, 0.1)
+    doubles = [x.double() for x in tensors]
+    exact = gradients(lambda *x: plain_flow(*x, *scheme, phi), doubles)
+    found = gradients(lambda *x: symplectic_flow(*x, *scheme, phi=phi, scale=scale), tensors)
+    plain = gradients(lambda *x: plain_flow(*x, *scheme, phi), tensors)
+    for name, x, y, z in zip(NAMES, found, exact, plain, strict=True):
+        assert relative_error(x, y) <= 1e-5, name
+        # One rounding of the state to 2^-22 is worth one of float32 here.
+        assert relative_error(x, y) <= 2 * relative_error(z, y) + torch.finfo(torch.float32).eps, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.0, SCALE])
+def test_as_accurate_as_plain_pytorch(assert_as_accurate, dtype, scale):
+    tensors, scheme = make(600, 32, 96, weights=dtype), leapfrog(4, 0.1)
+    doubles = [x.double() for x in tensors]
+    found, plain, exact = (
+        [*run(*x, *scheme, *more)[:2]]
+        for run, x, more in (
+            (lambda *x: symplectic_flow(*x, scale=scale), tensors, ()),
+            (plain_flow, tensors, ()),
+            (plain_flow, doubles, ()),
+        )
+    )
+    for x, y, z in zip(found, plain, exact, strict=True):
+        # Results of size 4 in steps of 2^-20.
+        assert_as_accurate(x, y, z, scale=8 / SCALE / torch.finfo(torch.float32).eps if scale else 0.0)
+    found = gradients(lambda *x: symplectic_flow(*x, *scheme, scale=scale), tensors)
+    plain = gradients(lambda *x: plain_flow(*x, *scheme), tensors)
+    exact = gradients(lambda *x: plain_flow(*x, *scheme), doubles)
+    for name, x, y, z in zip(NAMES, found, plain, exact, strict=True):
+        try:
+            assert_as_accurate(x, y, z, scale=32 * z.abs().max().item() if scale else 0.0)
+        except AssertionError as error:
+            raise AssertionError(name) from error
+
+
+@pytest.mark.parametrize("steps", [1, 10, 100, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 512])
+def test_exact_reconstruction(steps, dtype, width):
+    # Two chunks for the narrow state, a part of one for the wide one.
+    tokens = 600 if width == 64 and steps < 1000 else 9
+    q, p, *weights = make(tokens, width, weights=dtype)
+    # The potential is not bounded below: states must not run away.
+    scheme = leapfrog(steps, min(0.1, 10 / steps))
+    end_q, end_p, peak = advance(q, p, *weights, *scheme, scale=SCALE)
+    assert peak < 2**31
+    assert end_q.dtype == end_p.dtype == torch.int32
+    assert not torch.equal(end_q, fixed_point(q, SCALE))
+    start_q, start_p = reconstruct(end_q, end_p, *weights, *scheme, scale=SCALE)
+    assert torch.equal(start_q, fixed_point(q, SCALE))
+    assert torch.equal(start_p, fixed_point(p, SCALE))
+
+
+def test_exact_reconstruction_in_double_precision():
+    q, p, *weights = make(5, 8, dtype=torch.float64)
+    end_q, end_p, _ = advance(q, p, *weights, *leapfrog(20, 0.1), scale=SCALE)
+    start_q, start_p = reconstruct(end_q, end_p, *weights, *leapfrog(20, 0.1), scale=SCALE)
+    assert torch.equal(start_q, fixed_point(q, SCALE))
+    assert torch.equal(start_p, fixed_point(p, SCALE))
+
+
+def test_backward_meets_the_states_of_the_forward_pass(monkeypatch):
+    """Every force of the backward pass comes from the same bits as in the forward pass, and is the same."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    activate = symplectic._activate
+
+    def record(q, field, unit, rows):
+        activate(q, field, unit, rows)
+        seen.append((q.clone(), rows.slope.clone()))
+
+    monkeypatch.setattr(symplectic, "_activate", record)
+    for dtype in (torch.float32, torch.bfloat16):
+        seen.clear()
+        tensors = make(70, 48, 80, weights=dtype)
+        gradients(lambda *x: symplectic_flow(*x, *leapfrog(30, 0.1), scale=SCALE), tensors)
+        forward, backward = seen[:31], seen[31:]
+        assert len(backward) == 31
+        for (q, slope), (q_again, slope_again) in zip(forward, reversed(backward), strict=True):
+            assert torch.equal(q, q_again)
+            assert torch.equal(slope, slope_again)
+
+
+def test_floating_point_reconstruction():
+    q, p, *weights = make(30, 64)
+    end_q, end_p, _ = advance(q, p, *weights, *leapfrog(100, 0.1))
+    start_q, start_p = reconstruct(end_q, end_p, *weights, *leapfrog(100, 0.1))
+    error = max((start_q - q).abs().max(), (start_p - p).abs().max())
+    assert 0 < error < 1e-4
+
+
+def test_returned_state_is_the_integers_over_the_scale():
+    tensors = make(5, 16)
+    whole_q, whole_p, _ = advance(*tensors, *leapfrog(3, 0.1), scale=SCALE)
+    q, p, _ = symplectic_flow(*tensors, *leapfrog(3, 0.1), scale=SCALE)
+    assert torch.equal(q, whole_q / SCALE)
+    assert torch.equal(p, whole_p / SCALE)
+
+
+@pytest.mark.parametrize("scale", [0.0, SCALE])
+def test_time_reversal(scale):
+    q, p, *weights = make(20, 32, dtype=torch.float64)
+    scheme = leapfrog(20, 0.1)
+    end_q, end_p, _ = symplectic_flow(q, p, *weights, *scheme, scale=scale)
+    back_q, back_p, _ = symplectic_flow(end_q, -end_p, *weights, *scheme, scale=scale)
+    tolerance = 1e-12 if scale == 0 else 1 / SCALE
+    torch.testing.assert_close(back_q, q, rtol=0, atol=tolerance)
+    torch.testing.assert_close(-back_p, p, rtol=0, atol=tolerance)
+
+
+def test_volume_is_preserved():
+    q, p, *weights = make(1, 4, dtype=torch.float64)
+
+    def flow(state: Tensor) -> Tensor:
+        end_q, end_p, _ = symplectic_flow(state[:, :4], state[:, 4:], *weights, *leapfrog(7, 0.3))
+        return torch.cat((end_q, end_p), -1)[0]
+
+    jacobian = torch.autograd.functional.jacobian(flow, torch.cat((q, p), -1))[:, 0]
+    assert abs(torch.linalg.det(jacobian).item() - 1) < 1e-12
+    swap = torch.eye(8, dtype=torch.float64).roll(4, 0)
+    form = swap * torch.tensor([1.0] * 4 + [-1.0] * 4, dtype=torch.float64)
+    torch.testing.assert_close(jacobian.T @ form @ jacobian, form)
+
+
+def test_leapfrog_is_of_second_order():
+    q, p, *weights = make(10, 6, dtype=torch.float64)
+    best = symplectic_flow(q, p, *weights, *leapfrog(2048, 2 / 2048))[0]
+    errors = [
+        (symplectic_flow(q, p, *weights, *leapfrog(steps, 2 / steps))[0] - best).norm().item()
+        for steps in (8, 16, 32)
+    ]
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(2, abs=0.1)
+
+
+def test_energy_is_kept():
+    q, p, *weights = make(30, 32, dtype=torch.float64)
+
+    def energy(q: Tensor, p: Tensor) -> Tensor:
+        return 0.5 * p.square().sum(-1) + potential(q, *weights)
+
+    end_q, end_p, _ = symplectic_flow(q, p, *weights, *leapfrog(500, 0.01))
+    assert (energy(end_q, end_p) - energy(q, p)).abs().max() < 2e-3
+    assert (potential(end_q, *weights) - potential(q, *weights)).abs().max() > 1
+
+
+def test_coefficients_of_zero_evaluate_no_force(monkeypatch):
+    forces = []
+    activate = symplectic._activate
+    monkeypatch.setattr(symplectic, "_activate", lambda *x: (forces.append(1), activate(*x)))
+    q, p, *weights = make(4, 8)
+    end_q, end_p, _ = symplectic_flow(q, p, *weights, [0.0, 0.1, 0.0], [0.5, 0.0, 0.5])
+    assert len(forces) == 1
+    torch.testing.assert_close(end_p, p + 0.1 * force(q + 0.5 * p, *weights))
+    torch.testing.assert_close(end_q, q + 0.5 * p + 0.5 * end_p)
+
+
+def test_no_stages():
+    q, p, *weights = make(4, 8)
+    end_q, end_p, _ = symplectic_flow(q, p, *weights, [], [])
+    assert torch.equal(end_q, q)
+    assert torch.equal(end_p, p)
+
+
+@pytest.mark.parametrize("scale", [0.0, SCALE])
+def test_tokens_do_not_touch(scale):
+    """Also that the shape of the batch does not matter, nor its strides."""
+    q, p, *weights = make(24, 16)
+    scheme = leapfrog(3, 0.1)
+    flat = symplectic_flow(q, p, *weights, *scheme, scale=scale)[0]
+    shaped = symplectic_flow(q.view(2, 3, 4, 16), p.view(2, 3, 4, 16), *weights, *scheme, scale=scale)[0]
+    assert torch.equal(flat.view(2, 3, 4, 16), shaped)
+    strided = symplectic_flow(q.T.contiguous().T, p.T.contiguous().T, *weights, *scheme, scale=scale)[0]
+    assert torch.equal(flat, strided)
+    changed = q.clone()
+    changed[7] += 1
+    after = symplectic_flow(changed, p, *weights, *scheme, scale=scale)[0]
+    others = torch.arange(24) != 7
+    assert torch.equal(after[others], flat[others])
+    assert not torch.equal(after[7], flat[7])
+
+
+def test_no_tokens():
+    tensors = make(0, 16)
+    for scale in (0.0, SCALE):
+        found = gradients(lambda *x, s=scale: symplectic_flow(*x, *leapfrog(2, 0.1), scale=s), tensors)
+        assert found[0].shape == (0, 16)
+        assert all(not x.any() for x in found)
+
+
+def test_peak_detects_overflow():
+    q, p, *weights = make(3, 8)
+    scheme = leapfrog(10, 0.1)
+    peak = symplectic_flow(q, p, *weights, *scheme, scale=SCALE)[2]
+    states = [x.abs().max() for x in advance(q, p, *weights, *scheme, scale=SCALE)[:2]]
+    assert max(states) <= peak < 2**24
+    # The state wraps, which int32 alone would not tell.
+    p[1, 2] = 1500.0
+    q[1, 2] = 1500.0
+    end_q, _, peak = advance(q, p, *weights, *scheme, scale=SCALE)
+    assert 2**31 <= peak < 2**33
+    assert 0 < end_q.double().abs().max() < 2**31
+    # And comes back all the same.
+    back_q, _ = reconstruct(
+        *advance(q, p, *weights, *scheme, scale=SCALE)[:2], *weights, *scheme, scale=SCALE
+    )
+    assert torch.equal(back_q, fixed_point(q, SCALE))
+    q[0, 0] = 1e6
+    assert symplectic_flow(q, p, *weights, *scheme, scale=SCALE)[2] == math.inf
+
+
+def test_forces_too_large_for_an_integer_leave_the_state_alone():
+    q, p, *weights = make(5, 8)
+    weights[2] *= 1e12
+    _, end_p, peak = advance(q, p, *weights, [1.0], [0.0], scale=SCALE)
+    assert peak == math.inf
+    assert torch.equal(end_p, fixed_point(p, SCALE))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("scale", [0.0, SCALE])
+@pytest.mark.parametrize("where", [0, 1, 2, 3, 4])
+def test_peak_tells_of_values_that_are_not_finite(bad, scale, where):
+    tensors = make(5, 8)
+    tensors[where].view(-1)[0] = bad
+    assert not symplectic_flow(*tensors, *leapfrog(3, 0.1), scale=scale)[2].isfinite()
+
+
+def test_largest_peak_is_not_hidden_by_rounding():
+    """p ends at 2^31 exactly, where float32 numbers are 128 apart."""
+    p = torch.tensor([[2.0**31 - 128]])
+    zero = torch.zeros(1, 1)
+    one = torch.ones(1)
+    # With softplus the slope is 1/2 at 0, so the force is -w2 / 2.
+    end = advance(zero, p, zero, 0 * one, -256 * one, [1.0], [0.0], phi="softplus", scale=1.0)
+    assert end[2] < 2**31
+    w1 = torch.tensor([[1.0]])
+    _, end_p, peak = advance(zero, p, w1, 0 * one, -256 * one, [1.0], [0.0], phi="softplus", scale=1.0)
+    assert peak >= 2**31
+    assert end_p.item() == -(2**31)
+
+
+def test_rounding_is_odd_and_to_even():
+    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 2.0**30 + 64, 3e9]])
+    assert fixed_point(x, 1.0).tolist() == [[0, 2, 2, 0, -2, -2, 2**30, 0]]
+    assert torch.equal(fixed_point(-x, 1.0), -fixed_point(x, 1.0))
+
+
+@pytest.mark.parametrize("scale", [0.0, SCALE])
+def test_repeated_backward_is_bitwise_equal(scale):
+    tensors = make(700, 24)
+    first, second = (
+        gradients(lambda *x: symplectic_flow(*x, *leapfrog(5, 0.1), scale=scale), tensors) for _ in range(2)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("scale", [0.0, SCALE])
+@pytest.mark.parametrize("wanted", range(5))
+def test_only_some_gradients(scale, wanted):
+    tensors = make(20, 8)
+    every = gradients(lambda *x: symplectic_flow(*x, *leapfrog(3, 0.1), scale=scale), tensors)
+    leaves = [x.clone().requires_grad_(i == wanted) for i, x in enumerate(tensors)]
+    q, p, _ = symplectic_flow(*leaves, *leapfrog(3, 0.1), scale=scale)
+    torch.manual_seed(1)
+    torch.autograd.backward((q, p), list(torch.randn(2, *q.shape)))
+    assert torch.equal(leaves[wanted].grad, every[wanted])
+    assert all(x.grad is None for i, x in enumerate(leaves) if i != wanted)
+
+
+def test_gradient_of_one_output():
+    tensors = [x.requires_grad_() for x in make(20, 8, dtype=torch.float64)]
+    symplectic_flow(*tensors, *leapfrog(3, 0.1))[1].square().sum().backward()
+    others = [x.detach().clone().requires_grad_() for x in tensors]
+    plain_flow(*others, *leapfrog(3, 0.1))[1].square().sum().backward()
+    for x, y in zip(tensors, others, strict=True):
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_saves_the_final_state_and_the_weights_only():
+    saved: list[Tensor] = []
+    leaves = [x.requires_grad_() for x in make(1000, 32)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        symplectic_flow(*leaves, *leapfrog(50, 0.1), scale=SCALE)
+    assert [x.dtype for x in saved[:2]] == [torch.int32, torch.int32]
+    assert [x.shape for x in saved[:2]] == [(1000, 32)] * 2
+    assert [x.data_ptr() for x in saved[2:]] == [x.data_ptr() for x in leaves[2:]]
+
+
+def test_never_holds_the_hidden_state():
+    """No tensor has as many elements as tokens x hidden / 2."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for x in torch.utils._pytree.tree_leaves(result):
+                if isinstance(x, Tensor):
+                    largest = max(largest, x.numel())
+            return result
+
+    tensors = make(4096, 16, 64)
+    q, p, *weights = tensors
+    with Watch():
+        ends = symplectic._flow_eager(
+            q, p, symplectic._Weights(*weights, "gelu_integral"), symplectic._Scheme(*leapfrog(2, 0.1), SCALE)
+        )
+        symplectic._flow_backward_eager(
+            q,
+            p,
+            *ends[:2],
+            symplectic._Weights(*weights, "gelu_integral"),
+            symplectic._Scheme(*leapfrog(2, 0.1), SCALE),
+            True,
+        )
+    assert 0 < largest < 4096 * 64 / 2
+
+
+def test_changed_weights_are_refused():
+    leaves = [x.requires_grad_() for x in make(5, 8)]
+    q, _, _ = symplectic_flow(*leaves, *leapfrog(2, 0.1), scale=SCALE)
+    with torch.no_grad():
+        leaves[2].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        q.sum().backward()
+
+
+def test_autocast_changes_nothing():
+    tensors = make(40, 16)
+    scheme = leapfrog(3, 0.1)
+    expected = gradients(lambda *x: symplectic_flow(*x, *scheme, scale=SCALE), tensors)
+
+    def under_autocast(*x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return symplectic_flow(*x, *scheme, scale=SCALE)
+
+    found = gradients(under_autocast, tensors)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_double_backward_is_refused():
+    leaves = [x.requires_grad_() for x in make(5, 8)]
+    q, _, _ = symplectic_flow(*leaves, *leapfrog(2, 0.1))
+    (grad,) = torch.autograd.grad(q.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("scale", [0.0, SCALE])
+def test_opcheck(scale):
+    tensors = make(5, 8)
+    kicks, drifts = leapfrog(2, 0.1)
+    rest = (kicks, drifts, "gelu_integral", scale)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    torch.library.opcheck(symplectic._symplectic_flow, (*leaves, *rest))
+    q, p, *weights = tensors
+    end_q, end_p, _ = advance(*tensors, kicks, drifts, scale=scale)
+    for parameters in (True, False):
+        torch.library.opcheck(
+            symplectic._symplectic_flow_backward, (q, p, end_q, end_p, *weights, *rest, parameters)
+        )
+    q, _, *weights = leaves
+    torch.library.opcheck(symplectic._symplectic_force, (q, *weights, "silu"))
+    q, p, *weights = tensors
+    torch.library.opcheck(symplectic._symplectic_force_backward, (p, q, *weights, "silu", True))
+
+
+@pytest.mark.slow
+def test_compiles():
+    def step(*x):
+        q, p, peak = symplectic_flow(*x, *leapfrog(3, 0.1), scale=SCALE)
+        return q * 2 + force(q, *x[2:]), p, peak
+
+    tensors = make(33, 16)
+    compiled = torch.compile(step, fullgraph=True)
+    for x, y in zip(gradients(compiled, tensors), gradients(step, tensors), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"phi": "relu"}, ValueError, "phi=relu"),
+        ({"scale": 3.0}, ValueError, "power of two"),
+        ({"scale": -2.0}, ValueError, "power of two"),
+        ({"scale": math.inf}, ValueError, "power of two"),
+        ({"scale": math.nan}, ValueError, "power of two"),
+        ({"drifts": [0.1]}, ValueError, "2 kicks but 1 drifts"),
+        ({"q": torch.zeros(3, 9)}, ValueError, "must both be"),
+        ({"p": torch.zeros(4, 8)}, ValueError, "must both be"),
+        ({"w2": torch.zeros(5)}, ValueError, "must be"),
+        ({"p": torch.zeros(3, 8, dtype=torch.float64)}, TypeError, "p is torch.float64"),
+        ({"w1": torch.zeros(16, 8, dtype=torch.float64)}, TypeError, "do not go with"),
+        (
+            {"q": torch.zeros(3, 8, dtype=torch.bfloat16), "p": torch.zeros(3, 8, dtype=torch.bfloat16)},
+            TypeError,
+            "state must be",
+        ),
+    ],
+)
+def test_bad_input(change, error, message):
+    arguments = dict(zip(NAMES, make(3, 8), strict=True)) | {"kicks": [0.1, 0.1], "drifts": [0.1, 0.0]}
+    with pytest.raises(error, match=message):
+        symplectic_flow(**(arguments | change))
+
+
+def test_reconstruct_takes_the_state_as_it_is_held():
+    q, p, *weights = make(3, 8)
+    with pytest.raises(TypeError, match=r"must be torch.int32"):
+        reconstruct(q, p, *weights, *leapfrog(1, 0.1), scale=SCALE)
+    with pytest.raises(TypeError, match="must be"):
+        reconstruct(q.int(), p.int(), *weights, *leapfrog(1, 0.1))
