@@ -266,15 +266,18 @@ class HardwareConfig:
         memory_gb: cap of the CUDA allocator in GB (10^9 bytes); null for none.
         threads: CPU threads of PyTorch; null for PyTorch's own choice.
         compile: whether the model is compiled with ``torch.compile``.
+        kernels: ``auto`` (Triton on a GPU) or ``eager`` (plain PyTorch everywhere).
     """
 
     device: str = "auto"
     memory_gb: float | None = None
     threads: int | None = None
     compile: bool = False
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         _one_of("hardware.device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("hardware.kernels", self.kernels, ("auto", "eager"))
         if self.memory_gb is not None:
             _positive("hardware.memory_gb", self.memory_gb)
         if self.threads is not None:

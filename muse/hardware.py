@@ -6,6 +6,7 @@ import ctypes
 
 import torch
 
+from kernels.launch import use_eager
 from muse.config import HardwareConfig
 from muse.errors import ConfigError
 
@@ -18,6 +19,7 @@ def use_hardware(config: HardwareConfig) -> torch.device:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    use_eager(config.kernels == "eager")
     has_cuda = torch.cuda.is_available()
     if config.device == "cpu" or (config.device == "auto" and not has_cuda):
         _keep_freed_memory()

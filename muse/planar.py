@@ -10,6 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.planar import MODULUS_FLOOR, modulus, modulus_floor, upcast
+
+__all__ = [
+    "MODULUS_FLOOR",
+    "conjugate",
+    "from_complex",
+    "modulus",
+    "modulus_floor",
+    "multiply",
+    "to_complex",
+    "upcast",
+]
+
 
 def from_complex(c: Tensor) -> Tensor:
     """Convert complex64 or complex128 (..., D) to planar float32 or float64 (..., 2, D)."""
@@ -34,22 +47,3 @@ def conjugate(z: Tensor) -> Tensor:
     """Complex conjugate of a planar tensor."""
     re, im = z.unbind(-2)
     return torch.stack((re, -im), dim=-2)
-
-
-def upcast(z: Tensor) -> Tensor:
-    """The dtype of pointwise maths: float32 for half precision, unchanged otherwise."""
-    return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
-
-
-# The smallest modulus that is divided by: z / max(|z|, floor) keeps gradients at 0 finite.
-MODULUS_FLOOR = 1e-6
-
-
-def modulus_floor(dtype: torch.dtype) -> float:
-    """The floor for maths on values of ``dtype``: gradients of order 1/floor must not overflow float16."""
-    return 1e-3 if dtype == torch.float16 else MODULUS_FLOOR
-
-
-def modulus(z: Tensor, floor: float = MODULUS_FLOOR) -> Tensor:
-    """|z| of planar (..., 2, D) as (..., D), never below ``floor`` and differentiable at 0."""
-    return (z.square().sum(-2) + floor**2).sqrt()

@@ -119,6 +119,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (HardwareConfig, {"device": "tpu"}, "hardware.device"),
     (HardwareConfig, {"memory_gb": 0.0}, "hardware.memory_gb"),
     (HardwareConfig, {"threads": 0}, "hardware.threads"),
+    (HardwareConfig, {"kernels": "cuda"}, "hardware.kernels"),
     (LoggerConfig, {"mode": "cloud"}, "logger.mode"),
     (LoggerConfig, {"log_every": 0}, "logger.log_every"),
     (TrainConfig, {"steps": 0}, "train.steps"),

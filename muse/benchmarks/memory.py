@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from muse.benchmarks.operations import InsideOperations
 from muse.benchmarks.step import benchmark_model, training_step
 from muse.config import BenchConfig
 from muse.errors import RunError
@@ -62,7 +63,7 @@ def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, float
             nonlocal after_forward
             after_forward = current()
 
-        with tracker:
+        with tracker, InsideOperations():
             before = current()
             loss = step(note_cpu)
         peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.complex_attention import complex_attention_backward, complex_attention_forward
+from muse.benchmarks.operations import InsideOperations
 from muse.benchmarks.step import benchmark_model, training_step
 from muse.config import BenchConfig
 from muse.errors import RunError
@@ -21,6 +23,9 @@ from muse.hardware import synchronize
 
 aten = torch.ops.aten
 # Positions of the two matrices among the arguments.
+COMPLEX_ATTENTION = (complex_attention_forward._opoverload, complex_attention_backward._opoverload)
+# Real products that make one of the scores, and one of the weights.
+COMPLEX_PARTS = {"real": (1, 1), "magnitude": (2, 1), "phase": (2, 2)}
 PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1}
 
 
@@ -74,7 +79,7 @@ class ProductRecorder(TorchDispatchMode):
     """Counts the matrix products of everything that runs inside.
 
     Fused causal attention counts as the products it is made of, two forward and five backward, each over
-    half of the keys: what a causal mask leaves of them. Its calls are kept too, to be timed as they are.
+    half of the keys: what a causal mask leaves of them. Its calls are kept too, to be timed as SDPA.
     """
 
     def __init__(self) -> None:
@@ -94,19 +99,28 @@ class ProductRecorder(TorchDispatchMode):
         elif "_scaled_dot_product" in packet.__name__:
             backward = "backward" in packet.__name__
             query, key = (args[1], args[2]) if backward else (args[0], args[1])
-            self._add_attention(query, key, backward)
-            if backward:
-                self.attention_calls[AttentionCall(tuple(query.shape), tuple(key.shape), query.dtype)] += 1
+            self._add_attention(query, key, backward, "real")
+        elif func in COMPLEX_ATTENTION:
+            backward = func == COMPLEX_ATTENTION[1]
+            query, key = (args[1], args[2]) if backward else (args[0], args[1])
+            score = next(arg for arg in args if isinstance(arg, str))
+            self._add_attention(query.flatten(-2), key.flatten(-2), backward, score)
         return func(*args, **(kwargs or {}))
 
-    def _add_attention(self, query: Tensor, key: Tensor, backward: bool) -> None:
+    def _add_attention(self, query: Tensor, key: Tensor, backward: bool, score: str) -> None:
         batch, heads, length, width = query.shape
         seen = max(1, key.shape[2] // 2)
         scores = _dense((batch * heads, length, width), (batch * heads, width, seen), query.dtype)
         values = _dense((batch * heads, length, seen), (batch * heads, seen, width), query.dtype)
         keys = _dense((batch * heads, seen, length), (batch * heads, length, width), query.dtype)
-        # Forward: q k^T and p v. Backward: q k^T again, do v^T, ds k, ds^T q, p^T do.
-        counts = {scores: 2, values: 1, keys: 2} if backward else {scores: 1, values: 1}
+        # Forward: q k^T and p v. Backward: q k^T again, do v^T, ds k, ds^T q, p^T do. The parts of complex
+        # scores and weights make some of them two.
+        of_scores, of_weights = COMPLEX_PARTS[score]
+        if backward:
+            counts = {scores: of_scores + of_weights, values: of_scores, keys: of_scores + of_weights}
+            self.attention_calls[AttentionCall(tuple(query.shape), tuple(key.shape), query.dtype)] += 1
+        else:
+            counts = {scores: of_scores, values: of_weights}
         self.attention_products.update(counts)
 
 
@@ -137,7 +151,7 @@ def measure_throughput(config: BenchConfig, device: torch.device) -> dict[str, f
     model = benchmark_model(config, device)
     _, step = training_step(config, model, device)
     step(lambda: None)
-    with ProductRecorder() as recorder:
+    with ProductRecorder() as recorder, InsideOperations(closed=COMPLEX_ATTENTION):
         step(lambda: None)
     outside = _replay(recorder.products, device)
     inside = _replay(recorder.attention_products, device)

@@ -1,18 +1,44 @@
-"""Complex activations on planar tensors (..., 2, D).
-
-Half precision is computed in float32. The gradient is finite everywhere, at z = 0 too.
-"""
+"""Complex activations on planar tensors (..., 2, D), see ``kernels.complex_pointwise.complex_activation``."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muse.planar import modulus, modulus_floor, upcast
+from kernels.complex_linear import complex_linear, complex_linear_activated
+from kernels.complex_pointwise import complex_activation
 
 
-class ModReLU(nn.Module):
+class ComplexActivation(nn.Module):
+    """What the activations below share.
+
+    Args:
+        bias: initial offset b of each channel, if there is one.
+        slope: initial slope of each channel, if there is one.
+    """
+
+    kind: str
+    fused = True
+
+    def __init__(self, bias: Tensor | None = None, slope: Tensor | None = None) -> None:
+        super().__init__()
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.slope = None if slope is None else nn.Parameter(slope)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return complex_activation(z, self.kind, self.bias, self.slope)
+
+    def of_product(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The activation of W x, and W x: by one kernel on a GPU, if the product's kernel has it."""
+        if self.fused:
+            return complex_linear_activated(
+                x, weight, activation=self.kind, offset=self.bias, slope=self.slope
+            )
+        hidden = complex_linear(x, weight)
+        return self(hidden), hidden
+
+
+class ModReLU(ComplexActivation):
     """ReLU(|z| + b) z / |z| (Arjovsky et al. 2016). With b = 0 it is the identity.
 
     Args:
@@ -20,54 +46,42 @@ class ModReLU(nn.Module):
         bias: initial b; where it is minus the median of |z| about half the units are off.
     """
 
+    kind = "mod_relu"
+
     def __init__(self, features: int, bias: float = 0.0) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.full((features,), bias))
-
-    def forward(self, z: Tensor) -> Tensor:
-        x = upcast(z)
-        size = modulus(x, modulus_floor(z.dtype))
-        return (x * (F.relu(size + self.bias) / size).unsqueeze(-2)).to(z.dtype)
+        super().__init__(torch.full((features,), bias))
 
 
-class ModSwish(nn.Module):
+class ModSwish(ComplexActivation):
     """z sigmoid(beta |z| + b): a smooth ModReLU with a learned slope beta and offset b a channel."""
 
+    kind = "mod_swish"
+
     def __init__(self, features: int, bias: float = 0.0) -> None:
-        super().__init__()
-        self.slope = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.full((features,), bias))
-
-    def forward(self, z: Tensor) -> Tensor:
-        x = upcast(z)
-        gate = torch.sigmoid(self.slope * modulus(x) + self.bias)
-        return (x * gate.unsqueeze(-2)).to(z.dtype)
+        super().__init__(torch.full((features,), bias), torch.ones(features))
 
 
-class SplitGELU(nn.Module):
+class SplitGELU(ComplexActivation):
     """GELU on each plane."""
 
-    def forward(self, z: Tensor) -> Tensor:
-        return F.gelu(z)
+    kind = "split_gelu"
 
 
-class Cardioid(nn.Module):
+class Cardioid(ComplexActivation):
     """(1 + cos arg z) z / 2 (Virtue et al. 2017)."""
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = upcast(z)
-        gate = 0.5 * (1 + x[..., 0, :] / modulus(x))
-        return (x * gate.unsqueeze(-2)).to(z.dtype)
+    kind = "cardioid"
+    fused = False
 
 
-class ZReLU(nn.Module):
+class ZReLU(ComplexActivation):
     """z where both planes are positive, else 0 (Guberman 2016)."""
 
-    def forward(self, z: Tensor) -> Tensor:
-        return z * (z > 0).all(-2, keepdim=True)
+    kind = "z_relu"
+    fused = False
 
 
-def build_activation(name: str, features: int, median: float) -> nn.Module:
+def build_activation(name: str, features: int, median: float) -> ComplexActivation:
     """Build the activation called ``name`` in the configuration.
 
     Args:

@@ -34,7 +34,6 @@ class ComplexFFN(nn.Module):
         self.down = ComplexLinear(d_ff, d_model, bias=False, init=init, gain=gain)
 
     def forward(self, z: Tensor) -> Tensor:
-        hidden = self.up(z)
-        active = self.activation(hidden)
+        active, hidden = self.activation.of_product(z, self.up.weight)
         with recomputed(active, self.activation, hidden):
             return self.down(active)

@@ -1,67 +1,12 @@
-"""ComplexLinear: a planar complex matrix product as one real product."""
+"""ComplexLinear: a complex affine map of planar tensors."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.complex_linear import complex_linear
 from muse.layers.init import rayleigh_, rayleigh_scale
-
-
-def real_form(weight: Tensor) -> Tensor:
-    """[[W_r, -W_i], [W_i, W_r]], (2 out, 2 in): acts on [re | im] as the weight (2, out, in) acts on z."""
-    real, imag = weight
-    out_features, in_features = real.shape
-    form = weight.new_empty(2, out_features, 2, in_features)
-    form[0, :, 0] = real
-    form[1, :, 1] = real
-    form[1, :, 0] = imag
-    form[0, :, 1] = -imag
-    return form.view(2 * out_features, 2 * in_features)
-
-
-class _ComplexProduct(torch.autograd.Function):
-    """y = W x on planes. The real form of W is built again in the backward pass, never kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x.flatten(-2), real_form(weight)).unflatten(-1, (2, weight.shape[1]))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, 2 * weight.shape[1])
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (rows @ real_form(weight)).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            form = rows.t() @ x.reshape(-1, 2 * weight.shape[2])
-            form = form.view(2, weight.shape[1], 2, weight.shape[2])
-            grad_weight = torch.stack((form[0, :, 0] + form[1, :, 1], form[1, :, 0] - form[0, :, 1]))
-        return grad_x, grad_weight
-
-
-def complex_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y_r = x_r W_r^T - x_i W_i^T + b_r, y_i = x_r W_i^T + x_i W_r^T + b_i, by four real products in one.
-
-    Args:
-        x: planar (..., 2, in).
-        weight: (2, out, in).
-        bias: (2, out).
-
-    Returns:
-        Planar (..., 2, out), in autocast's dtype where autocast is on.
-    """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-    y = _ComplexProduct.apply(x, weight)
-    return y if bias is None else y + bias.to(y.dtype)
 
 
 class ComplexLinear(nn.Module):

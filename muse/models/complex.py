@@ -35,8 +35,8 @@ class ComplexBlock(nn.Module):
         self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
 
     def forward(self, z: Tensor) -> Tensor:
-        z = z + self.dropout(self.attention(self.attention_norm(z)))
-        return z + self.dropout(self.ffn(self.ffn_norm(z)))
+        z, normal = self.ffn_norm.of_sum(z, self.dropout(self.attention(self.attention_norm(z))))
+        return z + self.dropout(self.ffn(normal))
 
 
 class SeedBlock(nn.Module):
@@ -69,7 +69,7 @@ class RealPart(nn.Module):
         return z[..., 0, :]
 
 
-def _norm(name: str, features: int) -> nn.Module:
+def _norm(name: str, features: int) -> ComplexRMSNorm | ComplexLayerNorm:
     return ComplexRMSNorm(features) if name == "rms" else ComplexLayerNorm(features)
 
 

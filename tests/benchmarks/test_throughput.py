@@ -2,12 +2,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from muse.benchmarks.operations import InsideOperations
 from muse.benchmarks.throughput import ProductRecorder, measure_throughput, quantile
 from muse.layers import ComplexLinear
 
 
 def recorded_flops(function):
-    with ProductRecorder() as recorder:
+    with ProductRecorder() as recorder, InsideOperations():
         function()
     products = recorder.products + recorder.attention_products
     return sum(product.flops() * count for product, count in products.items())
@@ -23,7 +24,7 @@ def test_a_complex_linear_is_one_real_product_forward_and_two_backward():
 
 def test_a_product_is_repeated_with_its_shapes_strides_and_dtype():
     left, right = torch.randn(4, 6).t().bfloat16(), torch.randn(4, 3).bfloat16()
-    with ProductRecorder() as recorder:
+    with ProductRecorder() as recorder, InsideOperations():
         left @ right
     ((product, count),) = recorder.products.items()
     again_left, again_right = product.factors(torch.device("cpu"))

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from muse.layers import ComplexLinear, complex_linear
+from kernels.complex_linear import complex_linear
+from muse.layers import ComplexLinear
 from muse.planar import from_complex, to_complex
 
 SIZES = [(1, 1, 1), (3, 63, 65), (5, 1, 63), (2, 65, 1), (7, 17, 33)]

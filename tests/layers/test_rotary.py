@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from muse.layers import complex_attention, rotary_table, rotate, rotate_pairs
+from kernels.complex_attention import complex_attention
+from kernels.complex_pointwise import rotate
+from muse.layers import rotary_table, rotate_pairs
 from muse.planar import to_complex
 
 # The table is float32: an angle's cosine is right to 6e-8.
