@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ TARGETS = (
 )
 # Pinned configurations of Triton's interpreter; blocks stay small there.
 INTERPRETER = "interpreter"
+TUNING = os.environ.get("MUSE_TUNE_KERNELS") == "1"
 
 _compiler: tuple[Target, Callable[..., None]] | None = None
 _forced_eager = False
@@ -100,7 +101,13 @@ def target_name(x: Tensor) -> str:
         return INTERPRETER
     if torch.version.hip:
         return "gfx942"
-    capability = torch.cuda.get_device_capability(x.device)
+    return _cuda_target(x.device.index or 0)
+
+
+# torch.compile cannot look into the driver.
+@torch.compiler.assume_constant_result
+def _cuda_target(device: int) -> str:
+    capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         raise RuntimeError(
             f"the Triton kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}; "
@@ -117,14 +124,14 @@ class Pinned:
 
     A width is what decides about registers and shared memory: the head size, or the number of channels. The
     smallest pinned width that is not less than the wanted one is taken.
+
+    Attributes:
+        name: of the kernel file.
+        table: what the JSON file holds.
     """
 
-    path: Path
-
-    @cached_property
-    def table(self) -> dict[str, dict[str, dict[str, dict[str, Options]]]]:
-        """The JSON file."""
-        return json.loads(self.path.read_text(encoding="utf-8"))
+    name: str
+    table: dict[str, dict[str, dict[str, dict[str, Options]]]]
 
     def options(self, kernel: str, x: Tensor, width: int) -> Options:
         """The pinned constants, warps and stages of a kernel for tensors like ``x``.
@@ -146,19 +153,19 @@ class Pinned:
         targets = (target.name for target in TARGETS)
         candidates = {str(options): options for options in (self._of(t, kernel, x, width) for t in targets)}
         runs = {name: partial(run, options) for name, options in candidates.items()}
-        return candidates[fastest((self.path.stem, kernel, x.dtype, width), runs)]
+        return candidates[fastest((self.name, kernel, x.dtype, width), runs)]
 
     def _of(self, target: str, kernel: str, x: Tensor, width: int) -> Options:
         widths = self.table[kernel][target][str(8 * x.element_size())]
         fitting = [int(key) for key in widths if int(key) >= width]
         if not fitting:
-            raise ValueError(f"{self.path.stem}: width {width} is too large; at most {max(map(int, widths))}")
+            raise ValueError(f"{self.name}: width {width} is too large; at most {max(map(int, widths))}")
         return widths[str(min(fitting))]
 
 
 def tuning(x: Tensor) -> bool:
-    """Whether launches on ``x`` measure which alternative is fastest: on a GPU, with MUSE_TUNE_KERNELS=1."""
-    return _compiler is None and x.is_cuda and os.environ.get("MUSE_TUNE_KERNELS") == "1"
+    """Whether alternatives are measured on ``x``: on a GPU, on request, not while torch.compile traces."""
+    return TUNING and _compiler is None and x.is_cuda and not torch.compiler.is_compiling()
 
 
 _fastest: dict[tuple[Any, ...], str] = {}
@@ -183,7 +190,8 @@ def fastest(key: tuple[Any, ...], candidates: Mapping[str, Callable[[], object]]
 
 def pinned_beside(file: str) -> Pinned:
     """The table of configurations that lies beside the kernel file ``file`` under the same name."""
-    return Pinned(Path(file).with_suffix(".json"))
+    path = Path(file).with_suffix(".json")
+    return Pinned(path.stem, json.loads(path.read_text(encoding="utf-8")))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from kernels import launch
+from kernels import complex_attention, complex_linear, launch
 from kernels.launch import (
     INTERPRETER,
     TARGETS,
@@ -20,12 +20,10 @@ from kernels.triton_import import triton
 
 
 @pytest.fixture
-def pinned(tmp_path):
-    path = tmp_path / "operation.json"
+def pinned():
     widths = {"16": {"BLOCK": 1}, "64": {"BLOCK": 2}}
     table = {target.name: {"16": widths, "32": {"64": {"BLOCK": 3}}} for target in TARGETS}
-    path.write_text(json.dumps({"forward": table}))
-    return Pinned(path)
+    return Pinned("operation", {"forward": table})
 
 
 @pytest.mark.parametrize(("width", "block"), [(1, 1), (16, 1), (17, 2), (64, 2)])
@@ -108,3 +106,27 @@ def test_tables_cover_every_target():
         if path.stem != "resources":
             for kernel, table in json.loads(path.read_text()).items():
                 assert table.keys() == names, (path.stem, kernel)
+
+
+def test_the_choice_of_a_backend_is_traced_as_a_constant(monkeypatch):
+    """As torch.compile(fullgraph=True) meets it on a GPU, whose driver it cannot look into."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(complex_attention, "use_triton", lambda _: True)
+    monkeypatch.setattr(complex_linear, "use_triton", lambda _: True)
+    x, weight = torch.randn(3, 2, 16).bfloat16(), torch.randn(2, 32, 16).bfloat16()
+    q, k, v = torch.randn(3, 1, 2, 5, 2, 16)
+
+    def function(x, q, k, v):
+        _, hidden = complex_linear.complex_linear_activated(x, weight, activation="split_gelu")
+        assert not complex_linear._runs_triton("product", x, (2, 32, 16), print)
+        return hidden, complex_attention._takes_sdpa(q, k, v, True, None)
+
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(str(graph.code))
+        return lambda *_: (x,)
+
+    _, sdpa = torch.compile(function, fullgraph=True, backend=backend)(x, q, k, v)
+    assert sdpa
+    assert "complex_product_activated" in graphs[0]
