@@ -17,7 +17,7 @@ from muse.files import write_json
 from muse.hardware import use_hardware
 from muse.provenance import identity, provenance, source_hash
 from muse.report.metrics import MetricsLog
-from muse.report.plots import plot_lines, plot_stacked
+from muse.report.plots import plot_lines, plot_ratios, plot_stacked
 from muse.report.table import show, table
 
 RESULT = "result.json"
@@ -29,7 +29,11 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
     In a multirun a cell that an earlier sweep has finished with the same options and the same code is
     taken from there, and every cell, also one that fails, goes into the summary of the sweep.
     """
-    if config.benchmark.seq_len > config.model.seq_len and config.stage.mixer == "none":
+    if (
+        config.benchmark.seq_len > config.model.seq_len
+        and config.stage.mixer == "none"
+        and config.benchmark.name != "kernels"
+    ):
         raise ConfigError(
             f"benchmark.seq_len={config.benchmark.seq_len} is longer than the learned positions of "
             f"stage.mixer=none; it must be at most model.seq_len={config.model.seq_len}"
@@ -79,6 +83,9 @@ def _measure(config: BenchConfig, run: Path) -> dict[str, Any]:
 def _tables(report: Report) -> str:
     parts = []
     for measurement, models in report.details.items():
+        if measurement == "kernels":
+            parts += _kernel_tables(models)
+            continue
         keys = [k for k in next(iter(models.values())) if k not in ("curve", "device")]
         rows = [[key, *(values.get(key) for values in models.values())] for key in keys]
         parts.append(table((measurement, *models), rows))
@@ -86,6 +93,47 @@ def _tables(report: Report) -> str:
         parts.append(table(("criterion", "measured", "target", "pass"), report.criteria))
     parts.append(f"all pass: {show(report.values['all_pass'])}")
     return "\n" + "\n\n".join(parts)
+
+
+def _kernel_tables(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """A table for each family, whose operations have much the same alternatives."""
+    parts = [
+        "alternatives: their time / ours, forward + backward (eager fwd: forward alone)\n"
+        "memory: peak of eager / ours; peak: share of the rate of a large product"
+    ]
+    for family in dict.fromkeys(row["family"] for row in rows.values()):
+        members = {name: row for name, row in rows.items() if row["family"] == family}
+        names = dict.fromkeys(name for row in members.values() for name in row.get("alternatives", {}))
+        others = [name for name in names if name not in ("ours", "eager")]
+        header = (family, "dtype", "fwd ms", "fwd+bwd", "eager fwd", "eager", *others, "memory", "peak")
+        parts.append(table(header, [_kernel_cells(row, others) for row in members.values()]))
+        remarks = [f"{name}: {row['error']}" for name, row in members.items() if row["error"] is not None]
+        remarks += [
+            f"{name}: {figures['note']}"
+            for name, row in members.items()
+            for figures in row.get("alternatives", {}).values()
+            if "note" in figures
+        ]
+        if remarks:
+            parts.append("\n".join(remarks))
+    return parts
+
+
+def _kernel_cells(row: dict[str, Any], others: list[str]) -> list[object]:
+    def of(name: str, key: str) -> object:
+        return row.get("alternatives", {}).get(name, {}).get(key)
+
+    def short(value: object) -> object:
+        return f"{value:.2f}" if isinstance(value, float) else value
+
+    ratios = [of("eager", "forward_ratio"), *(of(name, "training_ratio") for name in ("eager", *others))]
+    return [
+        row.get("operation", row["family"]),
+        row.get("dtype"),
+        of("ours", "forward_ms_p50"),
+        of("ours", "training_ms_p50"),
+        *map(short, (*ratios, of("eager", "peak_ratio"), row.get("share_of_peak"))),
+    ]
 
 
 HOLDERS = ("parameters", "optimiser", "activations", "gradients and temporaries")
@@ -110,6 +158,20 @@ def _plots(report: Report, run: Path) -> list[Path]:
             for name, values in speed.items()
         }
         plot_stacked(path, "time of a training step", "ms", bars)
+        plots.append(path)
+    if kernels := report.details.get("kernels"):
+        path = run / "kernels.png"
+        ratios = {
+            name: {
+                other: figures["training_ratio"]
+                for other, figures in row["alternatives"].items()
+                if "training_ratio" in figures
+            }
+            for name, row in kernels.items()
+            if "alternatives" in row
+        }
+        label = "time of the alternative / ours, forward + backward (above 1: ours is faster)"
+        plot_ratios(path, "operations of kernels/", label, ratios)
         plots.append(path)
     if perplexity := report.details.get("perplexity"):
         path = run / "perplexity.png"

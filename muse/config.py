@@ -337,7 +337,8 @@ class TrainConfig:
             _at_least("train.eval_stride", self.eval_stride, 1)
 
 
-BENCHMARKS = ("perplexity", "vram", "throughput", "stability", "gradients", "all")
+BENCHMARKS = ("perplexity", "vram", "throughput", "stability", "gradients", "kernels", "all")
+KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -345,7 +346,7 @@ class BenchmarkConfig:
     """What is measured and against what.
 
     Attributes:
-        name: which benchmark; ``all`` runs every other one.
+        name: which benchmark; ``all`` runs every one that is about a stage, so not ``kernels``.
         batch_size: windows in a measured batch.
         seq_len: tokens in a measured window.
         train_steps: steps that both models are trained for when no checkpoint is given; 0 for none.
@@ -355,6 +356,14 @@ class BenchmarkConfig:
         repeats: timed steps.
         inputs: random inputs of the stability benchmark.
         rerun: whether a sweep measures again what a finished cell has already measured.
+        dtypes: of the kernels: ``float32``, ``bfloat16``, ``float16``.
+        width: complex channels of the kernels' inputs; null for ``model.complex.d_model``.
+        heads: attention heads; null for ``model.complex.heads``.
+        head_dim: complex channels of a head; null for as many as in the model.
+        hidden: output channels of the linear product and hidden channels of the symplectic flow; null for
+            ``model.complex.d_ff``.
+        ode_steps: leapfrog steps of the symplectic flow.
+        compile: whether torch.compile is one of the kernels' alternatives.
     """
 
     name: str = "all"
@@ -367,10 +376,24 @@ class BenchmarkConfig:
     repeats: int = 7
     inputs: int = 100
     rerun: bool = False
+    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
+    width: int | None = None
+    heads: int | None = None
+    head_dim: int | None = None
+    hidden: int | None = None
+    ode_steps: int = 10
+    compile: bool = True
 
     def __post_init__(self) -> None:
         _one_of("benchmark", self.name, BENCHMARKS)
-        for name in ("batch_size", "seq_len", "repeats", "inputs"):
+        if not self.dtypes:
+            raise ConfigError(f"benchmark.dtypes={self.dtypes} must hold one of {', '.join(KERNEL_DTYPES)}")
+        for dtype in self.dtypes:
+            _one_of("benchmark.dtypes", dtype, KERNEL_DTYPES)
+        for name in ("width", "heads", "head_dim", "hidden"):
+            if getattr(self, name) is not None:
+                _at_least(f"benchmark.{name}", getattr(self, name), 1)
+        for name in ("batch_size", "seq_len", "repeats", "inputs", "ode_steps"):
             _at_least(f"benchmark.{name}", getattr(self, name), 1)
         for name in ("train_steps", "warmup"):
             _at_least(f"benchmark.{name}", getattr(self, name), 0)

@@ -67,6 +67,29 @@ def test_a_sweep_survives_a_failing_cell_and_a_rerun_skips_finished_ones(tmp_pat
     assert [cell["status"] for cell in json.loads(newest.read_text())] == ["reused", "failed", "reused"]
 
 
+@pytest.mark.slow
+def test_the_kernels_are_measured_beside_their_alternatives(tmp_path):
+    done = bench(
+        tmp_path, "benchmark=kernels", "benchmark.batch_size=1", "benchmark.repeats=1", "benchmark.warmup=0",
+        "benchmark.ode_steps=2", "benchmark.compile=false",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("bench/*/*/result.json")
+    result = json.loads(path.read_text())
+    assert result["kernels_correct"] is True
+    assert result["all_pass"] in (True, False)
+    assert result["attention_real_float32_sdpa_ratio"] > 0
+    assert result["symplectic_flow_bfloat16_eager_ratio"] > 0
+    rows = result["details"]["kernels"]
+    assert len(rows) == 30
+    assert all(row["alternatives"]["ours"]["peak_gb"] > 0 for row in rows.values())
+    assert (path.parent / "kernels.png").read_bytes().startswith(b"\x89PNG")
+    assert "rms norm, bfloat16:" in done.stdout
+    assert "no operation slower than plain eager" in done.stdout
+    # All but the path of the folder fits a terminal.
+    assert [line for line in done.stdout.splitlines() if len(line) > 120 and str(tmp_path) not in line] == []
+
+
 def test_a_wrong_value_is_one_sentence(tmp_path):
     done = bench(tmp_path, "benchmark.warmup=-1")
     assert done.returncode == 1

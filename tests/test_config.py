@@ -136,6 +136,13 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (BenchmarkConfig, {"repeats": 0}, "benchmark.repeats"),
     (BenchmarkConfig, {"inputs": 0}, "benchmark.inputs"),
     (BenchmarkConfig, {"warmup": -1}, "benchmark.warmup"),
+    (BenchmarkConfig, {"dtypes": []}, "benchmark.dtypes"),
+    (BenchmarkConfig, {"dtypes": ["bfloat16", "float64"]}, "benchmark.dtypes"),
+    (BenchmarkConfig, {"width": 0}, "benchmark.width"),
+    (BenchmarkConfig, {"heads": 0}, "benchmark.heads"),
+    (BenchmarkConfig, {"head_dim": 0}, "benchmark.head_dim"),
+    (BenchmarkConfig, {"hidden": 0}, "benchmark.hidden"),
+    (BenchmarkConfig, {"ode_steps": 0}, "benchmark.ode_steps"),
     (RunConfig, {"seed": -1}, "seed=-1"),
     (RunConfig, {"train": TrainConfig(eval_stride=129)}, "train.eval_stride=129"),
 ]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from omegaconf import OmegaConf
 
 from muse.benchmarks.health import measure_gradients, measure_stability
+from muse.benchmarks.kernels import FAMILIES, measure_kernels
 from muse.benchmarks.memory import measure_memory
 from muse.benchmarks.perplexity import measure_perplexity
 from muse.benchmarks.throughput import measure_throughput
@@ -35,6 +37,7 @@ MEASUREMENTS: dict[str, Callable[[BenchConfig, torch.device], dict[str, Any]]] =
     "throughput": measure_throughput,
     "stability": measure_stability,
     "gradients": measure_gradients,
+    **{f"kernels {family}": partial(measure_kernels, family) for family in FAMILIES},
 }
 
 

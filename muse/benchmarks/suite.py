@@ -1,4 +1,4 @@
-"""The benchmarks of stages 0 and 1: what is measured, against what, and what passes."""
+"""The benchmarks of stages 0 and 1 and of the kernels: what is measured, against what, and what passes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from typing import Any
 
 from muse.benchmarks.cell import measure_apart
 from muse.benchmarks.health import GRADIENT_RANGE
+from muse.benchmarks.kernels import FAMILIES
 from muse.benchmarks.step import baseline_of
 from muse.config import BenchConfig
+from muse.errors import RunError
 
 PPL_TARGET = 1.03
 VRAM_TARGET = 0.52
+# A kernel counts as slower from here on: two equal functions timed in turns differ by up to 5 %.
+SPEED_TARGET = 0.95
 
 
 @dataclass
@@ -46,6 +50,8 @@ def run_suite(config: BenchConfig) -> Report:
         if chosen in (name, "all"):
             print(f"{name} ...", flush=True)
             benchmark(config, report)
+    if chosen == "kernels":
+        _kernels(config, report)
     passes = [passed for *_, passed in report.criteria]
     report.values["all_pass"] = None if None in passes or not passes else all(passes)
     return report
@@ -144,6 +150,66 @@ def _perplexity(config: BenchConfig, report: Report) -> None:
     report.criteria.append(
         (f"perplexity / stage 0 ({measured['trained']})", ratio, f"<= {PPL_TARGET}", values["ppl_pass"])
     )
+
+
+def _kernels(config: BenchConfig, report: Report) -> None:
+    rows: dict[str, dict[str, Any]] = {}
+    for family in FAMILIES:
+        print(f"kernels: {family} ...", flush=True)
+        try:
+            measured = measure_apart(f"kernels {family}", config)
+            rows |= {name: row | {"device": measured["device"]} for name, row in measured["cases"].items()}
+        except RunError as error:
+            # The other families are measured all the same.
+            print(f"  {error}", flush=True)
+            rows[family] = {"family": family, "correct": None, "error": str(error)}
+    report.details["kernels"] = rows
+    correct = [row["correct"] for row in rows.values()]
+    values = report.values
+    values["kernels_correct"] = _all(correct)
+    for name, row in rows.items():
+        for other in ("eager", "SDPA"):
+            figures = row.get("alternatives", {}).get(other)
+            if figures is not None:
+                key = f"{name.replace(', ', ' ')} {other}_ratio".lower()
+                values["_".join(key.replace("+", "").split())] = figures["training_ratio"]
+    count = f"{sum(passed is True for passed in correct)} of {len(correct)}"
+    report.criteria.append(("every operation is correct", count, "all", values["kernels_correct"]))
+    _speed_criterion(report, rows, "eager", "kernels_worst", "no operation slower than plain eager")
+    real = {
+        name: row
+        for name, row in rows.items()
+        if row.get("operation", name) in ("attention", "attention real")
+    }
+    _speed_criterion(report, real, "SDPA", "kernels_sdpa", "real attention no slower than SDPA")
+
+
+def _all(passes: list[bool | None]) -> bool | None:
+    """False as soon as one is, else None as long as one is."""
+    return False if False in passes else None if None in passes or not passes else True
+
+
+def _speed_criterion(
+    report: Report, rows: dict[str, dict[str, Any]], other: str, key: str, title: str
+) -> None:
+    """The smallest ratio of the alternative's time to ours, forward or with backward, and whose it is."""
+    ratios = {
+        f"{name}, {said}": row["alternatives"][other][f"{part}_ratio"]
+        for name, row in rows.items()
+        if "alternatives" in row
+        for part, said in (("forward", "forward"), ("training", "with backward"))
+    }
+    worst = min(ratios, key=ratios.__getitem__, default=None)
+    # What was not measured, because it is wrong or failed, is no pass.
+    passed = _all([row["correct"] for row in rows.values()])
+    if worst is not None and ratios[worst] < SPEED_TARGET:
+        passed = False
+    report.values |= {
+        f"{key}_ratio": None if worst is None else ratios[worst],
+        f"{key}_case": worst,
+    }
+    where = f" ({worst})" if worst is not None else ""
+    report.criteria.append((title + where, report.values[f"{key}_ratio"], f">= {SPEED_TARGET}", passed))
 
 
 def _name(config: BenchConfig) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
+def _axes(title: str, x_label: str, y_label: str, size: tuple[float, float] = (7, 4.2)) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -16,7 +16,7 @@ def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
     return figure, axes
@@ -65,6 +65,33 @@ def plot_stacked(
     if limit is not None:
         axes.axhline(limit[1], linestyle="--", color="black", label=limit[0])
     axes.legend()
+    _save(figure, path)
+
+
+def plot_ratios(path: Path, title: str, x_label: str, rows: dict[str, dict[str, float]]) -> None:
+    """Write a group of horizontal bars for each row, one for each of its ratios, on a logarithmic axis."""
+    names = list(dict.fromkeys(name for ratios in rows.values() for name in ratios))
+    bars = sum(map(len, rows.values()))
+    figure, axes = _axes(title, x_label, "", (8, 1.5 + 0.13 * bars + 0.1 * len(rows)))
+    from matplotlib import pyplot
+
+    position, ticks, seen = 0.0, [], set()
+    for ratios in rows.values():
+        ticks.append(position + (len(ratios) - 1) / 2)
+        for name, ratio in ratios.items():
+            color = pyplot.get_cmap("tab10")(names.index(name))
+            label = None if name in seen else name
+            axes.barh(position, ratio - 1, left=1, height=0.9, color=color, label=label)
+            seen.add(name)
+            position += 1
+        position += 1
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(ticks, list(rows))
+    axes.set_ylim(position - 0.5, -1)
+    axes.axvline(1, color="black", linewidth=1)
+    if seen:
+        axes.legend()
     _save(figure, path)
 
 

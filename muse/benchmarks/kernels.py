@@ -1,0 +1,618 @@
+"""The operations of kernels/ beside what one would use instead: is it right, how fast, how much memory.
+
+``eager`` is the same maths as a good user of PyTorch writes it on planes in the same dtype. It is the measure
+of correctness, too, and ``compiled`` is torch.compile of it. Other alternatives are SDPA on concatenated
+planes, four real products, a bare one whose weight is no longer complex, and torch's own complex64.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from kernels.complex_attention import SCORES, complex_attention
+from kernels.complex_linear import complex_linear, complex_linear_activated
+from kernels.complex_pointwise import (
+    ACTIVATIONS,
+    add_complex_rms_norm,
+    complex_activation,
+    complex_layer_norm,
+    complex_rms_norm,
+    rotate,
+)
+from kernels.planar import modulus_floor, upcast
+from kernels.symplectic import symplectic_flow
+from muse.benchmarks.operations import InsideOperations
+from muse.benchmarks.throughput import COMPLEX_ATTENTION, ProductRecorder, quantile
+from muse.config import BenchConfig
+from muse.hardware import synchronize
+
+GB = 1e9
+EPS = 1e-6
+# A timing repeats fast functions until it takes about this long.
+TIMING_SECONDS = 5e-3
+MAX_CALLS = 100
+# Side of the square product whose rate counts as the peak.
+PEAK_SIDE = {"cpu": 1024, "cuda": 8192}
+PEAK_RUNS = 20
+TIME_STEP = 0.1
+# Units of the exact flow's state: 2^-22.
+SCALE = 2.0**22
+
+Function = Callable[..., Any]
+Normal = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the measured tensors: positions are ``batch`` times ``length``."""
+
+    batch: int
+    length: int
+    width: int
+    heads: int
+    head_dim: int
+    hidden: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on given inputs.
+
+    Attributes:
+        name: what the reports call it.
+        inputs: leaves that require gradients.
+        ours: the operation, called with the inputs; returns a tensor or a tuple of tensors.
+        plain: the same maths in plain PyTorch.
+        others: more alternatives, each with its own inputs.
+    """
+
+    name: str
+    inputs: Sequence[Tensor]
+    ours: Function
+    plain: Function
+    others: dict[str, tuple[Function, Sequence[Tensor]]] = field(default_factory=dict)
+
+
+def sizes_of(config: BenchConfig) -> Sizes:
+    """The sizes of the options, those left open as in the complex model."""
+    options, widths = config.benchmark, config.model.complex
+    return Sizes(
+        batch=options.batch_size,
+        length=options.seq_len,
+        width=options.width or widths.d_model,
+        heads=options.heads or widths.heads,
+        head_dim=options.head_dim or widths.d_model // widths.heads,
+        hidden=options.hidden or widths.d_ff,
+        steps=options.ode_steps,
+    )
+
+
+def measure_kernels(family: str, config: BenchConfig, device: torch.device) -> dict[str, Any]:
+    """Measure a family of operations in every dtype of ``benchmark.dtypes``.
+
+    Returns:
+        ``cases``: for each case, e.g. ``attention real, bfloat16``, what ``measure_case`` returns.
+    """
+    cases = {}
+    for name in config.benchmark.dtypes:
+        dtype = getattr(torch, name)
+        peak = product_rate(dtype, device)
+        for case in FAMILIES[family](sizes_of(config), dtype, normal_leaves(config.seed, dtype, device)):
+            label = f"{case.name}, {name}"
+            row = {"family": family, "operation": case.name, "dtype": name, "peak_tflops": peak / 1e12}
+            try:
+                row |= measure_case(case, config, device, peak)
+            except torch.OutOfMemoryError:
+                row |= {"correct": None, "error": "out of GPU memory; choose a smaller benchmark.batch_size"}
+            except Exception as error:  # noqa: BLE001 - an operation that fails hides no other
+                traceback.print_exc()
+                row |= {"correct": False, "error": f"failed: {_first_line(error)}"}
+            cases[label] = row
+            print(f"  {label}: {summary(row)}", flush=True)
+    return {"cases": cases}
+
+
+def summary(row: dict[str, Any]) -> str:
+    """One line about a measured case."""
+    if row["error"] is not None:
+        return str(row["error"])
+    ours, plain = row["alternatives"]["ours"], row["alternatives"]["eager"]
+    return (
+        f"{ours['forward_ms_p50']:.3g} ms, {ours['training_ms_p50']:.3g} ms with backward, "
+        f"{plain['training_ratio']:.2f} x as fast as eager"
+    )
+
+
+def measure_case(case: Case, config: BenchConfig, device: torch.device, peak: float) -> dict[str, Any]:
+    """Check an operation and, if it is right, time it in turns with its alternatives.
+
+    Args:
+        case: the operation.
+        config: ``warmup`` untimed rounds, ``repeats`` timed ones, and whether to ``compile``.
+        device: where the inputs are.
+        peak: FLOPs a second of a large product in the same dtype.
+
+    Returns:
+        ``correct``, ``error`` (a sentence, or None), ``deviation`` (the largest error over the error allowed)
+        and ``deviation_of``; for a right operation also ``gflop``, the arithmetic of forward and backward
+        (None without matrix products), ``share_of_peak``, and ``alternatives``: for ``ours``, ``eager`` and
+        every other one the quantiles of its times, the median over rounds of its time over ours, its memory.
+    """
+    deviation, where = largest_deviation(case)
+    row: dict[str, Any] = {"correct": deviation <= 1, "deviation": deviation, "deviation_of": where}
+    if not row["correct"]:
+        return row | {"error": f"wrong: {where} is off by {deviation:.3g} times the error allowed"}
+    functions = {"ours": (case.ours, case.inputs), "eager": (case.plain, case.inputs), **case.others}
+    notes: dict[str, dict[str, Any]] = {}
+    if config.benchmark.compile:
+        compiled, notes["compiled"] = _compile(case, device)
+        if compiled is not None:
+            functions["compiled"] = (compiled, case.inputs)
+    calls = {name: Call(*function) for name, function in functions.items()}
+    times = time_in_turns(calls, config.benchmark.warmup, config.benchmark.repeats, device)
+    memory = {name: peak_memory(call.train, device, name) for name, call in calls.items()}
+    alternatives = {name: _figures(times, memory, name) for name in times}
+    for name, note in notes.items():
+        alternatives[name] = alternatives.get(name, {}) | note
+    arithmetic = flops(calls["ours"].train)
+    seconds = quantile(times["ours"]["training"], 0.5)
+    return row | {
+        "error": None,
+        "gflop": arithmetic / 1e9 if arithmetic else None,
+        "share_of_peak": arithmetic / seconds / peak if arithmetic else None,
+        "alternatives": alternatives,
+    }
+
+
+class Call:
+    """A function with inputs, and gradients for its outputs."""
+
+    def __init__(self, function: Function, inputs: Sequence[Tensor]) -> None:
+        self.function, self.inputs = function, inputs
+        # Not under no_grad, for which compiled code would be compiled again.
+        self.gradients = [torch.randn_like(out) for out in _outputs(function(*inputs))]
+
+    def forward(self) -> None:
+        """As in training: what the backward pass needs is kept."""
+        self.function(*self.inputs)
+
+    def train(self) -> None:
+        """Forward, and the gradient at every input."""
+        torch.autograd.grad(_outputs(self.function(*self.inputs)), self.inputs, self.gradients)
+
+
+def _outputs(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def largest_deviation(case: Case) -> tuple[float, str]:
+    """The worst error of outputs and gradients over the error allowed, and where it is.
+
+    Errors are root mean squares against the plain code in float64. Allowed is twice the error of the plain
+    code in the same dtype plus one unit in the last place of the largest value.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        outs = _outputs(case.plain(*case.inputs))
+    gradients = [torch.randn(out.shape, generator=generator).to(out) for out in outs]
+    inputs = [x.detach().double().requires_grad_() for x in case.inputs]
+    exact = _results(case.plain, inputs, gradients)
+    ours, plain = (_results(function, case.inputs, gradients) for function in (case.ours, case.plain))
+    places = [f"output {n}" for n in range(len(gradients))]
+    places += [f"the gradient of input {n}" for n in range(len(inputs))]
+    worst, where = 0.0, "nothing"
+    for place, result, other, reference in zip(places, ours, plain, exact, strict=True):
+        error, error_of_plain = (_rms(x.double() - reference) for x in (result, other))
+        allowed = 2 * error_of_plain + torch.finfo(result.dtype).eps * reference.abs().max().item()
+        deviation = error / allowed if allowed else error
+        if not deviation <= worst:
+            worst, where = deviation, place
+        if math.isnan(deviation):
+            return math.inf, place
+    return worst, where
+
+
+def _results(function: Function, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    outs = _outputs(function(*inputs))
+    at_outs = [grad.to(out.dtype) for grad, out in zip(gradients, outs, strict=True)]
+    return *(out.detach() for out in outs), *torch.autograd.grad(outs, inputs, at_outs)
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def _compile(case: Case, device: torch.device) -> tuple[Function | None, dict[str, Any]]:
+    """torch.compile of the plain code after its first call, and its ``compile_s``, or why there is none."""
+    torch._dynamo.reset()
+    compiled = torch.compile(case.plain, dynamic=False)
+    start = time.perf_counter()
+    try:
+        Call(compiled, case.inputs).train()
+    # Whatever a compiler raises; without a C++ compiler there is no torch.compile on a CPU.
+    except Exception as error:  # noqa: BLE001
+        return None, {"note": f"torch.compile failed: {_first_line(error)}"}
+    synchronize(device)
+    return compiled, {"compile_s": time.perf_counter() - start}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+Times = dict[str, dict[str, list[float]]]
+
+
+def time_in_turns(calls: dict[str, Call], warmup: int, repeats: int, device: torch.device) -> Times:
+    """Seconds of ``forward`` and ``training`` (forward and backward) of each call, for every timed round."""
+    parts = {
+        (name, part): function
+        for name, call in calls.items()
+        for part, function in (("forward", call.forward), ("training", call.train))
+    }
+    counts = {}
+    for key, function in parts.items():
+        function()
+        once = _seconds(function, 1, device)
+        counts[key] = min(MAX_CALLS, max(1, math.ceil(TIMING_SECONDS / once)))
+    times: Times = {name: {"forward": [], "training": []} for name in calls}
+    for number in range(warmup + repeats):
+        for (name, part), function in parts.items():
+            seconds = _seconds(function, counts[name, part], device)
+            if number >= warmup:
+                times[name][part].append(seconds)
+    return times
+
+
+def _seconds(function: Callable[[], None], count: int, device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        function()
+    synchronize(device)
+    return (time.perf_counter() - start) / count
+
+
+def _figures(times: Times, memory: dict[str, float | None], name: str) -> dict[str, float | None]:
+    figures: dict[str, float | None] = {}
+    for part, seconds in times[name].items():
+        for percent in (20, 50, 80):
+            figures[f"{part}_ms_p{percent}"] = 1e3 * quantile(seconds, percent / 100)
+        if name != "ours":
+            ratios = [s / ours for s, ours in zip(seconds, times["ours"][part], strict=True)]
+            figures[f"{part}_ratio"] = quantile(ratios, 0.5)
+    own, ours = memory[name], memory["ours"]
+    figures["peak_gb"] = None if own is None else own / GB
+    if name != "ours":
+        figures["peak_ratio"] = own / ours if own and ours else None
+    return figures
+
+
+def peak_memory(train: Callable[[], None], device: torch.device, name: str = "") -> float | None:
+    """Bytes that forward and backward need at their peak beyond what is there before.
+
+    By the allocator on CUDA and by MemTracker on the CPU, which cannot see inside compiled code: None there.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        allocated = torch.cuda.memory_allocated(device)
+        train()
+        return float(torch.cuda.max_memory_allocated(device) - allocated)
+    if name == "compiled":
+        return None
+    tracker = MemTracker()
+    with tracker, InsideOperations():
+        before = _tracked(tracker, "current")
+        train()
+    return _tracked(tracker, "peak") - before
+
+
+def _tracked(tracker: Any, kind: str) -> float:
+    snapshot = tracker.get_tracker_snapshot(kind)
+    return float(sum(kinds["Total"] for kinds in snapshot.values()))
+
+
+def flops(train: Callable[[], None]) -> int:
+    """Arithmetic of the matrix products of the eager implementations that a call runs, causal ones halved."""
+    with ProductRecorder() as recorder, InsideOperations(closed=COMPLEX_ATTENTION):
+        train()
+    products = recorder.products + recorder.attention_products
+    return sum(product.flops() * count for product, count in products.items())
+
+
+def product_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOPs a second of a large square product, the best of several."""
+    side = PEAK_SIDE[device.type]
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+
+    def product() -> None:
+        torch.mm(left, right)
+
+    return 2 * side**3 / min(_seconds(product, 1, device) for _ in range(PEAK_RUNS))
+
+
+def normal_leaves(seed: int, dtype: torch.dtype, device: torch.device) -> Normal:
+    """A function that makes random inputs: shape, and optionally their ``scale`` and ``dtype``."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        values = torch.randn(shape, generator=generator).mul_(scale)
+        return values.to(device, dtype).requires_grad_()
+
+    return normal
+
+
+# --- Attention -------------------------------------------------------------------------------------------
+
+
+def attention_cases(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> Iterator[Case]:
+    """Causal attention in every kind of score."""
+    shape = (sizes.batch, sizes.heads, sizes.length, 2, sizes.head_dim)
+    for score in SCORES:
+        q, k, v = (normal(*shape) for _ in range(3))
+        future = torch.ones(sizes.length, sizes.length, dtype=torch.bool, device=q.device).triu(1)
+        others: dict[str, tuple[Function, Sequence[Tensor]]] = {}
+        if score == "real":
+            others["SDPA"] = (sdpa, (q, k, v))
+        if dtype == torch.float32:
+            native = partial(native_attention, score=score, future=future)
+            others["complex64"] = (native, [as_complex(x) for x in (q, k, v)])
+        plain = partial(plain_attention, score=score, future=future, floor=modulus_floor(dtype))
+        ours = partial(complex_attention, score=score)
+        yield Case(f"attention {score}", (q, k, v), ours, plain, others)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``real`` as one call on concatenated planes."""
+    q, k, v, d = q.flatten(-2), k.flatten(-2), v.flatten(-2), q.shape[-1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=d**-0.5)
+    return out.unflatten(-1, (2, d))
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, score: str, future: Tensor, floor: float) -> Tensor:
+    """Attention that holds all scores."""
+    d = q.shape[-1]
+    q, k, v = q.flatten(-2) * d**-0.5, k.flatten(-2), v.flatten(-2)
+    s_re = q @ k.mT
+    if score == "real":
+        return (s_re.masked_fill(future, -math.inf).softmax(-1) @ v).unflatten(-1, (2, d))
+    s_im = torch.cat((q[..., d:], -q[..., :d]), -1) @ k.mT
+    size = (s_re.square() + s_im.square() + floor**2).sqrt()
+    weight = size.masked_fill(future, -math.inf).softmax(-1)
+    if score == "magnitude":
+        return (weight @ v).unflatten(-1, (2, d))
+    weight = weight / size
+    along, across = (weight * s_re) @ v, (weight * s_im) @ v
+    re = along[..., :d] - across[..., d:]
+    return torch.stack((re, along[..., d:] + across[..., :d]), -2)
+
+
+def native_attention(q: Tensor, k: Tensor, v: Tensor, score: str, future: Tensor) -> Tensor:
+    """Attention on torch's complex tensors (B, H, S, d)."""
+    s = (q * q.shape[-1] ** -0.5) @ k.mH
+    size = s.real if score == "real" else s.abs()
+    weight = size.masked_fill(future, -math.inf).softmax(-1)
+    return (weight * s.sgn() if score == "phase" else weight.to(s.dtype)) @ v
+
+
+def as_complex(z: Tensor, plane: int = -2) -> Tensor:
+    """A planar tensor as one of torch's, a leaf."""
+    re, im = z.detach().unbind(plane)
+    return torch.complex(re, im).requires_grad_()
+
+
+# --- Linear ----------------------------------------------------------------------------------------------
+
+
+def linear_cases(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> Iterator[Case]:
+    """The product, and the product with bias, activation and residual."""
+    x = normal(sizes.batch, sizes.length, 2, sizes.width)
+    weight = normal(2, sizes.hidden, sizes.width, scale=(2 * sizes.width) ** -0.5)
+    bias = normal(2, sizes.hidden, scale=0.1)
+    residual = normal(sizes.batch, sizes.length, 2, sizes.hidden)
+    form = real_form(weight).detach().requires_grad_()
+    native = [] if dtype != torch.float32 else [as_complex(x), as_complex(weight, 0)]
+
+    def others(epilogue: Function, *rest: Tensor) -> dict[str, tuple[Function, Sequence[Tensor]]]:
+        found: dict[str, tuple[Function, Sequence[Tensor]]] = {
+            "4 products": (partial(four_products, epilogue=epilogue), (x, weight, *rest)),
+            "bare": (partial(bare_product, epilogue=epilogue), (x, form, *rest)),
+        }
+        if native:
+            inputs = [*native, *(as_complex(y) for y in rest)]
+            found["complex64"] = (partial(native_linear, epilogue=epilogue), inputs)
+        return found
+
+    plain = partial(plain_linear, epilogue=nothing)
+    yield Case("linear", (x, weight), complex_linear, plain, others(nothing))
+    plain = partial(plain_linear, epilogue=gelu_and_residual)
+    rest = (bias, residual)
+    yield Case("linear + split_gelu", (x, weight, *rest), activated, plain, others(gelu_and_residual, *rest))
+
+
+def activated(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    """The fused product without its second output."""
+    active, _ = complex_linear_activated(x, weight, bias, activation="split_gelu", residual=residual)
+    return active
+
+
+def nothing(y: Tensor) -> Tensor:
+    """No epilogue."""
+    return y
+
+
+def gelu_and_residual(y: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    """Bias, GELU on each plane, residual; of planar tensors or of torch's complex ones."""
+    y = y + bias
+    active = torch.complex(F.gelu(y.real), F.gelu(y.imag)) if y.is_complex() else F.gelu(y)
+    return active + residual
+
+
+def real_form(weight: Tensor) -> Tensor:
+    """(2 out, 2 in): acts on concatenated planes as the weight (2, out, in) on complex numbers."""
+    re, im = weight
+    return torch.cat((torch.cat((re, -im), -1), torch.cat((im, re), -1)))
+
+
+def plain_linear(x: Tensor, weight: Tensor, *rest: Tensor, epilogue: Function) -> Tensor:
+    """One real product on concatenated planes, the weight's real form built on the way."""
+    return bare_product(x, real_form(weight), *rest, epilogue=epilogue)
+
+
+def bare_product(x: Tensor, form: Tensor, *rest: Tensor, epilogue: Function) -> Tensor:
+    """One real product with a weight that is twice as large and not bound to be complex."""
+    return epilogue(F.linear(x.flatten(-2), form).unflatten(-1, (2, -1)), *rest)
+
+
+def four_products(x: Tensor, weight: Tensor, *rest: Tensor, epilogue: Function) -> Tensor:
+    """The definition."""
+    (x_re, x_im), (w_re, w_im) = x.unbind(-2), weight
+    re = F.linear(x_re, w_re) - F.linear(x_im, w_im)
+    im = F.linear(x_re, w_im) + F.linear(x_im, w_re)
+    return epilogue(torch.stack((re, im), -2), *rest)
+
+
+def native_linear(z: Tensor, weight: Tensor, *rest: Tensor, epilogue: Function) -> Tensor:
+    """One product of torch's complex tensors."""
+    return epilogue(F.linear(z, weight), *rest)
+
+
+# --- Norms, activations, rotation ------------------------------------------------------------------------
+
+
+def pointwise_cases(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> Iterator[Case]:
+    """Norms and activations of the hidden state, and the rotation of queries."""
+    shape = (sizes.batch, sizes.length, 2, sizes.width)
+    z, branch, gain, beta = normal(*shape), normal(*shape), normal(2, sizes.width), normal(2, sizes.width)
+    gamma = normal(3, sizes.width)
+    yield Case("rms norm", (z, gain), complex_rms_norm, plain_rms_norm)
+    yield Case("add rms norm", (z, branch, gain), add_complex_rms_norm, plain_add_rms_norm)
+    yield Case("layer norm", (z, gamma, beta), complex_layer_norm, plain_layer_norm)
+    floor = modulus_floor(dtype)
+    for kind, count in ACTIVATIONS.items():
+        parameters = [normal(sizes.width) for _ in range(count)]
+        ours, plain = partial(our_activation, kind=kind), partial(plain_activation, kind=kind, floor=floor)
+        yield Case(kind, (z, *parameters), ours, plain)
+    q = normal(sizes.batch, sizes.heads, sizes.length, 2, sizes.head_dim)
+    angle = normal(sizes.length, sizes.head_dim, dtype=torch.float32).detach()
+    table = torch.stack((angle.cos(), angle.sin()), -2)
+    yield Case("rotary", (q,), partial(rotate, table=table), partial(plain_rotate, table=table))
+
+
+def our_activation(z: Tensor, *parameters: Tensor, kind: str) -> Tensor:
+    """The operation with its parameters as inputs."""
+    return complex_activation(z, kind, *parameters)
+
+
+def multiply(z: Tensor, w: Tensor) -> Tensor:
+    """The complex product of planar tensors."""
+    (re, im), (w_re, w_im) = z.unbind(-2), w.unbind(-2)
+    return torch.stack((re * w_re - im * w_im, re * w_im + im * w_re), -2)
+
+
+def plain_rms_norm(z: Tensor, gain: Tensor) -> Tensor:
+    """The statistics of half precision are taken in float32."""
+    x = upcast(z)
+    mean = x.square().sum(-2, keepdim=True).mean(-1, keepdim=True)
+    return multiply((x * torch.rsqrt(mean + EPS)).to(z.dtype), gain)
+
+
+def plain_add_rms_norm(z: Tensor, branch: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum and its norm."""
+    total = z + branch
+    return total, plain_rms_norm(total, gain)
+
+
+def plain_layer_norm(z: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """Whitening by the formula of the covariance's inverse square root, in float32 for half precision."""
+    x = upcast(z)
+    re, im = (x - x.mean(-1, keepdim=True)).unbind(-2)
+    v_rr, v_ii = (part.square().mean(-1, keepdim=True) + EPS for part in (re, im))
+    v_ri = (re * im).mean(-1, keepdim=True)
+    s = (v_rr * v_ii - v_ri.square()).sqrt()
+    scale = 1 / (s * (v_rr + v_ii + 2 * s).sqrt())
+    white_re = ((v_ii + s) * scale * re - v_ri * scale * im).to(z.dtype)
+    white_im = ((v_rr + s) * scale * im - v_ri * scale * re).to(z.dtype)
+    g_rr, g_ii, g_ri = gamma
+    y = torch.stack((g_rr * white_re + g_ri * white_im, g_ri * white_re + g_ii * white_im), -2)
+    return y + beta
+
+
+def plain_activation(z: Tensor, *parameters: Tensor, kind: str, floor: float) -> Tensor:
+    """The formulas of ``complex_activation``."""
+    if kind == "split_gelu":
+        return F.gelu(z)
+    re, im = z.unbind(-2)
+    if kind == "z_relu":
+        return z * ((re > 0) & (im > 0)).unsqueeze(-2)
+    size = (re.square() + im.square() + floor**2).sqrt()
+    if kind == "mod_relu":
+        gate = F.relu(size + parameters[0]) / size
+    elif kind == "mod_swish":
+        gate = torch.sigmoid(parameters[1] * size + parameters[0])
+    else:
+        gate = 0.5 * (1 + re / size)
+    return z * gate.unsqueeze(-2)
+
+
+def plain_rotate(z: Tensor, table: Tensor) -> Tensor:
+    """With the table in the dtype of z."""
+    return multiply(z, table.to(z.dtype))
+
+
+# --- Symplectic flow -------------------------------------------------------------------------------------
+
+
+def symplectic_cases(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> Iterator[Case]:
+    """The exact flow by leapfrog steps; the state is float32, the products have the dtype of the weights."""
+    kicks = [TIME_STEP / 2, *[TIME_STEP] * (sizes.steps - 1), TIME_STEP / 2]
+    drifts = [TIME_STEP] * sizes.steps + [0.0]
+    shape = (sizes.batch, sizes.length, sizes.width)
+    q, p = (normal(*shape, dtype=torch.float32) for _ in range(2))
+    w1 = normal(sizes.hidden, sizes.width, scale=sizes.width**-0.5)
+    b1 = normal(sizes.hidden, scale=0.1)
+    # Forces of order one.
+    w2 = normal(sizes.hidden, scale=(sizes.width / sizes.hidden) ** 0.5)
+    ours, plain = (partial(function, kicks=kicks, drifts=drifts) for function in (flow, plain_flow))
+    yield Case("symplectic flow", (q, p, w1, b1, w2), ours, plain)
+
+
+def flow(
+    q: Tensor, p: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, kicks: list[float], drifts: list[float]
+) -> tuple[Tensor, Tensor]:
+    """The operation without its peak."""
+    q, p, _ = symplectic_flow(q, p, w1, b1, w2, kicks, drifts, scale=SCALE)
+    return q, p
+
+
+def plain_flow(
+    q: Tensor, p: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, kicks: list[float], drifts: list[float]
+) -> tuple[Tensor, Tensor]:
+    """Autograd through the loop."""
+    for kick, drift in zip(kicks, drifts, strict=True):
+        force = (-w2 * F.gelu(F.linear(q.to(w1.dtype), w1, b1))) @ w1
+        p = p + kick * force.to(p.dtype)
+        if drift:
+            q = q + drift * p
+    return q, p
+
+
+FAMILIES: dict[str, Callable[[Sizes, torch.dtype, Normal], Iterator[Case]]] = {
+    "attention": attention_cases,
+    "linear": linear_cases,
+    "pointwise": pointwise_cases,
+    "symplectic": symplectic_cases,
+}
