@@ -80,6 +80,8 @@ def complex_attention(
     _check(q, k, v, score, causal, cu_seqlens)
     if score == "real" and _takes_sdpa(q, k, v, causal, cu_seqlens):
         return _sdpa(q, k, v, causal, cu_seqlens)
+    if cu_seqlens is None and k.shape[2] <= HELD_KEYS and not use_triton(q):
+        return _held(q, k, v, score, causal)
     out, _ = complex_attention_forward(q, k, v, score, causal, cu_seqlens, max_seqlen)
     return out
 
@@ -149,6 +151,38 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | No
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.unflatten(-1, v.shape[-2:])
+
+
+# So few keys are cheaper to hold all scores of than to compute these again in the backward pass.
+HELD_KEYS = 256
+
+
+def _held(q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool) -> Tensor:
+    """Attention that keeps its scores, by plain autograd."""
+    queries, heads = q.shape[2], k.shape[1]
+    group = (q.shape[1] // heads, queries)
+    rows = (q * q.shape[-1] ** -0.5).flatten(-2).unflatten(1, (heads, group[0])).flatten(2, 3)
+    flat_k, flat_v = k.flatten(-2), v.flatten(-2)
+    s_re = rows @ flat_k.mT
+    size = s_re
+    if score != "real":
+        s_re, s_im = upcast(s_re), upcast(_minus_i(rows) @ flat_k.mT)
+        size = (s_re.square() + s_im.square() + modulus_floor(q.dtype) ** 2).sqrt()
+    logits = size
+    if causal:
+        future = torch.ones(queries, k.shape[2], dtype=torch.bool, device=q.device)
+        future = future.triu_(1 + k.shape[2] - queries)
+        logits = size.unflatten(2, group).masked_fill(future, -math.inf).flatten(2, 3)
+    weight = logits.softmax(-1)
+    if score == "phase":
+        weight = weight / size
+        real, imag = (weight * s_re).to(v.dtype) @ flat_v, (weight * s_im).to(v.dtype) @ flat_v
+        # i times the part of Im s.
+        re, im = imag.chunk(2, dim=-1)
+        out = real + torch.cat((-im, re), dim=-1)
+    else:
+        out = weight.to(v.dtype) @ flat_v
+    return out.unflatten(2, group).flatten(1, 2).unflatten(-1, v.shape[-2:])
 
 
 # Scores held at a time, and queries a block: few see fewer keys if causal, many make larger products.

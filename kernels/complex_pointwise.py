@@ -29,7 +29,7 @@ from kernels.triton_import import jit, tl
 
 PINNED = pinned_beside(__file__)
 # Real numbers that the eager implementation works on at a time on a CPU: its buffers then stay in the cache.
-CHUNK = 2**18
+CHUNK = 2**20
 # The kinds of activation, and how many parameters a channel each of them has.
 ACTIVATIONS = {"mod_relu": 1, "mod_swish": 2, "split_gelu": 0, "cardioid": 0, "z_relu": 0}
 # Kernels whose configuration does not depend on the number of channels are pinned under this width.

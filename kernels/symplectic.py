@@ -44,7 +44,7 @@ POTENTIALS = ("gelu_integral", "silu", "gelu", "softplus")
 # An int32 holds whole numbers of smaller size than this.
 LIMIT = 2.0**31
 # Tokens whose hidden activations the eager code holds at a time.
-CHUNK = 512
+CHUNK = 1024
 # Programs of the parameter kernel, about two for every multiprocessor of a large GPU.
 PROGRAMS = 264
 
@@ -232,11 +232,12 @@ def _activated_force(field: _Field, rows: _Rows) -> Tensor:
 
 def _add(state: Tensor, change: Tensor, rate: float, rows: _Rows) -> float:
     """state += rate change, rounded where the state is whole; returns its largest size then, else 0."""
-    rows.change.copy_(change)
     if state.is_floating_point():
-        state.add_(rows.change, alpha=rate)
+        state.add_(rows.change.copy_(change), alpha=rate)
         return 0.0
-    step = rows.change.mul_(rate).round_()
+    if change.dtype in (torch.bfloat16, torch.float16):
+        change = rows.change.copy_(change)
+    step = torch.mul(change, rate, out=rows.change).round_()
     low, high = step.aminmax()
     largest = max(-low.item(), high.item())
     fits = largest < LIMIT  # False for NaN, too

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.checkpoint import checkpoint
 
 from kernels.complex_attention import SCORES, complex_attention
 from kernels.complex_linear import complex_linear, complex_linear_activated
@@ -383,19 +384,19 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, score: str, future: Tensor, floor: float) -> Tensor:
-    """Attention that holds all scores."""
+    """Attention that holds all scores; moduli of half precision are computed in float32."""
     d = q.shape[-1]
     q, k, v = q.flatten(-2) * d**-0.5, k.flatten(-2), v.flatten(-2)
     s_re = q @ k.mT
     if score == "real":
         return (s_re.masked_fill(future, -math.inf).softmax(-1) @ v).unflatten(-1, (2, d))
-    s_im = torch.cat((q[..., d:], -q[..., :d]), -1) @ k.mT
+    s_re, s_im = upcast(s_re), upcast(torch.cat((q[..., d:], -q[..., :d]), -1) @ k.mT)
     size = (s_re.square() + s_im.square() + floor**2).sqrt()
     weight = size.masked_fill(future, -math.inf).softmax(-1)
     if score == "magnitude":
-        return (weight @ v).unflatten(-1, (2, d))
+        return (weight.to(v.dtype) @ v).unflatten(-1, (2, d))
     weight = weight / size
-    along, across = (weight * s_re) @ v, (weight * s_im) @ v
+    along, across = (weight * s_re).to(v.dtype) @ v, (weight * s_im).to(v.dtype) @ v
     re = along[..., :d] - across[..., d:]
     return torch.stack((re, along[..., d:] + across[..., :d]), -2)
 
@@ -552,12 +553,14 @@ def plain_layer_norm(z: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 
 def plain_activation(z: Tensor, *parameters: Tensor, kind: str, floor: float) -> Tensor:
-    """The formulas of ``complex_activation``."""
+    """The formulas of ``complex_activation``; gates of half precision are computed in float32, as there."""
     if kind == "split_gelu":
         return F.gelu(z)
-    re, im = z.unbind(-2)
     if kind == "z_relu":
+        re, im = z.unbind(-2)
         return z * ((re > 0) & (im > 0)).unsqueeze(-2)
+    x = upcast(z)
+    re, im = x.unbind(-2)
     size = (re.square() + im.square() + floor**2).sqrt()
     if kind == "mod_relu":
         gate = F.relu(size + parameters[0]) / size
@@ -565,12 +568,13 @@ def plain_activation(z: Tensor, *parameters: Tensor, kind: str, floor: float) ->
         gate = torch.sigmoid(parameters[1] * size + parameters[0])
     else:
         gate = 0.5 * (1 + re / size)
-    return z * gate.unsqueeze(-2)
+    return (x * gate.unsqueeze(-2)).to(z.dtype)
 
 
 def plain_rotate(z: Tensor, table: Tensor) -> Tensor:
-    """With the table in the dtype of z."""
-    return multiply(z, table.to(z.dtype))
+    """The angles stay in float32."""
+    x = upcast(z)
+    return multiply(x, table.to(x.dtype)).to(z.dtype)
 
 
 # --- Symplectic flow -------------------------------------------------------------------------------------
@@ -587,7 +591,10 @@ def symplectic_cases(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> Iterat
     # Forces of order one.
     w2 = normal(sizes.hidden, scale=(sizes.width / sizes.hidden) ** 0.5)
     ours, plain = (partial(function, kicks=kicks, drifts=drifts) for function in (flow, plain_flow))
-    yield Case("symplectic flow", (q, p, w1, b1, w2), ours, plain)
+    inputs = (q, p, w1, b1, w2)
+    # The same arithmetic as ours: each stage is computed again in the backward pass.
+    checkpointed = partial(checkpointed_flow, kicks=kicks, drifts=drifts)
+    yield Case("symplectic flow", inputs, ours, plain, {"checkpoint": (checkpointed, inputs)})
 
 
 def flow(
@@ -607,6 +614,16 @@ def plain_flow(
         p = p + kick * force.to(p.dtype)
         if drift:
             q = q + drift * p
+    return q, p
+
+
+def checkpointed_flow(
+    q: Tensor, p: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, kicks: list[float], drifts: list[float]
+) -> tuple[Tensor, Tensor]:
+    """Autograd that keeps the state of every stage only."""
+    for kick, drift in zip(kicks, drifts, strict=True):
+        stage = partial(plain_flow, kicks=[kick], drifts=[drift])
+        q, p = checkpoint(stage, q, p, w1, b1, w2, use_reentrant=False)
     return q, p
 
 
