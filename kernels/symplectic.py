@@ -44,7 +44,7 @@ POTENTIALS = ("gelu_integral", "silu", "gelu", "softplus")
 # An int32 holds whole numbers of smaller size than this.
 LIMIT = 2.0**31
 # Tokens whose hidden activations the eager code holds at a time.
-CHUNK = 1024
+CHUNK = 512
 # Programs of the parameter kernel, about two for every multiprocessor of a large GPU.
 PROGRAMS = 264
 
