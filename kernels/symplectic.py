@@ -43,8 +43,9 @@ PINNED = pinned_beside(__file__)
 POTENTIALS = ("gelu_integral", "silu", "gelu", "softplus")
 # An int32 holds whole numbers of smaller size than this.
 LIMIT = 2.0**31
-# Tokens whose hidden activations the eager code holds at a time.
-CHUNK = 512
+# Tokens whose hidden activations the eager code holds at a time. Few are slow, because libraries pack the
+# weights anew for each product.
+CHUNK = 2048
 # Programs of the parameter kernel, about two for every multiprocessor of a large GPU.
 PROGRAMS = 264
 

@@ -24,6 +24,12 @@ SCALE = 2.0**20
 NAMES = ("q", "p", "w1", "b1", "w2")
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """So that a test has several without many tokens."""
+    monkeypatch.setattr(symplectic, "CHUNK", 512)
+
+
 def leapfrog(steps: int, dt: float) -> tuple[list[float], list[float]]:
     return [dt / 2, *[dt] * (steps - 1), dt / 2], [*[dt] * steps, 0.0]
 
