@@ -325,9 +325,13 @@ def _flow_backward_eager(
     weights: _Weights,
     scheme: _Scheme,
     parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, p, w1, b1 and w2; those of the parameters empty if they are not wanted."""
-    grad_q, grad_p = grad_q.clone(), grad_p.clone()
+    rebuild: bool = True,
+) -> tuple[Tensor, ...]:
+    """The initial q and p, and the gradients of q, p, w1, b1 and w2; empty if the parameters' are not wanted.
+
+    Without ``rebuild`` the initial p is left short of the first kick.
+    """
+    grad_q, grad_p, start_q, start_p = grad_q.clone(), grad_p.clone(), end_q.clone(), end_p.clone()
     field = _field(weights)
     count, (hidden, width) = min(CHUNK, len(end_q)), weights.w1.shape
     work = _rows(count, field)
@@ -336,7 +340,7 @@ def _flow_backward_eager(
     sums = _sums(field) if parameters else None
     for chunk in _chunks(len(end_q)):
         rows, more = (_first(buffers, chunk.stop - chunk.start) for buffers in (work, more_work))
-        q, p = end_q[chunk].clone(), end_p[chunk].clone()
+        q, p = start_q[chunk], start_p[chunk]
         adjoint_q, adjoint_p = grad_q[chunk], grad_p[chunk]
         for stage in reversed(range(len(scheme.kicks))):
             kick, drift = scheme.kicks[stage], scheme.drifts[stage]
@@ -346,9 +350,9 @@ def _flow_backward_eager(
             if kick:
                 _activate(q, field, scheme.unit, rows)
                 _adjoint_kick(adjoint_q, adjoint_p, kick, field, rows, more, sums)
-                if any(scheme.kicks[:stage]):
+                if rebuild or any(scheme.kicks[:stage]):
                     _add(p, _activated_force(field, rows), -kick * scheme.unit, rows)
-    return grad_q, grad_p, *_parameter_gradients(sums, weights)
+    return start_q, start_p, grad_q, grad_p, *_parameter_gradients(sums, weights)
 
 
 def _sums(field: _Field) -> _Sums:
@@ -391,8 +395,8 @@ def _force_backward_eager(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, w1, b1 and w2; those of the parameters empty if they are not wanted."""
     zero = torch.zeros_like(q)
-    grad_q, _, grad_w1, grad_b1, grad_w2 = _flow_backward_eager(
-        zero, grad, q, zero, weights, _KICK, parameters
+    _, _, grad_q, _, grad_w1, grad_b1, grad_w2 = _flow_backward_eager(
+        zero, grad, q, zero, weights, _KICK, parameters, rebuild=False
     )
     return grad_q, grad_w1, grad_b1, grad_w2
 
@@ -815,7 +819,7 @@ def _flow_backward_triton(
     weights: _Weights,
     scheme: _Scheme,
     parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """As _flow_backward_eager: the flow kernel undoes a stage, then its adjoint is taken."""
     grad_q, grad_p, q, p = grad_q.clone(), grad_p.clone(), end_q.clone(), end_p.clone()
     operands = _operands(weights)
@@ -823,15 +827,17 @@ def _flow_backward_triton(
     partial = _partial(len(q), weights.w1, _options("parameters", weights.w1)) if parameters else None
     # Its stage k undoes the drift of the kth last stage, and before that the kick of the stage after it.
     undo = _reversed(scheme)
-    for back, stage in enumerate(reversed(range(len(scheme.kicks)))):
-        kick, drift = scheme.kicks[stage], scheme.drifts[stage]
-        if any(scheme.kicks[: stage + 1]) and (undo.kicks[back] or undo.drifts[back]):
+    for back in range(len(undo.kicks)):
+        if undo.kicks[back] or undo.drifts[back]:
             _launch_stages(q, p, operands, undo, range(back, back + 1), options)
+        if back == len(scheme.kicks):
+            break
+        kick, drift = scheme.kicks[-1 - back], scheme.drifts[-1 - back]
         if drift:
             grad_p.add_(grad_q, alpha=drift)
         if kick:
             _launch_adjoint(q, grad_q, grad_p, operands, partial, kick, scheme)
-    return grad_q, grad_p, *_summed(partial, weights)
+    return q, p, grad_q, grad_p, *_summed(partial, weights)
 
 
 def _force_triton(q: Tensor, weights: _Weights) -> Tensor:
@@ -904,15 +910,19 @@ def _symplectic_flow_backward(
     phi: str,
     scale: float,
     parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, p, w1, b1 and w2 from those of the final state; empty for parameters if not wanted."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The initial q and p, as held, and the gradients of q, p, w1, b1 and w2 from those of the final state.
+
+    The gradients of the parameters are empty if not wanted.
+    """
     run = _flow_backward_triton if use_triton(w1) else _flow_backward_eager
     weights, scheme = _Weights(w1, b1, w2, phi), _Scheme(kicks, drifts, scale)
     with torch.autocast(grad_q.device.type, enabled=False):
-        start_q, start_p, grad_w1, grad_b1, grad_w2 = run(
+        *states, grad_w1, grad_b1, grad_w2 = run(
             _flat(grad_q), _flat(grad_p), _flat(end_q), _flat(end_p), weights, scheme, parameters
         )
-    return start_q.view(grad_q.shape), start_p.view(grad_p.shape), grad_w1, grad_b1, grad_w2
+    start_q, start_p, grad_q, grad_p = (x.view(grad_q.shape) for x in states)
+    return start_q, start_p, grad_q, grad_p, grad_w1, grad_b1, grad_w2
 
 
 @_symplectic_flow_backward.register_fake
@@ -929,9 +939,9 @@ def _(
     phi: str,
     scale: float,
     parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_w1, grad_b1, grad_w2 = (x.new_empty(x.shape if parameters else 0) for x in (w1, b1, w2))
-    return grad_q.new_empty(grad_q.shape), grad_p.new_empty(grad_p.shape), grad_w1, grad_b1, grad_w2
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    states = (x.new_empty(x.shape) for x in (end_q, end_p, grad_q, grad_p))
+    return *states, *(x.new_empty(x.shape if parameters else 0) for x in (w1, b1, w2))
 
 
 def _save_flow(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -941,7 +951,7 @@ def _save_flow(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 def _differentiate_flow(ctx: Any, grad_q: Tensor, grad_p: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     parameters = any(ctx.needs_input_grad[2:5])
-    start_q, start_p, *rest = _symplectic_flow_backward(
+    _, _, start_q, start_p, *rest = _symplectic_flow_backward(
         grad_q, grad_p, *ctx.saved_tensors, ctx.kicks, ctx.drifts, ctx.phi, ctx.scale, parameters
     )
     return start_q, start_p, *(rest if parameters else (None, None, None)), None, None, None, None
@@ -1167,6 +1177,43 @@ def reconstruct(
     undo = _reversed(_Scheme(kicks, drifts, scale))
     start_q, start_p, _ = advance(q, p, w1, b1, w2, undo.kicks, undo.drifts, phi=phi, scale=scale)
     return start_q, start_p
+
+
+@torch.no_grad()
+def undo(
+    grad_q: Tensor,
+    grad_p: Tensor,
+    end_q: Tensor,
+    end_p: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    kicks: Sequence[float],
+    drifts: Sequence[float],
+    *,
+    phi: str = "gelu_integral",
+    scale: float = 0.0,
+    parameters: bool = True,
+) -> tuple[Tensor, ...]:
+    """The backward pass of a flow from its final state: what that was before all stages, and the gradients.
+
+    Args:
+        grad_q: gradient of the final q, float32 (float64 in the eager implementation).
+        grad_p: gradient of the final p.
+        end_q: final q as ``advance`` returns it, int32 if scale > 0.
+        end_p: final p.
+        parameters: whether the gradients of the parameters are wanted.
+
+    Returns:
+        The initial q and p, and the gradients of q, p, w1, b1 and w2, the last three empty if not wanted.
+    """
+    _check_stages(kicks, drifts, scale)
+    _check_state(end_q.dtype, *((torch.int32,) if scale else (torch.float32, torch.float64)))
+    _check(grad_q, grad_p, w1, b1, w2, phi)
+    stages = list(kicks), list(drifts)
+    return _symplectic_flow_backward(
+        grad_q, grad_p, end_q, end_p, w1, b1, w2, *stages, phi, scale, parameters
+    )
 
 
 def fixed_point(x: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,216 @@
+"""Potentials V(q) of one token, with their forces in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import symplectic
+from muse.dynamics.integrators import Stages
+
+FORCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Potential(nn.Module):
+    """V(q) and F(q) = -grad V(q) of each token by itself.
+
+    A potential defines ``value`` and ``force`` as functions of the state and its coefficients: the parameters,
+    given as arguments so that a flow that is undone can be differentiated by them. ``advance`` and ``undo``
+    run any potential in plain PyTorch; one that has a kernel overrides them.
+    """
+
+    def coefficients(self) -> tuple[Tensor, ...]:
+        """The parameters, in the order in which the functions below take them."""
+        return tuple(self.parameters())
+
+    def value(self, q: Tensor, *coefficients: Tensor) -> Tensor:
+        """V(q) (...,) of q (..., D), in the dtype of q."""
+        raise NotImplementedError
+
+    def force(self, q: Tensor, *coefficients: Tensor) -> Tensor:
+        """F(q) (..., D) by plain PyTorch operations, in the dtype of q."""
+        raise NotImplementedError
+
+    def forward(self, q: Tensor) -> Tensor:
+        return self.value(q, *self.coefficients())
+
+    @torch.no_grad()
+    def advance(
+        self, q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...], stages: Stages, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The state after all stages, as ``kernels.symplectic.advance`` returns it.
+
+        Returns:
+            q and p, int32 in units of 1 / scale if scale > 0, and the largest size on the way in these units:
+            from 2^31 on, infinite or NaN the state is worthless.
+        """
+        q, p = (_held(x, scale) for x in (q, p))
+        peak = torch.maximum(_size(q), _size(p))
+        for kick, drift in zip(stages.kicks, stages.drifts, strict=True):
+            if kick:
+                p, size = _moved(p, kick * (scale or 1) * self.force(_value(q, scale), *coefficients))
+                peak = torch.maximum(peak, size)
+            if drift:
+                q, size = _moved(q, drift * (p if not scale else p.double()))
+                peak = torch.maximum(peak, size)
+        return q, p, peak
+
+    def undo(
+        self,
+        grad_q: Tensor,
+        grad_p: Tensor,
+        end_q: Tensor,
+        end_p: Tensor,
+        coefficients: tuple[Tensor, ...],
+        stages: Stages,
+        scale: float,
+    ) -> tuple[Tensor, ...]:
+        """The initial state as ``advance`` held it, and the gradients of q, p and the coefficients."""
+        q, p = end_q, end_p
+        leaves = [x.detach().requires_grad_() for x in coefficients]
+        sums = [torch.zeros_like(x) for x in leaves]
+        for kick, drift in reversed(list(zip(stages.kicks, stages.drifts, strict=True))):
+            if drift:
+                q, _ = _moved(q, -drift * (p if not scale else p.double()))
+                grad_p = grad_p + drift * grad_q
+            if kick:
+                with torch.enable_grad():
+                    at = _value(q, scale).detach().requires_grad_()
+                    force = self.force(at, *leaves)
+                    changes = torch.autograd.grad(force, (at, *leaves), kick * grad_p, allow_unused=True)
+                p, _ = _moved(p, -kick * (scale or 1) * force.detach())
+                grad_q = grad_q + changes[0]
+                sums = [total if x is None else total + x for total, x in zip(sums, changes[1:], strict=True)]
+        return q, p, grad_q, grad_p, *sums
+
+
+def _held(x: Tensor, scale: float) -> Tensor:
+    return symplectic.fixed_point(x, scale) if scale else x
+
+
+def _value(x: Tensor, scale: float) -> Tensor:
+    return x.float() * (1 / scale) if scale else x
+
+
+def _size(x: Tensor) -> Tensor:
+    return x.abs().amax().float()
+
+
+def _moved(state: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    """The state after a change, rounded where the state is whole, and its largest size."""
+    if state.is_floating_point():
+        moved = state + change
+        return moved, _size(moved)
+    whole = change.round()
+    fits = whole.abs() < symplectic.LIMIT
+    reached = (state.double() + whole).masked_fill(~fits, math.inf)
+    return state + whole.masked_fill(~fits, 0).to(torch.int32), _size(reached)
+
+
+class MLPPotential(Potential):
+    """V(q) = |w2| . phi(W1 q + b1): the force is an MLP with tied weights, and pulls back wherever it acts.
+
+    With weights of either sign V falls without bound along some directions, as -|q|^2, and the flow runs off
+    exponentially within a few units of time. A negative weight adds nothing but a linear force to what
+    positive ones can do: phi(a) + phi(-a) = (a^2 - 1) / 2 for the integral of GELU.
+
+    Args:
+        features: D, channels of q.
+        hidden: hidden units.
+        phi: ``gelu_integral``, whose derivative is GELU, ``silu``, ``gelu`` or ``softplus``.
+        force_precision: dtype of the products, ``fp32``, ``bf16`` or ``fp16``; float64 parameters keep theirs.
+        curvature: mean curvature tr V'' / D at the start.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        phi: str = "gelu_integral",
+        force_precision: str = "fp32",
+        curvature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.phi, self.force_dtype = phi, FORCE_DTYPES[force_precision]
+        self.w1 = nn.Parameter(torch.empty(hidden, features).normal_(std=features**-0.5))
+        self.b1 = nn.Parameter(torch.zeros(hidden))
+        # A row of W1 has length 1, and phi'' is 1/2 on average: tr V'' = sum w2 / 2.
+        w2 = torch.empty(hidden).normal_().abs()
+        self.w2 = nn.Parameter(w2 * (2 * curvature * features / w2.sum()))
+
+    def _operands(self, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = torch.float64 if w1.dtype == torch.float64 else self.force_dtype
+        return w1.to(dtype), b1.to(dtype), w2.abs().to(dtype)
+
+    def value(self, q: Tensor, *coefficients: Tensor) -> Tensor:
+        return symplectic.potential(q, *(x.to(q.dtype) for x in self._operands(*coefficients)), self.phi)
+
+    def force(self, q: Tensor, *coefficients: Tensor) -> Tensor:
+        w1, b1, w2 = self._operands(*coefficients)
+        slope = _slope(F.linear(q.to(w1.dtype), w1, b1), self.phi)
+        # w2 joins the smaller factor.
+        return -(slope @ (w2.unsqueeze(1) * w1)).to(q.dtype)
+
+    def advance(
+        self, q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...], stages: Stages, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            weights = self._operands(*coefficients)
+        return symplectic.advance(q, p, *weights, stages.kicks, stages.drifts, phi=self.phi, scale=scale)
+
+    def undo(
+        self,
+        grad_q: Tensor,
+        grad_p: Tensor,
+        end_q: Tensor,
+        end_p: Tensor,
+        coefficients: tuple[Tensor, ...],
+        stages: Stages,
+        scale: float,
+    ) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            weights = self._operands(*coefficients)
+            *rest, grad_w1, grad_b1, grad_w2 = symplectic.undo(
+                grad_q, grad_p, end_q, end_p, *weights, stages.kicks, stages.drifts, phi=self.phi, scale=scale
+            )
+            grads = grad_w1, grad_b1, grad_w2 * coefficients[2].sign()
+        return *rest, *(grad.to(x.dtype) for grad, x in zip(grads, coefficients, strict=True))
+
+
+def _slope(a: Tensor, phi: str) -> Tensor:
+    """phi'(a)."""
+    match phi:
+        case "gelu_integral":
+            return F.gelu(a)
+        case "silu":
+            sigmoid = torch.sigmoid(a)
+            return sigmoid * (1 + a * (1 - sigmoid))
+        case "gelu":
+            return 0.5 * (1 + torch.erf(a * 0.5**0.5)) + a * torch.exp(-0.5 * a.square()) / (2 * math.pi) ** 0.5
+        case _:
+            return torch.sigmoid(a)
+
+
+class DuffingPotential(Potential):
+    """V(q) = sum_k stiffness_k q_k^2 / 2 + |quartic_k| q_k^4 / 4: a spring a channel that hardens, no products.
+
+    Args:
+        features: D, channels of q.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.stiffness = nn.Parameter(torch.ones(features))
+        self.quartic = nn.Parameter(torch.full((features,), 0.1))
+
+    def value(self, q: Tensor, *coefficients: Tensor) -> Tensor:
+        stiffness, quartic = (x.to(q.dtype) for x in coefficients)
+        square = q.square()
+        return (square * (0.5 * stiffness + 0.25 * quartic.abs() * square)).sum(-1)
+
+    def force(self, q: Tensor, *coefficients: Tensor) -> Tensor:
+        stiffness, quartic = (x.to(q.dtype) for x in coefficients)
+        return -q * (stiffness + quartic.abs() * q.square())
