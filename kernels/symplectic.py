@@ -940,8 +940,9 @@ def _(
     scale: float,
     parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    states = (x.new_empty(x.shape) for x in (end_q, end_p, grad_q, grad_p))
-    return *states, *(x.new_empty(x.shape if parameters else 0) for x in (w1, b1, w2))
+    start_q, start_p, grad_q, grad_p = (x.new_empty(x.shape) for x in (end_q, end_p, grad_q, grad_p))
+    grad_w1, grad_b1, grad_w2 = (x.new_empty(x.shape if parameters else 0) for x in (w1, b1, w2))
+    return start_q, start_p, grad_q, grad_p, grad_w1, grad_b1, grad_w2
 
 
 def _save_flow(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

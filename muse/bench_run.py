@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from muse.benchmarks.suite import VRAM_TARGET, Report, run_suite
+from muse.benchmarks.suite import FLOW_VRAM_REDUCTION, VRAM_TARGET, Report, run_suite
 from muse.benchmarks.sweep import add_cell, swept_options
 from muse.config import BenchConfig
 from muse.errors import ConfigError
@@ -30,7 +30,7 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
     taken from there, and every cell, also one that fails, goes into the summary of the sweep.
     """
     if (
-        config.benchmark.seq_len > config.model.seq_len
+        (config.benchmark.seq_len or 0) > config.model.seq_len
         and config.stage.mixer == "none"
         and config.benchmark.name != "kernels"
     ):
@@ -38,6 +38,8 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
             f"benchmark.seq_len={config.benchmark.seq_len} is longer than the learned positions of "
             f"stage.mixer=none; it must be at most model.seq_len={config.model.seq_len}"
         )
+    if config.benchmark.name in ("energy", "adjoint") and config.stage.number != 2:
+        raise ConfigError(f"benchmark={config.benchmark.name} is about the flow; it needs stage=2")
     use_hardware(config.hardware)
     sweep = _sweep_folder()
     result = _finished(config) if sweep is not None and not config.benchmark.rerun else None
@@ -86,7 +88,8 @@ def _tables(report: Report) -> str:
         if measurement == "kernels":
             parts += _kernel_tables(models)
             continue
-        keys = [k for k in next(iter(models.values())) if k not in ("curve", "device")]
+        values = next(iter(models.values()))
+        keys = [k for k, v in values.items() if k != "device" and not isinstance(v, list | dict)]
         rows = [[key, *(values.get(key) for values in models.values())] for key in keys]
         parts.append(table((measurement, *models), rows))
     if report.criteria:
@@ -146,6 +149,9 @@ def _plots(report: Report, run: Path) -> list[Path]:
         bars = {name: {part: values[part] for part in HOLDERS} for name, values in memory.items()}
         baseline = memory.get("stage 0 fp32")
         limit = (f"{VRAM_TARGET:.0%} of stage 0 fp32", VRAM_TARGET * baseline["peak"]) if baseline else None
+        if full := memory.get("backprop"):
+            allowed = 1 - FLOW_VRAM_REDUCTION
+            limit = (f"{allowed:.0%} of full backpropagation", allowed * full["peak"])
         plot_stacked(path, "peak memory of a training step", "GB", bars, limit)
         plots.append(path)
     if speed := report.details.get("throughput"):
@@ -158,6 +164,19 @@ def _plots(report: Report, run: Path) -> list[Path]:
             for name, values in speed.items()
         }
         plot_stacked(path, "time of a training step", "ms", bars)
+        plots.append(path)
+    if energies := report.details.get("energy"):
+        path = run / "energy.png"
+        lines = {
+            f"{name}, {scheme}": list(zip(values["times"][1:], values[key][1:], strict=True))
+            for name, values in energies.items()
+            for scheme, key in (
+                (values["integrator"], "drift_trajectory"),
+                ("leapfrog", "leapfrog_drift_trajectory"),
+            )
+        }
+        title = "energy drift of the worst token of the worst layer"
+        plot_lines(path, title, "time", "|E - E0| / |E0|", lines, log=True)
         plots.append(path)
     if kernels := report.details.get("kernels"):
         path = run / "kernels.png"

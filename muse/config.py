@@ -45,26 +45,56 @@ REAL_ACTIVATIONS = ("gelu", "swiglu")
 NORMS = ("rms", "layer")
 INITS = ("glorot", "he")
 EMBEDDING_INITS = ("zeta", "normal")
+GRADIENTS = ("exact", "reversible", "checkpoint", "backprop")
+INTEGRATORS = (
+    "leapfrog",
+    "yoshida4",
+    "blanes_moan4",
+    "blanes_moan_rkn4",
+    "yoshida6",
+    "kahan_li6",
+    "suzuki_umeno8",
+)
+POTENTIALS = ("mlp", "duffing")
+PHIS = ("gelu_integral", "silu", "gelu", "softplus")
+FORCE_PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass
 class StageConfig:
-    """Which language model is trained: stage 0 is the real baseline, stage 1 the complex model.
+    """Which language model is trained.
+
+    Stage 0 is the real baseline, stage 1 the complex model, stage 2 the complex model whose feed-forward
+    blocks are Hamiltonian flows.
 
     Attributes:
-        number: stage number; 0 reads ``model.real``, 1 reads ``model.complex``.
+        number: stage number; 0 reads ``model.real``, the others read ``model.complex``.
         precision: ``fp32``; ``bf16`` (parameters, gradients, optimiser state and activations are all
             stored in bfloat16 and updates are rounded stochastically); ``bf16-mixed`` and
             ``fp16-mixed`` (float32 parameters under autocast, the latter with a loss scaler).
         mixer: ``attention``, or ``none`` for the block of the seeds, which mixes no tokens.
         score: score kind of the complex attention.
-        activation: activation of the feed-forward block.
+        activation: activation of the feed-forward block; stage 2 has none.
         norm: normalisation layer.
         init: scale of the Rayleigh initialisation of complex weights.
         embedding_init: initialisation of the token embedding.
         zeta_scale: factor on the phases of the Zeta initialisation.
         tied: whether the output head shares the token embedding.
         dropout: probability of dropping an activation on each residual branch.
+        ode_steps: steps of the flow (this and what follows are of stage 2).
+        dt: size of a step.
+        integrator: splitting scheme of a step; the number in its name is its order, leapfrog's is 2.
+        gradient: ``exact`` (fixed-point state, rebuilt bit by bit), ``reversible`` (floating point),
+            ``checkpoint`` or ``backprop``.
+        potential: ``mlp``, or ``duffing`` (a spring a channel that hardens).
+        potential_width: hidden units of the MLP; null for as many parameters as in stage 1.
+        phi: what the MLP sums; the activation of the force is its derivative.
+        flow_width: complex channels of the flow; null for ``model.complex.d_model``.
+        force_precision: precision of the force's matrix products. In half precision they are no gradient of
+            a potential to the last digits, and the energy drifts by 1e-3 instead of 1e-6.
+        fraction_bits: of the fixed-point state of ``exact``, whose range is 2^(31 - fraction_bits).
+        recon_threshold: reconstruction error from which on ``reversible`` falls back to checkpointing.
+        verify: whether ``exact`` compares what it rebuilds with its input, which is then kept.
     """
 
     number: int = 1
@@ -78,9 +108,21 @@ class StageConfig:
     zeta_scale: float = 1.0
     tied: bool = True
     dropout: float = 0.0
+    ode_steps: int = 2
+    dt: float = 0.5
+    integrator: str = "blanes_moan_rkn4"
+    gradient: str = "exact"
+    potential: str = "mlp"
+    potential_width: int | None = None
+    phi: str = "gelu_integral"
+    flow_width: int | None = None
+    force_precision: str = "fp32"
+    fraction_bits: int = 23
+    recon_threshold: float = 1e-5
+    verify: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("stage", str(self.number), ("0", "1"))
+        _one_of("stage", str(self.number), ("0", "1", "2"))
         _one_of("stage.precision", self.precision, PRECISIONS)
         _one_of("stage.mixer", self.mixer, MIXERS)
         _one_of("stage.score", self.score, SCORES)
@@ -93,6 +135,21 @@ class StageConfig:
         _one_of("stage.embedding_init", self.embedding_init, EMBEDDING_INITS)
         _positive("stage.zeta_scale", self.zeta_scale)
         _fraction("stage.dropout", self.dropout)
+        if self.number == 2 and self.mixer == "none":
+            raise ConfigError("stage.mixer=none is the block of the seeds; it goes with stage=1")
+        _at_least("stage.ode_steps", self.ode_steps, 1)
+        _positive("stage.dt", self.dt)
+        _one_of("stage.integrator", self.integrator, INTEGRATORS)
+        _one_of("stage.gradient", self.gradient, GRADIENTS)
+        _one_of("stage.potential", self.potential, POTENTIALS)
+        for name in ("potential_width", "flow_width"):
+            if getattr(self, name) is not None:
+                _at_least(f"stage.{name}", getattr(self, name), 1)
+        _one_of("stage.phi", self.phi, PHIS)
+        _one_of("stage.force_precision", self.force_precision, FORCE_PRECISIONS)
+        if not 8 <= self.fraction_bits <= 28:
+            raise ConfigError(f"stage.fraction_bits={self.fraction_bits} is not allowed; choose 8 to 28")
+        _positive("stage.recon_threshold", self.recon_threshold)
 
 
 @dataclass
@@ -337,7 +394,17 @@ class TrainConfig:
             _at_least("train.eval_stride", self.eval_stride, 1)
 
 
-BENCHMARKS = ("perplexity", "vram", "throughput", "stability", "gradients", "kernels", "all")
+BENCHMARKS = (
+    "perplexity",
+    "vram",
+    "throughput",
+    "stability",
+    "gradients",
+    "energy",
+    "adjoint",
+    "kernels",
+    "all",
+)
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -346,9 +413,10 @@ class BenchmarkConfig:
     """What is measured and against what.
 
     Attributes:
-        name: which benchmark; ``all`` runs every one that is about a stage, so not ``kernels``.
-        batch_size: windows in a measured batch.
-        seq_len: tokens in a measured window.
+        name: which benchmark; ``all`` runs every one that is about the stage, so not ``kernels`` and not
+            ``adjoint``, which compares with torchdiffeq.
+        batch_size: windows in a measured batch; null for the benchmark's own (muse/benchmarks/setting.py).
+        seq_len: tokens in a measured window; null for the benchmark's own.
         train_steps: steps that both models are trained for when no checkpoint is given; 0 for none.
         checkpoint: run folder of the model under test.
         baseline_checkpoint: run folder of the baseline.
@@ -362,13 +430,15 @@ class BenchmarkConfig:
         head_dim: complex channels of a head; null for as many as in the model.
         hidden: output channels of the linear product and hidden channels of the symplectic flow; null for
             ``model.complex.d_ff``.
-        ode_steps: leapfrog steps of the symplectic flow.
+        ode_steps: steps of the flow; null for the benchmark's own.
+        dt: size of a step of the flow; null for the benchmark's own.
+        integrator: splitting scheme of the flow; null for the benchmark's own.
         compile: whether torch.compile is one of the kernels' alternatives.
     """
 
     name: str = "all"
-    batch_size: int = 2
-    seq_len: int = 1024
+    batch_size: int | None = None
+    seq_len: int | None = None
     train_steps: int = 20
     checkpoint: str | None = None
     baseline_checkpoint: str | None = None
@@ -381,7 +451,9 @@ class BenchmarkConfig:
     heads: int | None = None
     head_dim: int | None = None
     hidden: int | None = None
-    ode_steps: int = 10
+    ode_steps: int | None = None
+    dt: float | None = None
+    integrator: str | None = None
     compile: bool = True
 
     def __post_init__(self) -> None:
@@ -390,10 +462,14 @@ class BenchmarkConfig:
             raise ConfigError(f"benchmark.dtypes={self.dtypes} must hold one of {', '.join(KERNEL_DTYPES)}")
         for dtype in self.dtypes:
             _one_of("benchmark.dtypes", dtype, KERNEL_DTYPES)
-        for name in ("width", "heads", "head_dim", "hidden"):
+        if self.dt is not None:
+            _positive("benchmark.dt", self.dt)
+        if self.integrator is not None:
+            _one_of("benchmark.integrator", self.integrator, INTEGRATORS)
+        for name in ("width", "heads", "head_dim", "hidden", "batch_size", "seq_len", "ode_steps"):
             if getattr(self, name) is not None:
                 _at_least(f"benchmark.{name}", getattr(self, name), 1)
-        for name in ("batch_size", "seq_len", "repeats", "inputs", "ode_steps"):
+        for name in ("repeats", "inputs"):
             _at_least(f"benchmark.{name}", getattr(self, name), 1)
         for name in ("train_steps", "warmup"):
             _at_least(f"benchmark.{name}", getattr(self, name), 0)

@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from kernels.symplectic import POTENTIALS
 from muse import config as options
 from muse.config import (
     BenchConfig,
@@ -26,6 +27,8 @@ from muse.config import (
     quote_stage,
     register_schemas,
 )
+from muse.dynamics import INTEGRATORS
+from muse.dynamics.potential import FORCE_DTYPES
 from muse.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -83,6 +86,13 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (StageConfig, {"dropout": 1.0}, "stage.dropout"),
     (StageConfig, {"dropout": -0.1}, "stage.dropout"),
     (StageConfig, {"dropout": float("nan")}, "stage.dropout"),
+    (StageConfig, {"number": 2, "mixer": "none"}, "stage.mixer"),
+    (StageConfig, {"ode_steps": 0}, "stage.ode_steps"),
+    (StageConfig, {"dt": 0.0}, "stage.dt"),
+    (StageConfig, {"potential_width": 0}, "stage.potential_width"),
+    (StageConfig, {"flow_width": 0}, "stage.flow_width"),
+    (StageConfig, {"fraction_bits": 29}, "stage.fraction_bits"),
+    (StageConfig, {"recon_threshold": 0.0}, "stage.recon_threshold"),
     (WidthConfig, {"d_model": 0}, "d_model"),
     (WidthConfig, {"layers": 0}, "layers"),
     (WidthConfig, {"heads": 0}, "heads"),
@@ -169,6 +179,12 @@ def test_a_value_that_cannot_be_used_is_named(kind, values, named):
         (StageConfig, {"number": 0, "activation": "x"}, options.REAL_ACTIVATIONS),
         (StageConfig, {"norm": "x"}, options.NORMS),
         (StageConfig, {"init": "x"}, options.INITS),
+        (StageConfig, {"integrator": "x"}, options.INTEGRATORS),
+        (StageConfig, {"gradient": "x"}, options.GRADIENTS),
+        (StageConfig, {"potential": "x"}, options.POTENTIALS),
+        (StageConfig, {"phi": "x"}, options.PHIS),
+        (StageConfig, {"force_precision": "x"}, options.FORCE_PRECISIONS),
+        (BenchmarkConfig, {"integrator": "x"}, options.INTEGRATORS),
         (DataConfig, {"name": "x"}, options.CORPORA),
         (BenchmarkConfig, {"name": "x"}, options.BENCHMARKS),
     ],
@@ -245,7 +261,13 @@ def test_the_tokenizer_and_the_optimiser_follow_the_model():
     assert (built.optim.lr, built.tokenizer.vocab_size) == (0.5, 300)
 
 
-@pytest.mark.parametrize("stage", ["0", "1"])
+def test_the_options_of_the_flow_are_those_that_exist():
+    assert set(options.INTEGRATORS) == set(INTEGRATORS)
+    assert set(options.PHIS) == set(POTENTIALS)
+    assert set(options.FORCE_PRECISIONS) == set(FORCE_DTYPES)
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "2"])
 def test_stage_chooses_the_model(stage):
     assert build_config(composed("train", [f"stage={stage}"])).stage.number == int(stage)
 

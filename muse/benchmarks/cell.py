@@ -20,9 +20,12 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from muse.benchmarks.adjoint import measure_adjoint
+from muse.benchmarks.energy import measure_energy, measure_trained_energy
 from muse.benchmarks.health import measure_gradients, measure_stability
 from muse.benchmarks.kernels import FAMILIES, measure_kernels
 from muse.benchmarks.memory import measure_memory
+from muse.benchmarks.modes import measure_modes
 from muse.benchmarks.perplexity import measure_perplexity
 from muse.benchmarks.throughput import measure_throughput
 from muse.config import BenchConfig
@@ -37,6 +40,10 @@ MEASUREMENTS: dict[str, Callable[[BenchConfig, torch.device], dict[str, Any]]] =
     "throughput": measure_throughput,
     "stability": measure_stability,
     "gradients": measure_gradients,
+    "modes": measure_modes,
+    "energy": measure_energy,
+    "trained energy": measure_trained_energy,
+    "adjoint": measure_adjoint,
     **{f"kernels {family}": partial(measure_kernels, family) for family in FAMILIES},
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from muse.benchmarks.setting import batch_shape
 from muse.benchmarks.step import benchmark_model, random_tokens
 from muse.config import BenchConfig
 from muse.hardware import autocast_dtype
@@ -17,9 +18,10 @@ def measure_stability(config: BenchConfig, device: torch.device) -> dict[str, fl
     model = benchmark_model(config, device).eval()
     cast = autocast_dtype(config.stage.precision)
     generator = torch.Generator().manual_seed(config.seed)
+    _, longest = batch_shape(config)
     nan = inf = 0
     for _ in range(config.benchmark.inputs):
-        length = int(torch.randint(1, config.benchmark.seq_len + 1, (), generator=generator))
+        length = int(torch.randint(1, longest + 1, (), generator=generator))
         tokens = torch.randint(config.model.vocab_size, (1, length), generator=generator).to(device)
         with torch.autocast(device.type, cast, enabled=cast is not None):
             logits = model(tokens)

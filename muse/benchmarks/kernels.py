@@ -35,6 +35,7 @@ from kernels.planar import modulus_floor, upcast
 from kernels.symplectic import symplectic_flow
 from muse.benchmarks.operations import InsideOperations
 from muse.benchmarks.throughput import COMPLEX_ATTENTION, ProductRecorder, quantile
+from muse.benchmarks.setting import batch_shape
 from muse.config import BenchConfig
 from muse.hardware import synchronize
 
@@ -89,9 +90,11 @@ class Case:
 def sizes_of(config: BenchConfig) -> Sizes:
     """The sizes of the options, those left open as in the complex model."""
     options, widths = config.benchmark, config.model.complex
+    batch, length = batch_shape(config)
+    assert options.ode_steps is not None
     return Sizes(
-        batch=options.batch_size,
-        length=options.seq_len,
+        batch=batch,
+        length=length,
         width=options.width or widths.d_model,
         heads=options.heads or widths.heads,
         head_dim=options.head_dim or widths.d_model // widths.heads,

@@ -11,6 +11,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from muse.benchmarks.operations import InsideOperations
 from muse.benchmarks.step import benchmark_model, training_step
 from muse.config import BenchConfig
+from muse.dynamics import flow_metrics
 from muse.errors import RunError
 from muse.hardware import synchronize
 from muse.models import count_parameters
@@ -80,6 +81,7 @@ def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, float
         "gradients and temporaries": (peak - parameters - optimiser - activations) / GB,
         "gradients": gradients / GB,
         "parameter_count": count_parameters(model),
+        **flow_metrics(model),
     }
 
 

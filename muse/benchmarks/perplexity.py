@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from muse.benchmarks.setting import batch_shape
 from muse.benchmarks.step import benchmark_model
 from muse.config import BenchConfig
 from muse.data import TokenData, load_tokens
 from muse.errors import ConfigError
 from muse.hardware import autocast_dtype
+from muse.models import build_model, count_parameters
 from muse.training.evaluate import Evaluation, evaluate
 from muse.training.trainer import train
 
@@ -26,7 +28,8 @@ def measure_perplexity(config: BenchConfig, device: torch.device) -> dict[str, A
 
     Returns:
         ``ppl``, ``loss``, ``word_ppl``, ``bits_per_byte`` and ``tokens`` of the evaluation, ``trained``,
-        which says how the weights came about, and ``curve``, the training loss over the steps.
+        which says how the weights came about, ``parameters``, their number, and ``curve``, the training loss
+        over the steps.
 
     Raises:
         ConfigError: for data without text.
@@ -41,37 +44,46 @@ def measure_perplexity(config: BenchConfig, device: torch.device) -> dict[str, A
         valid = _evaluate(config, data, device)
         trained = f"checkpoint {checkpoint}" if checkpoint else "untrained"
     else:
-        valid = _train(config, data, device, curve)
+        with tempfile.TemporaryDirectory() as folder:
+            valid = train_briefly(config, data, device, Path(folder), curve)
         trained = f"{config.benchmark.train_steps} steps in this run"
-    return {**dataclasses.asdict(valid), "trained": trained, "curve": curve}
+    parameters = count_parameters(build_model(config.stage, config.model, data.vocab_size))
+    return {**dataclasses.asdict(valid), "trained": trained, "parameters": parameters, "curve": curve}
 
 
 def _evaluate(config: BenchConfig, data: TokenData, device: torch.device) -> Evaluation:
+    batch, length = batch_shape(config)
     return evaluate(
         benchmark_model(config, device),
         data.valid,
         data.counts.get("valid"),
-        config.benchmark.seq_len,
-        config.benchmark.batch_size,
+        length,
+        batch,
         config.train.eval_stride,
         0,
         autocast_dtype(config.stage.precision),
     )
 
 
-def _train(
-    config: BenchConfig, data: TokenData, device: torch.device, curve: list[tuple[int, float]]
+def train_briefly(
+    config: BenchConfig, data: TokenData, device: torch.device, folder: Path, curve: list[tuple[int, float]]
 ) -> Evaluation:
+    """Train for ``benchmark.train_steps`` steps and evaluate; the checkpoint goes into ``folder``.
+
+    Raises:
+        KeyboardInterrupt: when the training was interrupted.
+    """
+    batch, length = batch_shape(config)
     config = dataclasses.replace(
         config,
         train=dataclasses.replace(
             config.train,
             steps=config.benchmark.train_steps,
-            batch_size=config.benchmark.batch_size,
+            batch_size=batch,
             eval_every=0,
             checkpoint_every=0,
         ),
-        model=dataclasses.replace(config.model, seq_len=config.benchmark.seq_len),
+        model=dataclasses.replace(config.model, seq_len=length),
         logger=dataclasses.replace(config.logger, log_every=1),
     )
 
@@ -79,8 +91,7 @@ def _train(
         if "train/loss" in metrics:
             curve.append((step, metrics["train/loss"]))
 
-    with tempfile.TemporaryDirectory() as folder:
-        _, result = train(config, data, device, Path(folder), log)
+    _, result = train(config, data, device, folder, log)
     if result.valid is None:
         raise KeyboardInterrupt
     return result.valid

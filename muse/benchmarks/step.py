@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from muse.benchmarks.setting import batch_shape
 from muse.config import BenchConfig, StageConfig
 from muse.hardware import autocast_dtype
 from muse.models import LanguageModel, build_model
@@ -18,23 +19,27 @@ from muse.training.checkpoint import find_checkpoint, load_weights
 from muse.training.optim import ModelOptimizer, gradient_norm
 
 
-def baseline_of(config: BenchConfig, precision: str | None = None) -> BenchConfig:
-    """The same benchmark of the real baseline, in its own precision or the given one."""
-    options = OmegaConf.load(ROOT / "conf" / "stage" / "0.yaml")
+def baseline_of(config: BenchConfig, precision: str | None = None, stage_number: int = 0) -> BenchConfig:
+    """The same benchmark of the real baseline or of stage 1, in its own precision or the given one.
+
+    ``benchmark.baseline_checkpoint`` is of stage 0, and where stage 2 is measured of stage 1.
+    """
+    options = OmegaConf.load(ROOT / "conf" / "stage" / f"{stage_number}.yaml")
     stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), options))
     assert isinstance(stage, StageConfig)
     if precision is not None:
         stage = dataclasses.replace(stage, precision=precision)
     stage = dataclasses.replace(stage, dropout=config.stage.dropout, tied=config.stage.tied)
-    benchmark = dataclasses.replace(config.benchmark, checkpoint=config.benchmark.baseline_checkpoint)
+    given = config.benchmark.baseline_checkpoint if stage_number == max(0, config.stage.number - 1) else None
+    benchmark = dataclasses.replace(config.benchmark, checkpoint=given)
     return dataclasses.replace(config, stage=stage, benchmark=benchmark)
 
 
 def random_tokens(config: BenchConfig, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Uniformly random inputs and targets, int64 (benchmark.batch_size, benchmark.seq_len)."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (config.benchmark.batch_size, config.benchmark.seq_len + 1)
-    tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
+    batch, length = batch_shape(config)
+    tokens = torch.randint(config.model.vocab_size, (batch, length + 1), generator=generator).to(device)
     return tokens[:, :-1], tokens[:, 1:]
 
 

@@ -1,19 +1,31 @@
-"""The benchmarks of stages 0 and 1 and of the kernels: what is measured, against what, and what passes."""
+"""The benchmarks of the stages and of the kernels: what is measured, against what, and what passes."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from muse.benchmarks.cell import measure_apart
 from muse.benchmarks.health import GRADIENT_RANGE
 from muse.benchmarks.kernels import FAMILIES
+from muse.benchmarks.setting import settle
 from muse.benchmarks.step import baseline_of
 from muse.config import BenchConfig
+from muse.dynamics.energy import MONOTONE_SHARE
 from muse.errors import RunError
 
 PPL_TARGET = 1.03
 VRAM_TARGET = 0.52
+# Of stage 2: against stage 1, in GB, against full backpropagation, and of every token.
+FLOW_PPL_TARGET = 1.02
+FLOW_VRAM_GB = 7.5
+FLOW_VRAM_REDUCTION = 0.7
+FLOW_TIME_TARGET = 1.6
+DRIFT_TARGET = 5e-5
+RECONSTRUCTION_TARGET = 8e-6
+PARAMETERS_APART = 0.03
 # A kernel counts as slower from here on: two equal functions timed in turns differ by up to 5 %.
 SPEED_TARGET = 0.95
 
@@ -40,18 +52,20 @@ def run_suite(config: BenchConfig) -> Report:
     """
     report = Report()
     chosen = config.benchmark.name
-    for name, benchmark in (
-        ("vram", _vram),
-        ("throughput", _throughput),
-        ("stability", _stability),
-        ("gradients", _gradients),
-        ("perplexity", _perplexity),
-    ):
+    flows = config.stage.number == 2
+    benchmarks: dict[str, Callable[[BenchConfig, Report], None]] = {
+        "vram": _flow_vram if flows else _vram,
+        "throughput": _flow_throughput if flows else _throughput,
+        "stability": _stability,
+        "gradients": _gradients,
+        **({"energy": _energy} if flows else {}),
+        "perplexity": _flow_perplexity if flows else _perplexity,
+    }
+    apart = {"kernels": _kernels, "adjoint": _adjoint}
+    for name, benchmark in (benchmarks if chosen == "all" else {**benchmarks, **apart}).items():
         if chosen in (name, "all"):
             print(f"{name} ...", flush=True)
-            benchmark(config, report)
-    if chosen == "kernels":
-        _kernels(config, report)
+            benchmark(settle(config, name), report)
     passes = [passed for *_, passed in report.criteria]
     report.values["all_pass"] = None if None in passes or not passes else all(passes)
     return report
@@ -213,6 +227,128 @@ def _speed_criterion(
     }
     where = f" ({worst})" if worst is not None else ""
     report.criteria.append((title + where, report.values[f"{key}_ratio"], f">= {SPEED_TARGET}", passed))
+
+
+def _flow_vram(config: BenchConfig, report: Report) -> None:
+    peaks: dict[str, float | None] = {}
+    for gradient in ("exact", "reversible", "checkpoint", "backprop"):
+        stage = dataclasses.replace(config.stage, gradient=gradient)
+        try:
+            measured = _measure(report, "vram", gradient, dataclasses.replace(config, stage=stage))
+        except RunError as error:
+            # What does not fit is no reason to throw the others away.
+            print(f"  {gradient}: {error}", flush=True)
+            measured = {}
+        peaks[gradient] = measured.get("peak")
+    verified = dataclasses.replace(config.stage, gradient="exact", verify=True)
+    rebuilt = _measure(report, "vram", "exact, verified", dataclasses.replace(config, stage=verified))
+    reversible = report.details["vram"].get("reversible", {})
+    ratio = _ratio(peaks["exact"], peaks["backprop"])
+    reduction = None if ratio is None else 1 - ratio
+    missed, fallbacks = rebuilt["flow/reconstruction_error"], rebuilt["flow/fallbacks"]
+    values = report.values
+    small, less = _at_most(peaks["exact"], FLOW_VRAM_GB), _at_most(ratio, 1 - FLOW_VRAM_REDUCTION)
+    values |= {
+        "vram_symplectic_gb": peaks["exact"],
+        "vram_full_backprop_gb": peaks["backprop"],
+        "vram_reversible_gb": peaks["reversible"],
+        "vram_checkpoint_gb": peaks["checkpoint"],
+        "vram_activations_gb": report.details["vram"]["exact"]["activations"] if peaks["exact"] else None,
+        "vram_reduction_ratio": reduction,
+        "vram_reduction_pct": None if reduction is None else 100 * reduction,
+        "vram_pass": _all([small, less]),
+        "reconstruction_error": missed,
+        "reconstruction_error_reversible": reversible.get("flow/reconstruction_error"),
+        "fallback_count": int(fallbacks),
+    }
+    report.criteria += [
+        ("peak memory, exact [GB]", peaks["exact"], f"< {FLOW_VRAM_GB}", small),
+        ("less than full backpropagation", reduction, f">= {FLOW_VRAM_REDUCTION}", less),
+        ("reconstruction error", missed, f"< {RECONSTRUCTION_TARGET:g}", missed < RECONSTRUCTION_TARGET),
+        ("fallbacks", int(fallbacks), "= 0", fallbacks == 0),
+    ]
+
+
+def _flow_throughput(config: BenchConfig, report: Report) -> None:
+    measured = _measure(report, "modes", _name(config), config)
+    ratio = measured["ratio_exact_to_backprop"]
+    report.values |= {
+        "tokens_per_second": measured["tokens_per_second"],
+        "step_ratio_backprop": ratio,
+        "step_ratio_checkpoint": _ratio(ratio, measured["ratio_checkpoint_to_backprop"]),
+        "gradient_error": measured["gradient_error_exact"],
+    }
+    title = "time of a step, exact / full backpropagation"
+    report.criteria.append((title, ratio, f"<= {FLOW_TIME_TARGET}", _at_most(ratio, FLOW_TIME_TARGET)))
+
+
+def _energy(config: BenchConfig, report: Report) -> None:
+    chosen = config.benchmark
+    measured = {}
+    untrained = dataclasses.replace(chosen, checkpoint=None)
+    measured["untrained"] = _measure(
+        report, "energy", "untrained", dataclasses.replace(config, benchmark=untrained)
+    )
+    if chosen.checkpoint is not None:
+        measured["trained"] = _measure(report, "energy", "trained", config)
+    elif chosen.train_steps:
+        measured["trained"] = _measure(report, "trained energy", "trained", config)
+        report.details["energy"]["trained"] = report.details.pop("trained energy")["trained"]
+    last = measured.get("trained", measured["untrained"])
+    drifts = {name: values["max_drift"] for name, values in measured.items()}
+    shares = {name: values["monotone_share"] for name, values in measured.items()}
+    kept = _all([_at_most(drift, DRIFT_TARGET) for drift in drifts.values()])
+    swings = _all([_at_most(share, MONOTONE_SHARE) for share in shares.values()])
+    report.values |= {
+        **{key: last[key] for key in ("mean_energy", "max_drift", "mean_drift", "energy_trajectory")},
+        "max_drift_untrained": drifts["untrained"],
+        "max_drift_leapfrog": last["leapfrog_max_drift"],
+        "curvature_dt2": last["curvature_dt2"],
+        "monotonic_violation": None if swings is None else not swings,
+        "energy_pass": _all([kept, swings]),
+    }
+    for name in measured:
+        passed = _at_most(drifts[name], DRIFT_TARGET)
+        report.criteria.append((f"energy drift, {name}", drifts[name], f"< {DRIFT_TARGET:g}", passed))
+        share = shares[name]
+        passed = _at_most(share, MONOTONE_SHARE)
+        report.criteria.append((f"monotone tokens, {name}", share, f"<= {MONOTONE_SHARE:g}", passed))
+
+
+def _flow_perplexity(config: BenchConfig, report: Report) -> None:
+    baseline = baseline_of(config, stage_number=1)
+    real = baseline_of(config)
+    own, one, zero = (_measure(report, "perplexity", _name(c), c) for c in (config, baseline, real))
+    ratio = _ratio(own["ppl"], one["ppl"])
+    apart = own["parameters"] / one["parameters"] - 1
+    values = report.values
+    values |= {
+        "stage2_ppl": own["ppl"],
+        "stage1_ppl": one["ppl"],
+        "stage0_ppl": zero["ppl"],
+        "ppl_ratio": ratio,
+        "ppl_diff_pct": None if ratio is None else 100 * (ratio - 1),
+        "ppl_target": FLOW_PPL_TARGET,
+        "ppl_pass": _at_most(ratio, FLOW_PPL_TARGET),
+        "ppl_trained": own["trained"],
+        "ppl_baseline_trained": one["trained"],
+        "parameters_apart": apart,
+    }
+    title = f"perplexity / stage 1 ({own['trained']})"
+    report.criteria.append((title, ratio, f"<= {FLOW_PPL_TARGET}", values["ppl_pass"]))
+    equal = abs(apart) <= PARAMETERS_APART
+    report.criteria.append(("parameters / stage 1 - 1", apart, f"within {PARAMETERS_APART}", equal))
+
+
+def _adjoint(config: BenchConfig, report: Report) -> None:
+    measured = measure_apart("adjoint", config)
+    report.details["adjoint"] = measured["methods"]
+    report.values |= {k: v for k, v in measured.items() if isinstance(v, int | float)}
+    for method in ("midpoint", "rk4"):
+        ratio = measured[f"adjoint_time_ratio_{method}"]
+        report.criteria.append((f"torchdiffeq {method} / exact leapfrog, time", ratio, "> 1", ratio > 1))
+    off = measured["exact_gradient_error"]
+    report.criteria.append(("gradient error of exact", off, "<= 1e-05", off <= 1e-5))
 
 
 def _name(config: BenchConfig) -> str:

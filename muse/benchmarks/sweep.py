@@ -49,27 +49,39 @@ def swept_options(cells: list[dict[str, Any]]) -> list[str]:
     return sorted((name for name in names if variety[name] > 1), key=lambda name: -variety[name])
 
 
-PLOTTED = (
-    ("vram_gb", "peak memory [GB]"),
-    ("tokens_per_second", "tokens per second"),
-    ("ppl", "perplexity"),
-    ("grad_norm_max", "largest gradient norm"),
-    ("nan_count", "NaN in the logits"),
+# What a sweep plots: the first of these that was measured, and what stands beside it.
+PLOTTED: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("vram_gb", "peak memory [GB]", {"vram_baseline_gb": "stage 0"}),
+    (
+        "vram_symplectic_gb",
+        "peak memory [GB]",
+        {
+            "vram_reversible_gb": "reversible",
+            "vram_checkpoint_gb": "checkpoint",
+            "vram_full_backprop_gb": "backprop",
+        },
+    ),
+    ("tokens_per_second", "tokens per second", {}),
+    ("ppl", "perplexity", {"ppl_baseline": "stage 0"}),
+    ("stage2_ppl", "perplexity", {"stage1_ppl": "stage 1", "stage0_ppl": "stage 0"}),
+    ("max_drift", "largest relative energy drift", {"max_drift_leapfrog": "leapfrog"}),
+    ("grad_norm_max", "largest gradient norm", {}),
+    ("nan_count", "NaN in the logits", {}),
 )
 
 
 def _plot(path: Path, cells: list[dict[str, Any]]) -> None:
     swept = swept_options(cells)
-    measured = [(key, label) for key, label in PLOTTED if any(cell.get(key) is not None for cell in cells)]
+    measured = [plotted for plotted in PLOTTED if any(cell.get(plotted[0]) is not None for cell in cells)]
     if not swept or not measured:
         return
-    name, (key, label) = swept[0], measured[0]
+    name, (key, label, beside) = swept[0], measured[0]
     lines: dict[str, list[tuple[float, float]]] = {}
     order = list(dict.fromkeys(cell["options"].get(name) for cell in cells))
     for cell in cells:
         others = ", ".join(f"{other}={cell['options'].get(other)}" for other in swept[1:])
-        for suffix, line in (("", others or key), ("_baseline", f"stage 0 {others}")):
-            value = cell.get(key.replace("_gb", f"{suffix}_gb") if suffix else key)
+        for other, line in {key: others or key, **{k: f"{v} {others}" for k, v in beside.items()}}.items():
+            value = cell.get(other)
             if value is not None:
                 lines.setdefault(line, []).append((_number(cell["options"].get(name), order), value))
     plot_lines(path, f"{label} over {name}", name, label, {k: sorted(v) for k, v in lines.items()})

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.complex_attention import complex_attention_backward, complex_attention_forward
 from muse.benchmarks.operations import InsideOperations
+from muse.benchmarks.setting import batch_shape
 from muse.benchmarks.step import benchmark_model, training_step
 from muse.config import BenchConfig
 from muse.errors import RunError
@@ -180,7 +181,7 @@ def measure_throughput(config: BenchConfig, device: torch.device) -> dict[str, f
     bare = [times[1] + times[2] for times in rounds]
     products = recorder.products + recorder.attention_products
     flops = sum(product.flops() * count for product, count in products.items())
-    tokens = config.benchmark.batch_size * config.benchmark.seq_len
+    tokens = math.prod(batch_shape(config))
     return {
         "tokens_per_second": tokens / quantile(steps, 0.5),
         "step_ms_p20": 1e3 * quantile(steps, 0.2),

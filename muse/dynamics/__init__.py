@@ -1,11 +1,10 @@
 """Hamiltonian dynamics of the hidden state."""
 
-from muse.dynamics.hamiltonian_ode import GRADIENTS, HamiltonianNeuralODE, flow_metrics
+from muse.dynamics.hamiltonian_ode import HamiltonianNeuralODE, flow_metrics
 from muse.dynamics.integrators import INTEGRATORS, Splitting, Stages, stages
 from muse.dynamics.potential import DuffingPotential, MLPPotential, Potential
 
 __all__ = [
-    "GRADIENTS",
     "INTEGRATORS",
     "DuffingPotential",
     "HamiltonianNeuralODE",

@@ -15,8 +15,6 @@ from muse.dynamics.integrators import Stages, stages
 from muse.dynamics.potential import Potential
 from muse.errors import RunError
 
-GRADIENTS = ("exact", "reversible", "checkpoint", "backprop")
-
 
 class HamiltonianNeuralODE(nn.Module):
     """(q, p) = (Re z, Im z) flows through H(q, p) = |p|^2 / 2 + V(q), every token by itself.
@@ -25,15 +23,15 @@ class HamiltonianNeuralODE(nn.Module):
 
     - ``exact``: the state is int32 in units of 2^-fraction_bits and every kick and drift adds a whole number,
       so the backward pass rebuilds each state to the last bit and only the final one is kept;
-    - ``reversible``: the same in floating point; the initial state is kept, too, and compared with the rebuilt
-      one. In the literature both are reversible discrete adjoints. What the seeds call symplectic adjoint is
-      this; Matsubara's method of that name keeps checkpoints;
+    - ``reversible``: the same in floating point; the initial state is kept, too, and compared with the
+      rebuilt one. In the literature both are reversible discrete adjoints. What the seeds call symplectic
+      adjoint is this; Matsubara's method of that name keeps checkpoints;
     - ``checkpoint``: segments of sqrt(stages) stages are computed again;
     - ``backprop``: plain autograd through the loop, the reference for the others.
 
-    A state that leaves the range of ``exact``, or is not rebuilt within ``recon_threshold``, costs nothing but
-    memory: the gradient of that call is taken by checkpointing, the layer stays in that mode, warns once and
-    counts it in ``fallback_count``.
+    A state that leaves the range of ``exact``, or is not rebuilt within ``recon_threshold``, costs nothing
+    but memory: the gradient of that call is taken by checkpointing, the layer stays in that mode, warns once
+    and counts it in ``fallback_count``.
 
     Args:
         potential: V.
@@ -103,6 +101,8 @@ class HamiltonianNeuralODE(nn.Module):
             self._fall_back(
                 f"its state left the range of +-{LIMIT / self.scale:g} of stage.fraction_bits="
                 f"{math.frexp(self.scale)[1] - 1}"
+                if self.scale
+                else "its state was not finite"
             )
         if self.gradient == "backprop" or not torch.is_grad_enabled():
             q_end, p_end = _run(self.potential, q, p, self.stages, coefficients)
@@ -125,11 +125,13 @@ class HamiltonianNeuralODE(nn.Module):
         return q, p
 
     def _fall_back(self, reason: str) -> None:
-        self.fallen_back = True
         self.fallback_count += 1
-        warnings.warn(
-            f"{self.name}: {reason}; this layer goes on with stage.gradient=checkpoint", stacklevel=2
-        )
+        # Several calls may wait for their backward passes.
+        if not self.fallen_back:
+            warnings.warn(
+                f"{self.name}: {reason}; this layer goes on with stage.gradient=checkpoint", stacklevel=2
+            )
+        self.fallen_back = True
 
     @torch.no_grad()
     def _refuse_non_finite(self, q: Tensor, p: Tensor) -> None:
@@ -143,11 +145,11 @@ class HamiltonianNeuralODE(nn.Module):
             if not (q.isfinite().all() and p.isfinite().all()):
                 where = f"after step {done} of {self.steps}" if done else "before the first step"
                 raise RunError(
-                    f"{self.name}: the state of the flow is not finite {where}; a smaller stage.dt or optim.lr, "
-                    "or stage.precision=fp32 may help"
+                    f"{self.name}: the state of the flow is not finite {where}; a smaller stage.dt or "
+                    "optim.lr, or stage.precision=fp32 may help"
                 )
             if done < self.steps:
-                q, p, _ = self.potential.advance(q, p, self.potential.coefficients(), step, 0.0)
+                q, p = _run(self.potential, q, p, step, self.potential.coefficients())
 
 
 class _UndoneFlow(torch.autograd.Function):
@@ -183,7 +185,7 @@ class _UndoneFlow(torch.autograd.Function):
                 ode.reconstruction_error = max(error, ode.reconstruction_error or 0.0)
                 if not error <= (0.0 if ode.scale else ode.recon_threshold):
                     ode._fall_back(f"the initial state was rebuilt with an error of {error:.2g}")
-                    gradients = _by_checkpoints(ode, (*given, *coefficients), (grad_q, grad_p))
+                    return None, *_by_checkpoints(ode, (*given, *coefficients), (grad_q, grad_p))
         return None, *gradients
 
 
@@ -221,7 +223,7 @@ def _remember_fallback(ode: HamiltonianNeuralODE, _: Any) -> None:
 
 
 def flow_metrics(model: nn.Module) -> dict[str, float]:
-    """Fallbacks of all flows of a model and, where it is monitored, the largest reconstruction error since."""
+    """Fallbacks of all flows of a model, and the largest reconstruction error since the last call."""
     flows = [module for module in model.modules() if isinstance(module, HamiltonianNeuralODE)]
     if not flows:
         return {}

@@ -1,10 +1,11 @@
-"""Symplectic splitting schemes for separable Hamiltonians H = T(p) + V(q), from one table of coefficients.
+"""Symplectic splitting schemes for separable Hamiltonians H = T(p) + V(q), from one table.
 
-A step of dt is a list of stages, each a kick and a drift: p += kick dt F(q), then q += drift dt p. All schemes
-are symmetric in time. The formulas are from
+A step of dt is a list of stages, each a kick and a drift: p += kick dt F(q), then q += drift dt p. All
+schemes are symmetric in time. The formulas are from
 
 - Yoshida, "Construction of higher order symplectic integrators", Phys. Lett. A 150, 1990;
-- Kahan and Li, "Composition constants for raising the orders of unconventional schemes", Math. Comp. 66, 1997;
+- Kahan and Li, "Composition constants for raising the orders of unconventional schemes", Math. Comp. 66,
+  1997;
 - Blanes and Moan, "Practical symplectic partitioned Runge-Kutta and Runge-Kutta-Nystroem methods",
   J. Comput. Appl. Math. 142, 2002.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Stages:
 
 def _composed(sizes: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Leapfrog steps of these sizes, neighbouring half kicks merged."""
-    kicks = [sizes[0] / 2, *((a + b) / 2 for a, b in zip(sizes, sizes[1:], strict=False)), sizes[-1] / 2]
+    kicks = [sizes[0] / 2, *((a + b) / 2 for a, b in pairwise(sizes)), sizes[-1] / 2]
     return tuple(kicks), (*sizes, 0.0)
 
 
@@ -59,7 +61,9 @@ def _symmetric(half: Sequence[float]) -> list[float]:
     return [*half, 1 - 2 * sum(half), *reversed(half)]
 
 
-def _kick_first(kicks: Sequence[float], drifts: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _kick_first(
+    kicks: Sequence[float], drifts: Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """A symmetric scheme that begins and ends with a kick, from its first half; the middle one is a kick."""
     half = [*drifts, 0.5 - sum(drifts)]
     return tuple(_symmetric(kicks)), (*half, *reversed(half), 0.0)
@@ -123,11 +127,13 @@ INTEGRATORS = {
 
 
 def stages(integrator: str, steps: int, dt: float) -> Stages:
-    """The stages of ``steps`` steps of size ``dt``: the last kick of a step and the first of the next are one.
+    """The stages of ``steps`` steps of size ``dt``; the last kick of a step is one with the next's first.
 
     Raises:
-        ValueError: the integrator is not known.
+        ValueError: the integrator is not known, or there is no step.
     """
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1")
     if integrator not in INTEGRATORS:
         raise ValueError(f"integrator={integrator} is not known; choose one of {', '.join(INTEGRATORS)}")
     step = INTEGRATORS[integrator]

@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from kernels import symplectic
 from muse.dynamics.integrators import Stages
 
+# The lowest value of phi, from which V is measured: energies are then no differences of large numbers, and
+# relative drifts mean something. Forces do not depend on it.
+LOWEST = {"gelu_integral": -0.25, "silu": -0.27846454276107379, "gelu": -0.16997120747990369, "softplus": 0.0}
 FORCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Potential(nn.Module):
     """V(q) and F(q) = -grad V(q) of each token by itself.
 
-    A potential defines ``value`` and ``force`` as functions of the state and its coefficients: the parameters,
-    given as arguments so that a flow that is undone can be differentiated by them. ``advance`` and ``undo``
-    run any potential in plain PyTorch; one that has a kernel overrides them.
+    A potential defines ``value`` and ``force`` as functions of the state and its coefficients: the
+    parameters, given as arguments so that a flow that is undone can be differentiated by them. ``advance``
+    and ``undo`` run any potential in plain PyTorch; one that has a kernel overrides them.
     """
 
     def coefficients(self) -> tuple[Tensor, ...]:
@@ -47,8 +50,8 @@ class Potential(nn.Module):
             q and p, int32 in units of 1 / scale if scale > 0, and the largest size on the way in these units:
             from 2^31 on, infinite or NaN the state is worthless.
         """
+        peak = torch.maximum(*(_size(x * scale if scale and x.is_floating_point() else x) for x in (q, p)))
         q, p = (_held(x, scale) for x in (q, p))
-        peak = torch.maximum(_size(q), _size(p))
         for kick, drift in zip(stages.kicks, stages.drifts, strict=True):
             if kick:
                 p, size = _moved(p, kick * (scale or 1) * self.force(_value(q, scale), *coefficients))
@@ -82,13 +85,16 @@ class Potential(nn.Module):
                     force = self.force(at, *leaves)
                     changes = torch.autograd.grad(force, (at, *leaves), kick * grad_p, allow_unused=True)
                 p, _ = _moved(p, -kick * (scale or 1) * force.detach())
-                grad_q = grad_q + changes[0]
-                sums = [total if x is None else total + x for total, x in zip(sums, changes[1:], strict=True)]
+                # None: the force does not depend on it.
+                grad_q, *sums = (
+                    total if x is None else total + x
+                    for total, x in zip((grad_q, *sums), changes, strict=True)
+                )
         return q, p, grad_q, grad_p, *sums
 
 
 def _held(x: Tensor, scale: float) -> Tensor:
-    return symplectic.fixed_point(x, scale) if scale else x
+    return symplectic.fixed_point(x, scale) if scale and x.is_floating_point() else x
 
 
 def _value(x: Tensor, scale: float) -> Tensor:
@@ -111,7 +117,7 @@ def _moved(state: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class MLPPotential(Potential):
-    """V(q) = |w2| . phi(W1 q + b1): the force is an MLP with tied weights, and pulls back wherever it acts.
+    """V(q) = |w2| . (phi(W1 q + b1) - min phi): the force is an MLP with tied weights, and pulls back.
 
     With weights of either sign V falls without bound along some directions, as -|q|^2, and the flow runs off
     exponentially within a few units of time. A negative weight adds nothing but a linear force to what
@@ -121,7 +127,7 @@ class MLPPotential(Potential):
         features: D, channels of q.
         hidden: hidden units.
         phi: ``gelu_integral``, whose derivative is GELU, ``silu``, ``gelu`` or ``softplus``.
-        force_precision: dtype of the products, ``fp32``, ``bf16`` or ``fp16``; float64 parameters keep theirs.
+        force_precision: dtype of the products, ``fp32``, ``bf16`` or ``fp16``; float64 weights keep theirs.
         curvature: mean curvature tr V'' / D at the start.
     """
 
@@ -131,7 +137,7 @@ class MLPPotential(Potential):
         hidden: int,
         phi: str = "gelu_integral",
         force_precision: str = "fp32",
-        curvature: float = 1.0,
+        curvature: float = 0.4,
     ) -> None:
         super().__init__()
         self.phi, self.force_dtype = phi, FORCE_DTYPES[force_precision]
@@ -146,7 +152,8 @@ class MLPPotential(Potential):
         return w1.to(dtype), b1.to(dtype), w2.abs().to(dtype)
 
     def value(self, q: Tensor, *coefficients: Tensor) -> Tensor:
-        return symplectic.potential(q, *(x.to(q.dtype) for x in self._operands(*coefficients)), self.phi)
+        w1, b1, w2 = (x.to(q.dtype) for x in self._operands(*coefficients))
+        return symplectic.potential(q, w1, b1, w2, self.phi) - LOWEST[self.phi] * w2.sum()
 
     def force(self, q: Tensor, *coefficients: Tensor) -> Tensor:
         w1, b1, w2 = self._operands(*coefficients)
@@ -189,13 +196,15 @@ def _slope(a: Tensor, phi: str) -> Tensor:
             sigmoid = torch.sigmoid(a)
             return sigmoid * (1 + a * (1 - sigmoid))
         case "gelu":
-            return 0.5 * (1 + torch.erf(a * 0.5**0.5)) + a * torch.exp(-0.5 * a.square()) / (2 * math.pi) ** 0.5
+            return (
+                0.5 * (1 + torch.erf(a * 0.5**0.5)) + a * torch.exp(-0.5 * a.square()) / (2 * math.pi) ** 0.5
+            )
         case _:
             return torch.sigmoid(a)
 
 
 class DuffingPotential(Potential):
-    """V(q) = sum_k stiffness_k q_k^2 / 2 + |quartic_k| q_k^4 / 4: a spring a channel that hardens, no products.
+    """V(q) = sum_k stiffness_k q_k^2 / 2 + |quartic_k| q_k^4 / 4: in each channel a spring that hardens.
 
     Args:
         features: D, channels of q.

@@ -6,6 +6,7 @@ import torch
 
 from muse.config import ModelConfig, StageConfig
 from muse.models.complex import complex_decoder
+from muse.models.hamiltonian import hamiltonian_decoder
 from muse.models.language_model import LanguageModel, count_parameters
 from muse.models.loss import linear_cross_entropy
 from muse.models.real import real_decoder
@@ -17,6 +18,8 @@ def build_model(stage: StageConfig, model: ModelConfig, vocab_size: int, seed: i
         torch.manual_seed(seed)
         if stage.number == 0:
             built = real_decoder(stage, model.real, vocab_size)
+        elif stage.number == 2:
+            built = hamiltonian_decoder(stage, model.complex, vocab_size)
         else:
             built = complex_decoder(stage, model.complex, vocab_size, model.seq_len)
     return built.to(torch.bfloat16) if stage.precision == "bf16" else built

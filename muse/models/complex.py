@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -26,11 +27,11 @@ class ComplexBlock(nn.Module):
 
     def __init__(self, width: WidthConfig, stage: StageConfig, gain: float) -> None:
         super().__init__()
-        self.attention_norm = _norm(stage.norm, width.d_model)
+        self.attention_norm = build_norm(stage.norm, width.d_model)
         self.attention = ComplexAttention(
             width.d_model, width.heads, width.kv_heads, stage.score, stage.init, gain
         )
-        self.ffn_norm = _norm(stage.norm, width.d_model)
+        self.ffn_norm = build_norm(stage.norm, width.d_model)
         self.ffn = ComplexFFN(width.d_model, width.d_ff, stage.activation, stage.init, gain)
         self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
 
@@ -69,7 +70,8 @@ class RealPart(nn.Module):
         return z[..., 0, :]
 
 
-def _norm(name: str, features: int) -> ComplexRMSNorm | ComplexLayerNorm:
+def build_norm(name: str, features: int) -> ComplexRMSNorm | ComplexLayerNorm:
+    """The normalisation called ``name`` in the configuration."""
     return ComplexRMSNorm(features) if name == "rms" else ComplexLayerNorm(features)
 
 
@@ -78,6 +80,14 @@ def complex_decoder(stage: StageConfig, width: WidthConfig, vocab_size: int, seq
     if stage.mixer == "none":
         return _seed_model(stage, width, vocab_size, seq_len)
     gain = 1 / math.sqrt(2 * width.layers)
+    blocks = [ComplexBlock(width, stage, gain) for _ in range(width.layers)]
+    return decoder_of(blocks, stage, width, vocab_size)
+
+
+def decoder_of(
+    blocks: Sequence[nn.Module], stage: StageConfig, width: WidthConfig, vocab_size: int
+) -> LanguageModel:
+    """Put an embedding before the blocks, and a norm and a head after them."""
     rms = TIED_LOGIT / width.d_model
     head = None
     if not stage.tied:
@@ -85,8 +95,8 @@ def complex_decoder(stage: StageConfig, width: WidthConfig, vocab_size: int, seq
         nn.init.normal_(head.weight, std=rms * 0.5**0.5)
     return LanguageModel(
         embedding=ComplexEmbedding(vocab_size, width.d_model, rms, stage.embedding_init, stage.zeta_scale),
-        blocks=[ComplexBlock(width, stage, gain) for _ in range(width.layers)],
-        norm=_norm(stage.norm, width.d_model),
+        blocks=list(blocks),
+        norm=build_norm(stage.norm, width.d_model),
         read_out=Flatten(),
         head=head,
     )

@@ -35,9 +35,12 @@ def plot_lines(
     x_label: str,
     y_label: str,
     lines: Mapping[str, Sequence[tuple[float, float]]],
+    log: bool = False,
 ) -> None:
-    """Write one line, as (x, y) points, for each name."""
+    """Write one line, as (x, y) points, for each name; ``log`` makes y logarithmic."""
     figure, axes = _axes(title, x_label, y_label)
+    if log:
+        axes.set_yscale("log")
     for name, points in lines.items():
         if points:
             marker = "o" if len(points) < 30 else None

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from muse.config import RunConfig
 from muse.data import TokenData, training_batch
+from muse.dynamics import flow_metrics
 from muse.errors import RunError
 from muse.hardware import autocast_dtype
 from muse.models import LanguageModel, build_model, count_parameters
@@ -174,6 +175,7 @@ def train(
                         "train/lr": rate,
                         "train/tokens": step * tokens_per_step,
                         "train/tokens_per_second": speed,
+                        **flow_metrics(model),
                     },
                 )
                 bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")

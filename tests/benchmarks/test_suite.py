@@ -13,8 +13,56 @@ GOOD = {
     },
     "stability": lambda config: {"inputs": 3, "nan_count": 0, "inf_count": 0},
     "gradients": lambda config: {"grad_norm_min": 1e-3, "grad_norm_max": 1.0},
-    "perplexity": lambda config: {"ppl": 20.0, "trained": "untrained"},
+    "perplexity": lambda config: {"ppl": 20.0, "trained": "untrained", "parameters": 1000},
 }
+ENERGY = {
+    "mean_energy": 30.0,
+    "max_drift": 1e-6,
+    "mean_drift": 1e-7,
+    "energy_trajectory": [30.0, 30.0],
+    "leapfrog_max_drift": 1e-3,
+    "curvature_dt2": 0.02,
+    "monotone_share": 0.0,
+}
+GOOD_FLOW = {
+    **GOOD,
+    "vram": lambda config: {
+        "peak": 9.0 if config.stage.gradient == "backprop" else 1.0,
+        "activations": 0.5,
+        "flow/reconstruction_error": 0.0,
+        "flow/fallbacks": 0.0,
+    },
+    "modes": lambda config: {
+        "tokens_per_second": 10.0,
+        "ratio_exact_to_backprop": 1.3,
+        "ratio_checkpoint_to_backprop": 1.3,
+        "gradient_error_exact": 1e-7,
+    },
+    "energy": lambda config: ENERGY,
+    "trained energy": lambda config: ENERGY,
+}
+STAGE_2_KEYS = [
+    "stage2_ppl",
+    "stage1_ppl",
+    "ppl_ratio",
+    "ppl_diff_pct",
+    "ppl_target",
+    "ppl_pass",
+    "mean_energy",
+    "max_drift",
+    "mean_drift",
+    "energy_trajectory",
+    "monotonic_violation",
+    "energy_pass",
+    "vram_symplectic_gb",
+    "vram_full_backprop_gb",
+    "vram_reduction_ratio",
+    "vram_reduction_pct",
+    "vram_pass",
+    "reconstruction_error",
+    "fallback_count",
+    "all_pass",
+]
 STAGE_1_KEYS = [
     "ppl",
     "ppl_ratio",
@@ -34,7 +82,7 @@ STAGE_1_KEYS = [
 
 
 def run(monkeypatch, config, **changed):
-    measured = {**GOOD, **changed}
+    measured = {**(GOOD_FLOW if config.stage.number == 2 else GOOD), **changed}
     monkeypatch.setattr(suite, "measure_apart", lambda name, config: measured[name](config))
     return suite.run_suite(config).values
 
@@ -43,6 +91,110 @@ def test_all_passes_when_everything_does_and_has_the_keys_of_the_seeds(bench_con
     values = run(monkeypatch, bench_config(1))
     assert values["all_pass"] is True
     assert [key for key in STAGE_1_KEYS if key not in values] == []
+
+
+def test_stage_2_passes_when_everything_does_and_has_the_keys_of_the_seeds(bench_config, monkeypatch):
+    values = run(monkeypatch, bench_config(2))
+    assert values["all_pass"] is True
+    assert [key for key in STAGE_2_KEYS if key not in values] == []
+    assert values["vram_reduction_ratio"] == pytest.approx(8 / 9)
+    assert values["ppl_diff_pct"] == 0
+
+
+def changed_vram(gradient, **changed):
+    def answer(config):
+        return {**GOOD_FLOW["vram"](config), **(changed if config.stage.gradient == gradient else {})}
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("measurement", "answer", "flag"),
+    [
+        ("vram", changed_vram("backprop", peak=3.2), "vram_pass"),
+        ("vram", changed_vram("exact", peak=7.6), "vram_pass"),
+        ("energy", lambda c: {**ENERGY, "max_drift": 6e-5}, "energy_pass"),
+        ("trained energy", lambda c: {**ENERGY, "max_drift": 6e-5}, "energy_pass"),
+        ("trained energy", lambda c: {**ENERGY, "monotone_share": 0.02}, "energy_pass"),
+        (
+            "perplexity",
+            lambda c: {"ppl": 20.5 if c.stage.number == 2 else 20.0, "trained": "", "parameters": 1000},
+            "ppl_pass",
+        ),
+    ],
+)
+def test_one_miss_fails_all_of_stage_2(bench_config, monkeypatch, measurement, answer, flag):
+    values = run(monkeypatch, bench_config(2), **{measurement: answer})
+    assert values[flag] is False
+    assert values["all_pass"] is False
+
+
+@pytest.mark.parametrize(
+    ("measurement", "answer"),
+    [
+        ("vram", changed_vram("exact", **{"flow/fallbacks": 1.0})),
+        ("vram", changed_vram("exact", **{"flow/reconstruction_error": 1e-5})),
+        ("modes", lambda c: {**GOOD_FLOW["modes"](c), "ratio_exact_to_backprop": 1.7}),
+        (
+            "perplexity",
+            lambda c: {"ppl": 20.0, "trained": "", "parameters": 1040 if c.stage.number == 2 else 1000},
+        ),
+    ],
+)
+def test_a_miss_without_a_key_of_its_own_fails_all(bench_config, monkeypatch, measurement, answer):
+    assert run(monkeypatch, bench_config(2), **{measurement: answer})["all_pass"] is False
+
+
+def test_full_backpropagation_that_does_not_fit_leaves_its_criterion_open(bench_config, monkeypatch):
+    def answer(config):
+        if config.stage.gradient == "backprop":
+            raise RunError("out of GPU memory")
+        return GOOD_FLOW["vram"](config)
+
+    values = run(monkeypatch, bench_config(2), vram=answer)
+    assert values["vram_symplectic_gb"] == 1.0
+    assert values["vram_reduction_ratio"] is None
+    assert values["vram_pass"] is None
+    assert values["all_pass"] is None
+
+
+def test_an_untrained_model_is_measured_when_nothing_is_trained(bench_config, monkeypatch):
+    def refuse(config):
+        raise AssertionError
+
+    config = bench_config(2, name="energy", train_steps=0)
+    values = run(monkeypatch, config, **{"trained energy": refuse})
+    assert values["energy_pass"] is True
+
+
+@pytest.mark.parametrize(
+    ("measurement", "shape", "steps", "integrator"),
+    [
+        ("vram", (2, 2048), 10, "leapfrog"),
+        ("perplexity", (4, 1024), 10, "blanes_moan_rkn4"),
+        ("energy", (4, 512), 2, "blanes_moan_rkn4"),
+    ],
+)
+def test_what_is_left_open_is_the_setting_of_the_seeds(
+    bench_config, monkeypatch, measurement, shape, steps, integrator
+):
+    seen = []
+
+    def answer(config):
+        seen.append(config)
+        return GOOD_FLOW[measurement](config)
+
+    config = bench_config(2, name=measurement, batch_size=None, seq_len=None)
+    run(monkeypatch, config, **{measurement: answer})
+    first = seen[0]
+    assert (first.benchmark.batch_size, first.benchmark.seq_len) == shape
+    assert (first.stage.ode_steps, first.stage.integrator) == (steps, integrator)
+    assert first.benchmark.dt == 0.1
+    chosen = bench_config(2, name=measurement, batch_size=3, ode_steps=7, integrator="yoshida4")
+    run(monkeypatch, chosen, **{measurement: answer})
+    last = seen[-1]
+    assert (last.benchmark.batch_size, last.benchmark.ode_steps) == (3, 7)
+    assert last.benchmark.integrator == "yoshida4"
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,9 @@ def build_on_meta(stage, model, vocab_size):
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
 def test_stages_have_equal_parameter_counts(name):
     model = model_config(name)
-    counts = [count_parameters(build_on_meta(stage_config(n), model, model.vocab_size)) for n in (0, 1)]
+    counts = [count_parameters(build_on_meta(stage_config(n), model, model.vocab_size)) for n in (0, 1, 2)]
     assert abs(counts[1] / counts[0] - 1) < 0.03, counts
+    assert abs(counts[2] / counts[1] - 1) < 0.001, counts
 
 
 def test_parameters_of_the_seeds_block():
@@ -62,6 +63,8 @@ def test_swiglu_and_score_kinds_cost_nothing(number):
         {"number": 1, "score": "phase", "norm": "layer", "activation": "mod_relu"},
         {"number": 1, "init": "he", "embedding_init": "normal"},
         {"number": 1, "mixer": "none"},
+        {"number": 2},
+        {"number": 2, "potential": "duffing"},
     ],
     ids=str,
 )
@@ -74,7 +77,9 @@ def test_initial_loss_is_that_of_a_uniform_guess(options):
     assert abs(loss / math.log(model.vocab_size) - 1) < 0.02
 
 
-@pytest.mark.parametrize("options", [{"number": 0}, {"number": 1}, {"number": 1, "mixer": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"number": 0}, {"number": 1}, {"number": 1, "mixer": "none"}, {"number": 2}], ids=str
+)
 def test_seed_alone_decides_the_weights(options):
     model = model_config("tiny")
     stage = stage_config(**options)
@@ -90,9 +95,24 @@ def test_seed_alone_decides_the_weights(options):
     assert all(value.isfinite().all() for value in first.values())
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed", "fp16-mixed"])
 def test_storage_follows_the_precision(number, precision):
     built = build_on_meta(stage_config(number, precision=precision), model_config("tiny"), 50)
     expected = torch.bfloat16 if precision == "bf16" else torch.float32
     assert {p.dtype for p in built.parameters()} == {expected}
+
+
+def test_the_flow_has_the_options_of_the_stage():
+    built = build_on_meta(
+        stage_config(
+            2, ode_steps=7, dt=0.25, integrator="yoshida4", gradient="reversible", potential_width=31
+        ),
+        model_config("tiny"),
+        50,
+    )
+    for i, block in enumerate(built.blocks):
+        ode = block.flow.ode
+        assert (ode.steps, ode.dt, ode.integrator, ode.gradient) == (7, 0.25, "yoshida4", "reversible")
+        assert ode.potential.w1.shape == (31, 96)
+        assert ode.name == f"blocks.{i}.flow"

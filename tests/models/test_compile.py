@@ -51,6 +51,13 @@ def test_the_whole_graph_is_captured_and_means_the_same(build, options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("gradient", ["exact", "backprop"])
+def test_a_flow_breaks_the_graph_and_means_the_same(build, gradient):
+    model = build(2, layers=1, gradient=gradient)
+    compare(model, torch.compile(model.features, backend="aot_eager"), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="the compiler needs gcc")
 def test_compiled_code_means_the_same(build):
     model = build(1, layers=1)

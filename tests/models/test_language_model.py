@@ -14,7 +14,12 @@ STAGE_1 = [
     *({"activation": name} for name in ("mod_relu", "mod_swish", "cardioid", "z_relu")),
     {"mixer": "none"},
 ]
-MODELS = [{"number": 0}, {"number": 0, "activation": "swiglu"}, *STAGE_1]
+STAGE_2 = [
+    *({"number": 2, "gradient": gradient} for gradient in ("exact", "reversible", "checkpoint", "backprop")),
+    {"number": 2, "potential": "duffing", "integrator": "leapfrog", "ode_steps": 10, "dt": 0.1},
+    {"number": 2, "force_precision": "bf16", "score": "phase", "norm": "layer", "flow_width": 5},
+]
+MODELS = [{"number": 0}, {"number": 0, "activation": "swiglu"}, *STAGE_1, *STAGE_2]
 SCORES = [{"score": score} for score in ("real", "magnitude", "phase")]
 
 
@@ -45,7 +50,7 @@ def test_no_token_sees_a_later_one(build, options, precision):
                 assert not torch.equal(after[:, position + 1], before[:, position + 1])
 
 
-@pytest.mark.parametrize("options", [{"number": 0}, *SCORES], ids=label)
+@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, *STAGE_2], ids=label)
 def test_gradient_of_a_logit_stops_at_its_token(build, options):
     model = build(**options)
     states = []
@@ -80,7 +85,7 @@ def test_loss_and_gradients_are_finite(build, options, precision):
     assert 1e-6 < gradient_norm(model) < 1e3
 
 
-@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, {"mixer": "none"}], ids=label)
+@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, {"mixer": "none"}, {"number": 2}], ids=label)
 def test_loss_is_the_cross_entropy_of_the_logits(build, options):
     model = build(**options).double()
     x, y = tokens(), tokens()
@@ -96,7 +101,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(build, options):
         torch.testing.assert_close(actual, wanted)
 
 
-@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, {"mixer": "none"}], ids=label)
+@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, {"mixer": "none"}, {"number": 2}], ids=label)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_hundred_random_inputs(build, options, precision):
     model = build(**options, precision=precision).eval()
@@ -141,7 +146,7 @@ def test_untied_head_is_its_own(build, number):
     assert (model.head.weight.grad.abs().sum(-1) > 0).all()
 
 
-@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, {"mixer": "none"}], ids=label)
+@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, {"mixer": "none"}, {"number": 2}], ids=label)
 def test_dropout_acts_in_training_only(build, options):
     model, plain = build(**options, dropout=0.5), build(**options)
     x = tokens()

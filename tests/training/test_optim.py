@@ -300,6 +300,7 @@ def test_state_round_trip(dtype, name, second_moment, tmp_path, monkeypatch):
         {"number": 1, "norm": "layer"},
         {"number": 1, "mixer": "none"},
         {"number": 1, "activation": "mod_relu"},
+        {"number": 2},
     ],
     ids=str,
 )
@@ -321,7 +322,7 @@ def test_only_matrices_decay(options, name):
         torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, expected))
         if expected == 1:
             kept.add(label.rpartition(".")[2])
-    assert kept <= {"gain", "gamma", "beta", "bias", "phase", "weight"}
+    assert kept <= {"gain", "gamma", "beta", "bias", "phase", "weight", "w1", "b1", "w2"}
     assert kept
 
 

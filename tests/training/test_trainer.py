@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -21,7 +22,9 @@ from training_helpers import (
     token_data,
 )
 
+from muse.dynamics import MLPPotential
 from muse.errors import RunError
+from muse.training import trainer
 from muse.training.checkpoint import STATE, WEIGHTS, find_checkpoint, load_state
 from muse.training.trainer import TrainResult
 
@@ -39,7 +42,7 @@ def assert_same_end(first: TrainResult, second: TrainResult) -> None:
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize(
     ("number", "precision"),
-    [(0, "fp32"), (1, "bf16"), (0, "bf16"), (1, "fp32"), (1, "bf16-mixed"), (1, "fp16-mixed")],
+    [(0, "fp32"), (1, "bf16"), (0, "bf16"), (1, "fp32"), (1, "bf16-mixed"), (1, "fp16-mixed"), (2, "bf16")],
 )
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, number, precision, optim, accumulation):
     steps = 12 if accumulation == 1 else 6
@@ -149,7 +152,7 @@ def test_the_seed_decides_the_run(tmp_path):
     assert losses[0] != losses[2]
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 def test_training_learns(tmp_path, number, precision, optim):
@@ -164,7 +167,7 @@ def test_training_learns(tmp_path, number, precision, optim):
     assert result.tokens == 60 * 8 * 8
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_micro_batches_equal_one_batch(tmp_path, number):
     runs = []
     for name, pieces, batch_size in (("pieces", 3, 2), ("whole", 1, 6)):
@@ -336,3 +339,60 @@ def test_a_run_without_words_has_only_a_perplexity_per_token(tmp_path):
     assert result.valid.word_ppl is None
     assert result.valid.bits_per_byte is None
     assert result.valid.ppl == math.exp(result.valid.loss)
+
+
+def test_a_failed_reconstruction_is_counted_and_training_goes_on(tmp_path, monkeypatch):
+    config = run_config(2, "fp32", steps=8, checkpoint_every=4)
+    config.stage.gradient, config.stage.dropout = "reversible", 0.0
+    expected = Recorder()
+    run_train(
+        dataclasses.replace(config, stage=dataclasses.replace(config.stage, gradient="backprop")),
+        tmp_path / "backprop",
+        expected,
+    )
+    undo, calls = MLPPotential.undo, []
+
+    def perturbed(self, *arguments):
+        start_q, *rest = undo(self, *arguments)
+        calls.append(1)
+        return (start_q + 1e-3 * (len(calls) == 5), *rest)
+
+    monkeypatch.setattr(MLPPotential, "undo", perturbed)
+    log = Recorder()
+    with pytest.warns(
+        UserWarning, match=r"blocks\.\d\.flow: the initial state was rebuilt with an error of 0\.001"
+    ):
+        _, result = run_train(config, tmp_path / "perturbed", log)
+    counts = [metrics["flow/fallbacks"] for _, metrics in log.lines if "flow/fallbacks" in metrics]
+    assert counts == [0, 0, 1, 1, 1, 1, 1, 1]
+    # One of the two layers rebuilds nothing any more.
+    assert len(calls) == 5 + 11 - 5
+    for step, loss in expected.losses().items():
+        assert log.losses()[step] == pytest.approx(loss, rel=1e-5)
+
+    # A resumed run remembers.
+    later = Recorder()
+    run_train(
+        dataclasses.replace(config, train=dataclasses.replace(config.train, steps=10)),
+        tmp_path / "later",
+        later,
+        result.checkpoint,
+    )
+    assert [m["flow/fallbacks"] for _, m in later.lines if "flow/fallbacks" in m] == [1, 1]
+
+
+def test_a_state_that_is_not_finite_names_its_layer_and_step(tmp_path, monkeypatch):
+    config = run_config(2, "fp32", steps=3)
+    build = trainer.build_model
+
+    def poisoned(*arguments):
+        model = build(*arguments)
+        with torch.no_grad():
+            model.blocks[1].flow.ode.potential.w1.fill_(1e25)
+        return model
+
+    monkeypatch.setattr(trainer, "build_model", poisoned)
+    with pytest.raises(
+        RunError, match=r"^blocks\.1\.flow: the state of the flow is not finite after step 1 of 2; "
+    ):
+        run_train(config, tmp_path)

@@ -1,0 +1,226 @@
+"""Conservation of energy along every flow of a stage 2 model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from muse.benchmarks.setting import batch_shape
+from muse.benchmarks.step import benchmark_model, random_tokens
+from muse.config import BenchConfig
+from muse.data import evaluation_batches, load_tokens
+from muse.dynamics import HamiltonianNeuralODE, MLPPotential
+from muse.dynamics.energy import curvature, drift, monotone_share, trajectory
+from muse.errors import ConfigError, RunError
+from muse.hardware import autocast_dtype
+from muse.models import LanguageModel
+from muse.training.trainer import train
+
+# Tokens of a layer that stand for all in the figures beside the criterion.
+SAMPLE = 512
+# Tokens of a layer at which the curvature is worked out.
+CURVATURE_SAMPLE = 256
+
+Layer = tuple[HamiltonianNeuralODE, Tensor]
+
+
+def measure_energy(config: BenchConfig, device: torch.device) -> dict[str, Any]:
+    """Follow H of every token through ``benchmark.ode_steps`` steps of ``benchmark.dt`` in every layer.
+
+    A flow begins where a forward pass on the validation text, or on random tokens if the model is untrained,
+    begins it, and runs as the stage has it: integrator, precision of the force, fixed point.
+
+    Returns:
+        Energies have no unit, a drift is |E_t - E_0| / |E_0| of a token.
+
+        - ``max_drift``: over layers, tokens and times; ``mean_drift``: mean over tokens of each one's largest,
+          and ``monotone_share``: share of tokens whose energy moves one way, both of the worst layer;
+        - ``mean_energy``, ``energy_trajectory`` (mean over tokens), ``drift_trajectory`` (largest of a token)
+          over ``times``, of the layer with the largest drift, which ``worst_layer`` names;
+        - ``own_dt_max_drift``: for the same time in steps of ``stage.dt``;
+        - ``leapfrog_max_drift``, ``leapfrog_mean_drift``, ``leapfrog_drift_trajectory``, and
+          ``leapfrog_modified_drift``, the largest of the modified Hamiltonian; of ``sample_tokens`` a layer;
+        - ``other_precision_max_drift``: with products of the force in ``other_precision``, None for a
+          potential without products; of ``sample_tokens`` a layer;
+        - ``curvature_max``: largest |eigenvalue| of V'' at the start, and ``curvature_dt2``, that times dt^2;
+        - ``integrator``, ``layers``, ``tokens`` of each, and ``trained``: how the weights came about.
+
+    Raises:
+        ConfigError: the model has no flow.
+        RunError: an energy is not finite.
+    """
+    checkpoint = config.benchmark.checkpoint
+    valid = None
+    if checkpoint is not None and config.data.name != "synthetic":
+        data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
+        config, valid = _with_vocabulary(config, data.vocab_size), data.valid
+    # Compiled code calls no hooks.
+    eager = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, compile=False))
+    model = benchmark_model(eager, device)
+    return _energy_of(model, valid, config, device, f"checkpoint {checkpoint}" if checkpoint else "untrained")
+
+
+def measure_trained_energy(config: BenchConfig, device: torch.device) -> dict[str, Any]:
+    """The same after ``benchmark.train_steps`` steps of training in this run.
+
+    Raises:
+        ConfigError: the model has no flow.
+        RunError: an energy, or a loss on the way, is not finite.
+    """
+    data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
+    config = _with_vocabulary(config, data.vocab_size)
+    steps, (batch, length) = config.benchmark.train_steps, batch_shape(config)
+    options = dataclasses.replace(
+        config.train, steps=steps, batch_size=batch, eval_every=0, checkpoint_every=0
+    )
+    run = dataclasses.replace(
+        config,
+        train=options,
+        model=dataclasses.replace(config.model, seq_len=length),
+        hardware=dataclasses.replace(config.hardware, compile=False),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model, result = train(run, data, device, Path(folder), lambda *_: None)
+    if result.valid is None:
+        raise KeyboardInterrupt
+    valid = None if config.data.name == "synthetic" else data.valid
+    return _energy_of(model, valid, config, device, f"{steps} steps in this run")
+
+
+def _with_vocabulary(config: BenchConfig, size: int) -> BenchConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def _energy_of(
+    model: LanguageModel, text: np.ndarray | None, config: BenchConfig, device: torch.device, trained: str
+) -> dict[str, Any]:
+    steps, dt = config.benchmark.ode_steps, config.benchmark.dt
+    assert steps is not None
+    assert dt is not None
+    batch, length = batch_shape(config)
+    if text is None:
+        tokens, _ = random_tokens(config, device)
+    else:
+        tokens, _, _ = next(evaluation_batches(text, length, batch))
+    layers = _inputs_of_flows(model, tokens.to(device), autocast_dtype(config.stage.precision))
+    samples = [(flow, _evenly(z, SAMPLE)) for flow, z in layers]
+    own = [_followed(layer, steps, dt) for layer in layers]
+    own_dt = [_followed((flow, z), max(1, round(steps * dt / flow.dt)), flow.dt) for flow, z in layers]
+    leapfrog, modified = zip(*(_leapfrog(layer, steps, dt) for layer in samples), strict=True)
+    others, precision = _in_other_precision(samples)
+    other = [_followed(layer, steps, dt) for layer in others]
+    worst, worst_leapfrog = _worst(own), _worst(leapfrog)
+    energies = own[worst]
+    curved = max(
+        curvature(flow.potential, _evenly(z, CURVATURE_SAMPLE)[:, 0]).max().item() for flow, z in layers
+    )
+    return {
+        "max_drift": _largest(own),
+        "mean_drift": max(drift(kept).mean().item() for kept in own),
+        "mean_energy": energies[0].mean().item(),
+        "monotone_share": max(monotone_share(kept) for kept in own),
+        "worst_layer": layers[worst][0].name,
+        "integrator": layers[worst][0].integrator,
+        "times": [dt * step for step in range(steps + 1)],
+        "energy_trajectory": energies.mean(1).tolist(),
+        "drift_trajectory": _over_time(energies),
+        "own_dt_max_drift": _largest(own_dt),
+        "leapfrog_max_drift": _largest(leapfrog),
+        "leapfrog_mean_drift": max(drift(kept).mean().item() for kept in leapfrog),
+        "leapfrog_drift_trajectory": _over_time(leapfrog[worst_leapfrog]),
+        "leapfrog_modified_drift": _largest(modified),
+        "other_precision": precision,
+        "other_precision_max_drift": _largest(other) if other else None,
+        "curvature_max": curved,
+        "curvature_dt2": curved * dt**2,
+        "layers": len(layers),
+        "tokens": len(layers[0][1]),
+        "sample_tokens": len(samples[0][1]),
+        "trained": trained,
+    }
+
+
+@torch.no_grad()
+def _inputs_of_flows(model: LanguageModel, tokens: Tensor, cast: torch.dtype | None) -> list[Layer]:
+    """Every flow, and the planar states (tokens, 2, D) that a forward pass gives it."""
+    layers: list[Layer] = []
+
+    def note(flow: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(flow, HamiltonianNeuralODE)
+        layers.append((flow, inputs[0].detach().flatten(0, -3).clone()))
+
+    flows = [module for module in model.modules() if isinstance(module, HamiltonianNeuralODE)]
+    if not flows:
+        raise ConfigError("benchmark=energy is about the flow; it needs stage=2")
+    hooks = [flow.register_forward_pre_hook(note) for flow in flows]
+    model.eval()
+    try:
+        with torch.autocast(tokens.device.type, cast, enabled=cast is not None):
+            model.features(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return layers
+
+
+def _evenly(z: Tensor, count: int) -> Tensor:
+    """At most ``count`` rows of z, evenly spaced."""
+    return z[:: math.ceil(len(z) / count)]
+
+
+def _followed(layer: Layer, steps: int, dt: float) -> Tensor:
+    """Energies (steps + 1, tokens) by the integrator of the flow."""
+    flow, z = layer
+    return _finite(flow, trajectory(flow, z, steps, dt, modified=False).energy)
+
+
+def _leapfrog(layer: Layer, steps: int, dt: float) -> tuple[Tensor, Tensor]:
+    """Energies by leapfrog, and its modified Hamiltonian."""
+    flow, z = layer
+    path = trajectory(flow, z, steps, dt, "leapfrog")
+    return _finite(flow, path.energy), _finite(flow, path.modified)
+
+
+def _finite(flow: HamiltonianNeuralODE, energies: Tensor) -> Tensor:
+    finite = energies.isfinite().all(1)
+    if not finite.all():
+        step = int(finite.logical_not().nonzero()[0].item())
+        raise RunError(f"{flow.name}: an energy is not finite after step {step}; a smaller dt may help")
+    return energies
+
+
+def _in_other_precision(layers: list[Layer]) -> tuple[list[Layer], str | None]:
+    """Copies of the flows whose forces take half-precision products, or float32 ones if theirs are half."""
+    others, name = [], None
+    for flow, z in layers:
+        if isinstance(flow.potential, MLPPotential):
+            other = copy.deepcopy(flow)
+            assert isinstance(other.potential, MLPPotential)
+            single = other.potential.force_dtype == torch.float32
+            other.potential.force_dtype = torch.bfloat16 if single else torch.float32
+            name = "bf16" if single else "fp32"
+            others.append((other, z))
+    return others, name
+
+
+def _over_time(energies: Tensor) -> list[float]:
+    """The largest drift of a token at each time."""
+    return ((energies - energies[0]).abs() / energies[0].abs()).amax(1).tolist()
+
+
+def _largest(energies: list[Tensor] | tuple[Tensor, ...]) -> float:
+    """The largest drift over layers, tokens and times."""
+    return max(drift(kept).max().item() for kept in energies)
+
+
+def _worst(energies: list[Tensor] | tuple[Tensor, ...]) -> int:
+    """The layer with the largest drift."""
+    return max(range(len(energies)), key=lambda layer: drift(energies[layer]).max().item())

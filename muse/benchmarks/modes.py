@@ -1,0 +1,129 @@
+"""The four ways to the gradient of a flow: are they right, and what does a training step take with each."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muse.benchmarks.gradient_error import ALLOWED, full_precision, joined, relative_error
+from muse.benchmarks.setting import batch_shape
+from muse.benchmarks.step import benchmark_model, random_tokens, training_step
+from muse.benchmarks.throughput import quantile
+from muse.config import GRADIENTS, BenchConfig
+from muse.dynamics import flow_metrics
+from muse.errors import RunError
+from muse.hardware import synchronize
+from muse.models import build_model
+
+# Tokens of the batch that gradients are compared on.
+CHECKED_TOKENS = 64
+
+
+def measure_modes(config: BenchConfig, device: torch.device) -> dict[str, Any]:
+    """Time whole training steps of models that differ in ``stage.gradient`` only, in turns.
+
+    Before that the gradients of all parameters in float32 are held against plain autograd in float64. Where
+    the forces take half-precision products, float64 tells the error of rounding, not that of a mode: a mode
+    is then right if its error is at most twice that of ``backprop``, which rounds the same products.
+
+    Returns:
+        ``gradient_error_<mode>``, ``gradient_error_allowed`` and ``gradients_correct``; and where they are,
+        otherwise None:
+
+        - ``step_ms_p50_<mode>``, ``step_ms_p20_exact`` and ``step_ms_p80_exact``;
+        - ``ratio_<mode>_to_backprop``: median over rounds of the ratio of times;
+        - ``tokens_per_second`` of ``exact`` at the median step;
+        - ``fallback_count``: layers of any of the models that went on with checkpointing, whose time then
+          is that of checkpointing.
+
+    Raises:
+        RunError: a loss is not finite.
+    """
+    errors = gradient_errors(config, device)
+    allowed = ALLOWED if config.stage.force_precision == "fp32" else 2 * errors["backprop"]
+    correct = math.isfinite(allowed) and all(error <= allowed for error in errors.values())
+    return {
+        **{f"gradient_error_{mode}": error for mode, error in errors.items()},
+        "gradient_error_allowed": allowed,
+        "gradients_correct": correct,
+        **_speeds(_step_seconds(config, device) if correct else None, math.prod(batch_shape(config))),
+    }
+
+
+def gradient_errors(config: BenchConfig, device: torch.device) -> dict[str, float]:
+    """Relative error of the gradient of all parameters by each mode, in float32 against float64."""
+    length = min(batch_shape(config)[1], CHECKED_TOKENS)
+    small = dataclasses.replace(
+        config,
+        benchmark=dataclasses.replace(config.benchmark, batch_size=1, seq_len=length),
+        # The same map every time.
+        stage=dataclasses.replace(config.stage, precision="fp32", dropout=0.0),
+    )
+    with full_precision():
+        exact = _gradient(small, "backprop", device, torch.float64)
+        return {
+            mode: relative_error(_gradient(small, mode, device, torch.float32), exact) for mode in GRADIENTS
+        }
+
+
+def _gradient(config: BenchConfig, mode: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    stage = dataclasses.replace(config.stage, gradient=mode)
+    model = build_model(stage, config.model, config.model.vocab_size, config.seed).to(device, dtype)
+    model.loss(*random_tokens(config, device)).backward()
+    return joined(p.grad for p in model.parameters() if p.grad is not None)
+
+
+def _step_seconds(config: BenchConfig, device: torch.device) -> tuple[dict[str, list[float]], int]:
+    """Seconds of a step in every timed round, by mode; and the number of fallbacks."""
+    untrained = dataclasses.replace(config, benchmark=dataclasses.replace(config.benchmark, checkpoint=None))
+    models, steps = {}, {}
+    for mode in GRADIENTS:
+        chosen = dataclasses.replace(untrained, stage=dataclasses.replace(config.stage, gradient=mode))
+        models[mode] = benchmark_model(chosen, device)
+        _, steps[mode] = training_step(chosen, models[mode], device)
+    losses: list[Tensor] = []
+    times: dict[str, list[float]] = {mode: [] for mode in GRADIENTS}
+    for number in range(config.benchmark.warmup + config.benchmark.repeats):
+        for mode, step in steps.items():
+            seconds, loss = _timed(step, device)
+            losses.append(loss)
+            if number >= config.benchmark.warmup:
+                times[mode].append(seconds)
+    if not all(math.isfinite(loss.item()) for loss in losses):
+        raise RunError("a loss of the timed steps is not finite; their speed means nothing")
+    return times, round(sum(flow_metrics(model).get("flow/fallbacks", 0.0) for model in models.values()))
+
+
+def _timed(step: Callable[[Callable[[], None]], Tensor], device: torch.device) -> tuple[float, Tensor]:
+    synchronize(device)
+    start = time.perf_counter()
+    loss = step(lambda: None)
+    synchronize(device)
+    return time.perf_counter() - start, loss
+
+
+def _speeds(measured: tuple[dict[str, list[float]], int] | None, tokens: int) -> dict[str, float | None]:
+    times, fallbacks = measured or ({}, None)
+
+    def milliseconds(mode: str, fraction: float) -> float | None:
+        return 1e3 * quantile(times[mode], fraction) if times else None
+
+    def ratio(mode: str) -> float | None:
+        if not times:
+            return None
+        return quantile([own / full for own, full in zip(times[mode], times["backprop"], strict=True)], 0.5)
+
+    return {
+        **{f"step_ms_p50_{mode}": milliseconds(mode, 0.5) for mode in GRADIENTS},
+        "step_ms_p20_exact": milliseconds("exact", 0.2),
+        "step_ms_p80_exact": milliseconds("exact", 0.8),
+        **{f"ratio_{mode}_to_backprop": ratio(mode) for mode in GRADIENTS if mode != "backprop"},
+        "tokens_per_second": tokens / quantile(times["exact"], 0.5) if times else None,
+        "fallback_count": fallbacks,
+    }

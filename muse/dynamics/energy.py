@@ -1,0 +1,153 @@
+"""Energies of a flow: how well they are kept, and what explains it. All in float64, per token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.symplectic import LIMIT
+from muse.dynamics.hamiltonian_ode import HamiltonianNeuralODE
+from muse.dynamics.integrators import stages
+from muse.dynamics.potential import Potential
+from muse.errors import RunError
+
+# A token's energy moves one way if every reversal is below this share of its range.
+REVERSAL = 0.1
+# Share of tokens that may do so.
+MONOTONE_SHARE = 0.01
+# Tokens whose hidden activations in float64 fit the cache.
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a flow went through.
+
+    Attributes:
+        energy: H (steps + 1, tokens).
+        modified: the modified Hamiltonian of leapfrog, likewise, or nothing if it was not asked for; see
+            ``modified_energy``.
+        q: final q (tokens, D), as the flow holds it, int32 in units of 1 / scale if ``exact``.
+        p: final p, likewise.
+    """
+
+    energy: Tensor
+    modified: Tensor
+    q: Tensor
+    p: Tensor
+
+
+def energy(potential: Potential, q: Tensor, p: Tensor) -> Tensor:
+    """H(q, p) = |p|^2 / 2 + V(q) (...,) of q and p (..., D), float64."""
+    q, p = q.double(), p.double()
+    values = [potential(rows) for rows in q.reshape(-1, q.shape[-1]).split(CHUNK)]
+    return p.square().sum(-1) / 2 + torch.cat(values).view(q.shape[:-1])
+
+
+def modified_energy(potential: Potential, q: Tensor, p: Tensor, dt: float) -> Tensor:
+    """H + dt^2 (p V'' p / 12 - |grad V|^2 / 24), which leapfrog keeps to O(dt^4).
+
+    Hairer, Lubich and Wanner, "Geometric Numerical Integration", chapter IX. float64 (...,); V'' p is taken
+    by a central difference of forces.
+    """
+    return energy(potential, q, p) + _modification(potential, q, p, dt)
+
+
+def _modification(potential: Potential, q: Tensor, p: Tensor, dt: float) -> Tensor:
+    q, p = q.double(), p.double()
+    force = _double_force(potential, q)
+    length = p.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    shift = 1e-4 * p / length
+    change = _double_force(potential, q + shift) - _double_force(potential, q - shift)
+    bent = -(p * change).sum(-1) * (length.squeeze(-1) / 2e-4)
+    return dt**2 * (bent / 12 - force.square().sum(-1) / 24)
+
+
+@torch.no_grad()
+def trajectory(
+    flow: HamiltonianNeuralODE,
+    z: Tensor,
+    steps: int,
+    dt: float | None = None,
+    integrator: str | None = None,
+    every: int = 1,
+    modified: bool = True,
+) -> Trajectory:
+    """Follow the tokens of planar z (..., 2, D) in the arithmetic of the flow.
+
+    Args:
+        flow: the layer; its potential, and its fixed-point state if ``exact``.
+        z: initial state.
+        steps: number of steps.
+        dt: size of a step; that of the flow if None.
+        integrator: that of the flow if None.
+        every: steps between two energies.
+        modified: whether the modified Hamiltonian is wanted, which costs three forces in float64 each time.
+
+    Raises:
+        RunError: the state is not finite, or leaves the range of the fixed-point state.
+        ValueError: ``steps`` is no multiple of ``every``.
+    """
+    if steps % every:
+        raise ValueError(f"steps={steps} is no multiple of every={every}")
+    dt = flow.dt if dt is None else dt
+    potential, scale = flow.potential, 0.0 if flow.fallen_back else flow.scale
+    coefficients = potential.coefficients()
+    z = z if z.dtype == torch.float64 else z.float()
+    q, p = (x.reshape(-1, x.shape[-1]) for x in z.unbind(-2))
+    part = stages(integrator or flow.integrator, every, dt)
+    energies, modifications = [], []
+
+    def note() -> None:
+        q_now, p_now = (x.double() / scale if x.dtype == torch.int32 else x for x in (q, p))
+        energies.append(energy(potential, q_now, p_now))
+        if modified:
+            modifications.append(_modification(potential, q_now, p_now, dt))
+
+    note()
+    for done in range(every, steps + 1, every):
+        q, p, peak = potential.advance(q, p, coefficients, part, scale)
+        if not peak.item() < (LIMIT if scale else math.inf):
+            raise RunError(
+                f"{flow.name}: the state is not finite, or too large for stage.fraction_bits, by step {done}"
+            )
+        note()
+    kept = torch.stack(energies)
+    return Trajectory(kept, kept + torch.stack(modifications) if modified else kept[:0], q, p)
+
+
+def drift(energies: Tensor) -> Tensor:
+    """max over time of |E_t - E_0| / |E_0| of each token (tokens,), from energies (time, tokens)."""
+    return (energies - energies[0]).abs().amax(0) / energies[0].abs()
+
+
+def monotone_share(energies: Tensor) -> float:
+    """Share of tokens whose energy (time, tokens) moves one way but for small reversals."""
+    reach = energies.amax(0) - energies.amin(0)
+    falls = (energies.cummax(0).values - energies).amax(0)
+    rises = (energies - energies.cummin(0).values).amax(0)
+    one_way = torch.minimum(falls, rises) < REVERSAL * reach
+    return one_way.double().mean().item()
+
+
+@torch.no_grad()
+def curvature(potential: Potential, q: Tensor, iterations: int = 30) -> Tensor:
+    """The largest |eigenvalue| of V'' at each q (tokens, D), by power iteration; float64 (tokens,)."""
+    q = q.double()
+    generator = torch.Generator(device=q.device).manual_seed(0)
+    v = torch.randn(q.shape, generator=generator, dtype=q.dtype, device=q.device)
+    size = q.new_zeros(len(q))
+    for _ in range(iterations):
+        v = v / v.norm(dim=-1, keepdim=True)
+        change = _double_force(potential, q + 1e-4 * v) - _double_force(potential, q - 1e-4 * v)
+        v = -change / 2e-4
+        size = v.norm(dim=-1)
+        v = torch.where(size[:, None] > 0, v, torch.ones_like(v))
+    return size
+
+
+def _double_force(potential: Potential, q: Tensor) -> Tensor:
+    return potential.force(q, *(x.double() for x in potential.coefficients()))
