@@ -160,7 +160,7 @@ def _methods(config: BenchConfig, torchdiffeq: Any) -> dict[str, Method]:
 def _solved(
     torchdiffeq: Any, potential: Potential, scheme: str, steps: int, dt: float, every: bool, adjoint: bool
 ) -> Run:
-    """The flow by torchdiffeq, with its adjoint or plain autograd; ``every`` asks for the state of each step."""
+    """The flow by torchdiffeq, with its adjoint or plain autograd; ``every`` asks for all states."""
 
     def field(_: Tensor, state: Tensor) -> Tensor:
         q, p = state.unbind(-2)

@@ -34,8 +34,8 @@ from kernels.complex_pointwise import (
 from kernels.planar import modulus_floor, upcast
 from kernels.symplectic import symplectic_flow
 from muse.benchmarks.operations import InsideOperations
-from muse.benchmarks.throughput import COMPLEX_ATTENTION, ProductRecorder, quantile
 from muse.benchmarks.setting import batch_shape
+from muse.benchmarks.throughput import COMPLEX_ATTENTION, ProductRecorder, quantile
 from muse.config import BenchConfig
 from muse.hardware import synchronize
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +14,10 @@ from torch import Tensor
 from muse.benchmarks.gradient_error import ALLOWED, full_precision, joined, relative_error
 from muse.benchmarks.setting import batch_shape
 from muse.benchmarks.step import benchmark_model, random_tokens, training_step
-from muse.benchmarks.throughput import quantile
+from muse.benchmarks.throughput import quantile, seconds_of
 from muse.config import GRADIENTS, BenchConfig
 from muse.dynamics import flow_metrics
 from muse.errors import RunError
-from muse.hardware import synchronize
 from muse.models import build_model
 
 # Tokens of the batch that gradients are compared on.
@@ -91,8 +90,7 @@ def _step_seconds(config: BenchConfig, device: torch.device) -> tuple[dict[str, 
     times: dict[str, list[float]] = {mode: [] for mode in GRADIENTS}
     for number in range(config.benchmark.warmup + config.benchmark.repeats):
         for mode, step in steps.items():
-            seconds, loss = _timed(step, device)
-            losses.append(loss)
+            seconds = seconds_of(partial(_take, step, losses), device)
             if number >= config.benchmark.warmup:
                 times[mode].append(seconds)
     if not all(math.isfinite(loss.item()) for loss in losses):
@@ -100,12 +98,8 @@ def _step_seconds(config: BenchConfig, device: torch.device) -> tuple[dict[str, 
     return times, round(sum(flow_metrics(model).get("flow/fallbacks", 0.0) for model in models.values()))
 
 
-def _timed(step: Callable[[Callable[[], None]], Tensor], device: torch.device) -> tuple[float, Tensor]:
-    synchronize(device)
-    start = time.perf_counter()
-    loss = step(lambda: None)
-    synchronize(device)
-    return time.perf_counter() - start, loss
+def _take(step: Callable[[Callable[[], None]], Tensor], losses: list[Tensor]) -> None:
+    losses.append(step(lambda: None))
 
 
 def _speeds(measured: tuple[dict[str, list[float]], int] | None, tokens: int) -> dict[str, float | None]:

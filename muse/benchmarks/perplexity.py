@@ -15,7 +15,7 @@ from muse.config import BenchConfig
 from muse.data import TokenData, load_tokens
 from muse.errors import ConfigError
 from muse.hardware import autocast_dtype
-from muse.models import build_model, count_parameters
+from muse.models import LanguageModel, build_model, count_parameters
 from muse.training.evaluate import Evaluation, evaluate
 from muse.training.trainer import train
 
@@ -45,7 +45,7 @@ def measure_perplexity(config: BenchConfig, device: torch.device) -> dict[str, A
         trained = f"checkpoint {checkpoint}" if checkpoint else "untrained"
     else:
         with tempfile.TemporaryDirectory() as folder:
-            valid = train_briefly(config, data, device, Path(folder), curve)
+            _, valid = train_briefly(config, data, device, Path(folder), curve)
         trained = f"{config.benchmark.train_steps} steps in this run"
     parameters = count_parameters(build_model(config.stage, config.model, data.vocab_size))
     return {**dataclasses.asdict(valid), "trained": trained, "parameters": parameters, "curve": curve}
@@ -67,7 +67,7 @@ def _evaluate(config: BenchConfig, data: TokenData, device: torch.device) -> Eva
 
 def train_briefly(
     config: BenchConfig, data: TokenData, device: torch.device, folder: Path, curve: list[tuple[int, float]]
-) -> Evaluation:
+) -> tuple[LanguageModel, Evaluation]:
     """Train for ``benchmark.train_steps`` steps and evaluate; the checkpoint goes into ``folder``.
 
     Raises:
@@ -91,7 +91,7 @@ def train_briefly(
         if "train/loss" in metrics:
             curve.append((step, metrics["train/loss"]))
 
-    _, result = train(config, data, device, folder, log)
+    model, result = train(config, data, device, folder, log)
     if result.valid is None:
         raise KeyboardInterrupt
-    return result.valid
+    return model, result.valid

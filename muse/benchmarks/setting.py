@@ -33,7 +33,7 @@ OF_STAGE_2 = {
     "vram": Setting(2, 2048, integrator="leapfrog"),
     "throughput": Setting(2, 2048, integrator="leapfrog"),
     "perplexity": Setting(4, 1024),
-    "adjoint": Setting(2, 512, integrator="leapfrog"),
+    "adjoint": Setting(2, 512),
 }
 
 

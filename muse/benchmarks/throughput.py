@@ -172,7 +172,7 @@ def measure_throughput(config: BenchConfig, device: torch.device) -> dict[str, f
         for function in (one_step, outside, inside, attention):
             function()
     rounds = [
-        tuple(_seconds(function, device) for function in (one_step, outside, inside, attention))
+        tuple(seconds_of(function, device) for function in (one_step, outside, inside, attention))
         for _ in range(config.benchmark.repeats)
     ]
     if not all(math.isfinite(loss.item()) for loss in losses):
@@ -206,7 +206,8 @@ def _replay(products: Counter[Product], device: torch.device) -> Callable[[], No
     return replay
 
 
-def _seconds(function: Callable[[], None], device: torch.device) -> float:
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """Wall time of a call and of what it started on the device."""
     synchronize(device)
     start = time.perf_counter()
     function()

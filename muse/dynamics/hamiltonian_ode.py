@@ -24,7 +24,8 @@ class HamiltonianNeuralODE(nn.Module):
     - ``exact``: the state is int32 in units of 2^-fraction_bits and every kick and drift adds a whole number,
       so the backward pass rebuilds each state to the last bit and only the final one is kept;
     - ``reversible``: the same in floating point; the initial state is kept, too, and compared with the
-      rebuilt one. In the literature both are reversible discrete adjoints. What the seeds call symplectic
+      rebuilt one. With forces in half precision the last bit of a state decides about much more, and this
+      mode falls back. In the literature both are reversible discrete adjoints. What the seeds call symplectic
       adjoint is this; Matsubara's method of that name keeps checkpoints;
     - ``checkpoint``: segments of sqrt(stages) stages are computed again;
     - ``backprop``: plain autograd through the loop, the reference for the others.
@@ -52,7 +53,7 @@ class HamiltonianNeuralODE(nn.Module):
         potential: Potential,
         steps: int = 10,
         dt: float = 0.1,
-        integrator: str = "yoshida4",
+        integrator: str = "blanes_moan_rkn4",
         gradient: str = "exact",
         fraction_bits: int = 23,
         recon_threshold: float = 1e-5,

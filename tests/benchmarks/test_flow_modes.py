@@ -1,0 +1,102 @@
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from muse.benchmarks import modes
+from muse.benchmarks.gradient_error import full_precision, joined, relative_error
+from muse.benchmarks.modes import gradient_errors, measure_modes
+from muse.benchmarks.setting import settle
+from muse.config import GRADIENTS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def modes_config(bench_config):
+    def build(**stage):
+        config = bench_config(2, name="throughput", ode_steps=4)
+        config = dataclasses.replace(config, stage=dataclasses.replace(config.stage, **stage))
+        return settle(config, "throughput")
+
+    return build
+
+
+def test_every_mode_is_right_and_timed(modes_config):
+    measured = measure_modes(modes_config(dropout=0.1), CPU)
+    json.dumps(measured, allow_nan=False)
+    assert None not in measured.values()
+    assert measured["gradients_correct"] is True
+    assert measured["fallback_count"] == 0
+    for mode in GRADIENTS:
+        assert 0 < measured[f"gradient_error_{mode}"] <= 1e-5
+        assert measured[f"step_ms_p50_{mode}"] > 0
+    for mode in ("exact", "reversible", "checkpoint"):
+        # One round: its ratio is that of its times.
+        ratio = measured[f"step_ms_p50_{mode}"] / measured["step_ms_p50_backprop"]
+        assert measured[f"ratio_{mode}_to_backprop"] == pytest.approx(ratio)
+    assert measured["step_ms_p20_exact"] <= measured["step_ms_p50_exact"] <= measured["step_ms_p80_exact"]
+    assert measured["tokens_per_second"] == pytest.approx(32e3 / measured["step_ms_p50_exact"])
+
+
+def test_a_wrong_gradient_has_no_speed(modes_config, monkeypatch):
+    class TwiceTooLarge(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    build = modes.build_model
+
+    def wrong(stage, *args):
+        model = build(stage, *args)
+        if stage.gradient == "exact":
+            model.blocks[0].register_forward_hook(lambda *call: TwiceTooLarge.apply(call[-1]))
+        return model
+
+    monkeypatch.setattr(modes, "build_model", wrong)
+    measured = measure_modes(modes_config(), CPU)
+    assert measured["gradients_correct"] is False
+    assert measured["gradient_error_exact"] > 0.1
+    assert measured["gradient_error_reversible"] <= 1e-5
+    speeds = [v for k, v in measured.items() if k.startswith(("step_ms", "ratio", "tokens"))]
+    assert speeds
+    assert set(speeds) == {None}
+
+
+@pytest.mark.filterwarnings("ignore:blocks:UserWarning")
+def test_half_precision_forces_are_held_against_backprop_in_half_precision(modes_config):
+    # The reversible mode falls back: a wrong last bit of q may round to another half-precision number.
+    measured = measure_modes(modes_config(force_precision="bf16"), CPU)
+    assert measured["gradient_error_allowed"] == 2 * measured["gradient_error_backprop"] > 1e-5
+    assert measured["gradients_correct"] is True
+    assert measured["step_ms_p50_exact"] > 0
+
+
+def test_gradients_are_compared_in_float32_whatever_the_model_is_stored_in(modes_config):
+    single, half = (gradient_errors(modes_config(precision=precision), CPU) for precision in ("fp32", "bf16"))
+    assert single == half
+
+
+def test_the_error_of_a_gradient():
+    exact = joined([torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])])
+    assert exact.dtype == torch.float64
+    assert relative_error(exact, exact) == 0
+    assert relative_error(joined([torch.tensor([3.0, 0.0, 5.0])]), exact) == pytest.approx(0.2)
+    assert relative_error(exact * math.nan, exact) == relative_error(exact * math.inf, exact) == math.inf
+
+
+def test_full_precision_ends_with_the_block():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with full_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
