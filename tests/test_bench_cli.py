@@ -49,6 +49,30 @@ def test_all_benchmarks_leave_a_result_with_provenance_plots_and_a_table(tmp_pat
 
 
 @pytest.mark.slow
+def test_all_benchmarks_of_stage_2(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {n} says {n * n}\n" for n in range(3000)))
+    done = bench(
+        tmp_path, "stage=2", "benchmark=all", "data=text", f"data.path={text}", "benchmark.train_steps=2",
+        "benchmark.batch_size=2", "benchmark.seq_len=16", "benchmark.ode_steps=6", "benchmark.inputs=3",
+        "benchmark.repeats=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("bench/*/*/result.json")
+    result = json.loads(path.read_text())
+    assert result["reconstruction_error"] == 0
+    assert result["fallback_count"] == 0
+    assert result["max_drift"] < 5e-5 < result["max_drift_leapfrog"]
+    memory = result["details"]["vram"]
+    assert memory["exact"]["activations"] < memory["backprop"]["activations"]
+    assert abs(result["parameters_apart"]) < 0.03
+    assert result["all_pass"] in (True, False)
+    plots = {"vram.png", "energy.png", "perplexity.png"}
+    assert {p.name for p in path.parent.glob("*.png")} == plots
+    assert "energy drift, trained" in done.stdout
+
+
+@pytest.mark.slow
 def test_a_sweep_survives_a_failing_cell_and_a_rerun_skips_finished_ones(tmp_path):
     sweep = ["-m", "stage=1", "benchmark=stability", "benchmark.inputs=2", "benchmark.seq_len=8,0,16"]
     first = bench(tmp_path, *sweep)
@@ -95,4 +119,13 @@ def test_a_wrong_value_is_one_sentence(tmp_path):
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
         "error: benchmark.warmup=-1 is too small; it must be at least 0"
+    )
+
+
+@pytest.mark.parametrize("benchmark", ["energy", "adjoint"])
+def test_a_benchmark_of_the_flow_needs_one(tmp_path, benchmark):
+    done = bench(tmp_path, "stage=1", f"benchmark={benchmark}")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        f"error: benchmark={benchmark} is about the flow; it needs stage=2"
     )

@@ -193,9 +193,10 @@ class _UndoneFlow(torch.autograd.Function):
 def _run(
     potential: Potential, q: Tensor, p: Tensor, part: Stages, coefficients: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
+    force = potential.field(*coefficients)
     for kick, drift in zip(part.kicks, part.drifts, strict=True):
         if kick:
-            p = p.add(potential.force(q, *coefficients), alpha=kick)
+            p = p.add(force(q), alpha=kick)
         if drift:
             q = q.add(p, alpha=drift)
     return q, p

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,10 @@ class Potential(nn.Module):
     def force(self, q: Tensor, *coefficients: Tensor) -> Tensor:
         """F(q) (..., D) by plain PyTorch operations, in the dtype of q."""
         raise NotImplementedError
+
+    def field(self, *coefficients: Tensor) -> Callable[[Tensor], Tensor]:
+        """``force`` of these coefficients, for many q: what depends on no q can be worked out here, once."""
+        return lambda q: self.force(q, *coefficients)
 
     def forward(self, q: Tensor) -> Tensor:
         return self.value(q, *self.coefficients())
@@ -156,10 +161,13 @@ class MLPPotential(Potential):
         return symplectic.potential(q, w1, b1, w2, self.phi) - LOWEST[self.phi] * w2.sum()
 
     def force(self, q: Tensor, *coefficients: Tensor) -> Tensor:
+        return self.field(*coefficients)(q)
+
+    def field(self, *coefficients: Tensor) -> Callable[[Tensor], Tensor]:
         w1, b1, w2 = self._operands(*coefficients)
-        slope = _slope(F.linear(q.to(w1.dtype), w1, b1), self.phi)
         # w2 joins the smaller factor.
-        return -(slope @ (w2.unsqueeze(1) * w1)).to(q.dtype)
+        outward = -w2.unsqueeze(1) * w1
+        return lambda q: (_slope(F.linear(q.to(w1.dtype), w1, b1), self.phi) @ outward).to(q.dtype)
 
     def advance(
         self, q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...], stages: Stages, scale: float
