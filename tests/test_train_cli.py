@@ -312,7 +312,7 @@ def test_an_option_that_does_not_exist_is_named(place, argument, told):
 def test_help_lists_groups_and_options(place):
     status, out, _err = run_cli(place, "--help")
     assert status == 0
-    for line in ("stage: 0, 1", "optim: adamw, muon", "data: stdlib, synthetic, text, wikitext2"):
+    for line in ("stage: 0, 1, 2", "optim: adamw, muon", "data: stdlib, synthetic, text, wikitext2"):
         assert line in out.splitlines()
     options_of = yaml.safe_load(out.partition("==\nstage:")[2].join(("stage:", "")).partition("\nPowered")[0])
     assert options_of["train"]["steps"] == 800

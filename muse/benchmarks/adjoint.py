@@ -203,14 +203,19 @@ def _device(potential: Potential) -> torch.device:
 def _checked(name: str, method: Method, potential: Potential, z: Tensor) -> dict[str, Any]:
     """The error of the gradient on z, and the number of forces that it took."""
     counted, count = copy.deepcopy(potential), 0
-    force = counted.force
+    field = counted.field
 
-    def counting(q: Tensor, *coefficients: Tensor) -> Tensor:
-        nonlocal count
-        count += 1
-        return force(q, *coefficients)
+    def counting(*coefficients: Tensor) -> Callable[[Tensor], Tensor]:
+        force = field(*coefficients)
 
-    counted.force = counting  # type: ignore[method-assign]
+        def counted_force(q: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return force(q)
+
+        return counted_force
+
+    counted.field = counting  # type: ignore[method-assign]
     run = method.build(counted)
     cotangent = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z)
     gradient = _gradient(run, counted, z, cotangent)

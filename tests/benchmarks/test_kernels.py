@@ -18,6 +18,7 @@ from muse.benchmarks.kernels import (
     peak_memory,
     sizes_of,
 )
+from muse.benchmarks.setting import settle
 from muse.errors import RunError
 
 CPU = torch.device("cpu")
@@ -99,7 +100,7 @@ def test_a_wrong_operation_has_no_speed(bench_config, wrong, where):
 
 
 def test_a_right_operation_has_figures_that_fit_together(bench_config):
-    config = bench_config(name="kernels", repeats=3, compile=False, dtypes=["float32"])
+    config = settle(bench_config(name="kernels", repeats=3, compile=False, dtypes=["float32"]), "kernels")
     row = measure_kernels("attention", config, CPU)["cases"]["attention real, float32"]
     assert row["correct"] is True
     assert row["error"] is None
@@ -125,7 +126,7 @@ def test_an_operation_that_raises_is_an_error_and_hides_no_other(bench_config, m
         yield Case("sound", (z,), torch.sin, torch.sin)
 
     monkeypatch.setitem(FAMILIES, "pointwise", build)
-    config = bench_config(compile=False, dtypes=["float32"])
+    config = settle(bench_config(compile=False, dtypes=["float32"]), "kernels")
     rows = measure_kernels("pointwise", config, CPU)["cases"]
     assert rows["broken, float32"]["correct"] is False
     assert rows["broken, float32"]["error"] == "failed: no such kernel"
@@ -240,7 +241,8 @@ def test_all_leaves_the_kernels_out(bench_config, monkeypatch):
 
 
 def test_sizes_follow_the_model_where_options_are_open(bench_config):
-    sizes = sizes_of(bench_config())
+    sizes = sizes_of(settle(bench_config(), "kernels"))
     assert (sizes.width, sizes.heads, sizes.head_dim, sizes.hidden) == (16, 2, 8, 32)
-    sizes = sizes_of(bench_config(width=6, heads=3, head_dim=5, hidden=7, ode_steps=4))
+    open_none = bench_config(width=6, heads=3, head_dim=5, hidden=7, ode_steps=4)
+    sizes = sizes_of(settle(open_none, "kernels"))
     assert (sizes.width, sizes.heads, sizes.head_dim, sizes.hidden, sizes.steps) == (6, 3, 5, 7, 4)
