@@ -1052,15 +1052,15 @@ def potential(q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str = "gelu_in
     Args:
         q: (..., D).
         w1: (hidden, D).
-        b1: (hidden,).
+        b1: (hidden,), or (..., hidden) for one of each token.
         w2: (hidden,).
         phi: ``gelu_integral``, whose derivative is GELU, ``silu``, ``gelu`` or ``softplus``.
 
     Returns:
         (...,).
     """
-    _check(q, q, w1, b1, w2, phi)
-    return _phi(F.linear(q, w1.to(q.dtype), b1.to(q.dtype)), phi) @ w2.to(q.dtype)
+    _check(q, q, w1, w2 if b1.dim() > 1 else b1, w2, phi)
+    return _phi(F.linear(q, w1.to(q.dtype)) + b1.to(q.dtype), phi) @ w2.to(q.dtype)
 
 
 def force(q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str = "gelu_integral") -> Tensor:

@@ -26,7 +26,7 @@ from muse.benchmarks.throughput import quantile
 from muse.config import GRADIENTS, BenchConfig
 from muse.dynamics import INTEGRATORS, HamiltonianNeuralODE, Potential
 from muse.errors import RunError
-from muse.models.hamiltonian import HamiltonianFlow
+from muse.models.hamiltonian import flow_potential
 
 # Root mean square of a channel of the initial state.
 RMS = 0.7
@@ -131,11 +131,14 @@ def _called(run: Run, z: Tensor, *_: Tensor) -> Tensor:
 
 
 def _potential(config: BenchConfig) -> Potential:
-    """The MLP of a layer of the model, with float32 products."""
-    stage = dataclasses.replace(config.stage, potential="mlp", force_precision="fp32", flow_width=None)
+    """An MLP as large as that of a layer, of q alone, with float32 products.
+
+    torchdiffeq takes no gradient by what a field depends on beside its parameters and state.
+    """
+    stage = dataclasses.replace(config.stage, potential="mlp", force_precision="fp32", flows=1, context=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return HamiltonianFlow(config.model.complex, stage, 1.0, "flow").ode.potential
+        return flow_potential(config.model.complex, stage)
 
 
 def _methods(config: BenchConfig, torchdiffeq: Any) -> dict[str, Method]:

@@ -110,9 +110,7 @@ def _energy_of(
     others, precision = _in_other_precision(samples)
     worst, worst_leapfrog = _worst(own), _worst(leapfrog)
     energies = own[worst]
-    curved = max(
-        curvature(flow.potential, _evenly(z, CURVATURE_SAMPLE)[:, 0]).max().item() for flow, z in layers
-    )
+    curved = max(_curvature(flow, _evenly(z, CURVATURE_SAMPLE)) for flow, z in layers)
     return {
         "max_drift": _largest(own),
         "mean_drift": max(drift(kept).mean().item() for kept in own),
@@ -165,6 +163,12 @@ def _inputs_of_flows(model: LanguageModel, tokens: Tensor, cast: torch.dtype | N
 def _evenly(z: Tensor, count: int) -> Tensor:
     """At most ``count`` rows of z, evenly spaced."""
     return z[:: math.ceil(len(z) / count)]
+
+
+def _curvature(flow: HamiltonianNeuralODE, z: Tensor) -> float:
+    """The largest at the start of a token."""
+    q, p = z.float().unbind(-2)
+    return curvature(flow.potential, q, flow.potential.context(q, p)).max().item()
 
 
 def _followed(layer: Layer, steps: int, dt: float) -> Tensor:

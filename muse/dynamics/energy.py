@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,28 +41,34 @@ class Trajectory:
     p: Tensor
 
 
-def energy(potential: Potential, q: Tensor, p: Tensor) -> Tensor:
-    """H(q, p) = |p|^2 / 2 + V(q) (...,) of q and p (..., D), float64."""
+def energy(potential: Potential, q: Tensor, p: Tensor, context: tuple[Tensor, ...] = ()) -> Tensor:
+    """H(q, p) = |p|^2 / 2 + V(q) (...,) of q and p (..., D), float64; the context is the potential's."""
     q, p = q.double(), p.double()
-    values = [potential(rows) for rows in q.reshape(-1, q.shape[-1]).split(CHUNK)]
+    rows = zip(*(x.reshape(-1, x.shape[-1]).split(CHUNK) for x in (q, *context)), strict=True)
+    values = [potential(*chunk) for chunk in rows]
     return p.square().sum(-1) / 2 + torch.cat(values).view(q.shape[:-1])
 
 
-def modified_energy(potential: Potential, q: Tensor, p: Tensor, dt: float) -> Tensor:
+def modified_energy(
+    potential: Potential, q: Tensor, p: Tensor, dt: float, context: tuple[Tensor, ...] = ()
+) -> Tensor:
     """H + dt^2 (p V'' p / 12 - |grad V|^2 / 24), which leapfrog keeps to O(dt^4).
 
     Hairer, Lubich and Wanner, "Geometric Numerical Integration", chapter IX. float64 (...,); V'' p is taken
     by a central difference of forces.
     """
-    return energy(potential, q, p) + _modification(potential, q, p, dt)
+    return energy(potential, q, p, context) + _modification(potential, q, p, dt, context)
 
 
-def _modification(potential: Potential, q: Tensor, p: Tensor, dt: float) -> Tensor:
+def _modification(
+    potential: Potential, q: Tensor, p: Tensor, dt: float, context: tuple[Tensor, ...]
+) -> Tensor:
     q, p = q.double(), p.double()
-    force = _double_force(potential, q)
+    field = _double_field(potential, context)
+    force = field(q)
     length = p.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     shift = 1e-4 * p / length
-    change = _double_force(potential, q + shift) - _double_force(potential, q - shift)
+    change = field(q + shift) - field(q - shift)
     bent = -(p * change).sum(-1) * (length.squeeze(-1) / 2e-4)
     return dt**2 * (bent / 12 - force.square().sum(-1) / 24)
 
@@ -95,17 +102,18 @@ def trajectory(
         raise ValueError(f"steps={steps} is no multiple of every={every}")
     dt = flow.dt if dt is None else dt
     potential, scale = flow.potential, 0.0 if flow.fallen_back else flow.scale
-    coefficients = potential.coefficients()
     z = z if z.dtype == torch.float64 else z.float()
     q, p = (x.reshape(-1, x.shape[-1]) for x in z.unbind(-2))
+    context = potential.context(q, p)
+    coefficients = (*potential.coefficients(), *context)
     part = stages(integrator or flow.integrator, every, dt)
     energies, modifications = [], []
 
     def note() -> None:
         q_now, p_now = (x.double() / scale if x.dtype == torch.int32 else x for x in (q, p))
-        energies.append(energy(potential, q_now, p_now))
+        energies.append(energy(potential, q_now, p_now, context))
         if modified:
-            modifications.append(_modification(potential, q_now, p_now, dt))
+            modifications.append(_modification(potential, q_now, p_now, dt, context))
 
     note()
     for done in range(every, steps + 1, every):
@@ -134,20 +142,22 @@ def monotone_share(energies: Tensor) -> float:
 
 
 @torch.no_grad()
-def curvature(potential: Potential, q: Tensor, iterations: int = 30) -> Tensor:
+def curvature(
+    potential: Potential, q: Tensor, context: tuple[Tensor, ...] = (), iterations: int = 30
+) -> Tensor:
     """The largest |eigenvalue| of V'' at each q (tokens, D), by power iteration; float64 (tokens,)."""
-    q = q.double()
+    q, field = q.double(), _double_field(potential, context)
     generator = torch.Generator(device=q.device).manual_seed(0)
     v = torch.randn(q.shape, generator=generator, dtype=q.dtype, device=q.device)
     size = q.new_zeros(len(q))
     for _ in range(iterations):
         v = v / v.norm(dim=-1, keepdim=True)
-        change = _double_force(potential, q + 1e-4 * v) - _double_force(potential, q - 1e-4 * v)
+        change = field(q + 1e-4 * v) - field(q - 1e-4 * v)
         v = -change / 2e-4
         size = v.norm(dim=-1)
         v = torch.where(size[:, None] > 0, v, torch.ones_like(v))
     return size
 
 
-def _double_force(potential: Potential, q: Tensor) -> Tensor:
-    return potential.force(q, *(x.double() for x in potential.coefficients()))
+def _double_field(potential: Potential, context: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
+    return potential.field(*(x.double() for x in (*potential.coefficients(), *context)))

@@ -22,7 +22,8 @@ class HamiltonianNeuralODE(nn.Module):
     Gradients are those of the discrete map, by
 
     - ``exact``: the state is int32 in units of 2^-fraction_bits and every kick and drift adds a whole number,
-      so the backward pass rebuilds each state to the last bit and only the final one is kept;
+      so the backward pass rebuilds each state to the last bit and only the final one is kept, with the
+      context if the potential has one;
     - ``reversible``: the same in floating point; the initial state is kept, too, and compared with the
       rebuilt one. With forces in half precision the last bit of a state decides about much more, and this
       mode falls back. In the literature both are reversible discrete adjoints. What the seeds call symplectic
@@ -92,13 +93,13 @@ class HamiltonianNeuralODE(nn.Module):
 
     def flow(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """q and p (..., D) after all steps; gradients by the mode of this layer."""
-        coefficients = self.potential.coefficients()
+        coefficients = (*self.potential.coefficients(), *self.potential.context(q, p))
         if self.gradient in ("exact", "reversible") and not self.fallen_back:
             end_q, end_p, peak = _UndoneFlow.apply(self, q, p, *coefficients)
             largest = peak.item()
             if largest < (LIMIT if self.scale else math.inf):
                 return end_q, end_p
-            self._refuse_non_finite(q, p)
+            self._refuse_non_finite(q, p, coefficients)
             self._fall_back(
                 f"its state left the range of +-{LIMIT / self.scale:g} of stage.fraction_bits="
                 f"{math.frexp(self.scale)[1] - 1}"
@@ -110,7 +111,7 @@ class HamiltonianNeuralODE(nn.Module):
         else:
             q_end, p_end = self._checkpointed(q, p, coefficients)
         if q.numel() and not (q_end.sum() + p_end.sum()).isfinite():
-            self._refuse_non_finite(q, p)
+            self._refuse_non_finite(q, p, coefficients)
         return q_end, p_end
 
     def _checkpointed(self, q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -135,7 +136,7 @@ class HamiltonianNeuralODE(nn.Module):
         self.fallen_back = True
 
     @torch.no_grad()
-    def _refuse_non_finite(self, q: Tensor, p: Tensor) -> None:
+    def _refuse_non_finite(self, q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...]) -> None:
         """Find the step in which a state becomes NaN or infinite.
 
         Raises:
@@ -150,7 +151,7 @@ class HamiltonianNeuralODE(nn.Module):
                     "optim.lr, or stage.precision=fp32 may help"
                 )
             if done < self.steps:
-                q, p = _run(self.potential, q, p, step, self.potential.coefficients())
+                q, p = _run(self.potential, q, p, step, coefficients)
 
 
 class _UndoneFlow(torch.autograd.Function):

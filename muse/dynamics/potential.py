@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +15,28 @@ from muse.dynamics.integrators import Stages
 # The lowest value of phi, from which V is measured: energies are then no differences of large numbers, and
 # relative drifts mean something. Forces do not depend on it.
 LOWEST = {"gelu_integral": -0.25, "silu": -0.27846454276107379, "gelu": -0.16997120747990369, "softplus": 0.0}
+# Tokens whose hidden activations stay in the last-level cache.
+CHUNK = 1024
 FORCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Potential(nn.Module):
     """V(q) and F(q) = -grad V(q) of each token by itself.
 
-    A potential defines ``value`` and ``force`` as functions of the state and its coefficients: the
-    parameters, given as arguments so that a flow that is undone can be differentiated by them. ``advance``
-    and ``undo`` run any potential in plain PyTorch; one that has a kernel overrides them.
+    A potential defines ``value`` and ``force`` as functions of q and its coefficients: the parameters and, if
+    it has one, the context, given as arguments so that a flow that is undone can be differentiated by them.
+    The context is what V depends on of a token beside q; it is frozen for the whole flow, so that H is the
+    same function of (q, p) at every time. ``advance`` and ``undo`` run any potential in plain PyTorch; one
+    that has a kernel overrides them.
     """
 
     def coefficients(self) -> tuple[Tensor, ...]:
         """The parameters, in the order in which the functions below take them."""
         return tuple(self.parameters())
+
+    def context(self, q: Tensor, p: Tensor) -> tuple[Tensor, ...]:
+        """Further coefficients, each (..., C): what V depends on of a token whose flow starts at (q, p)."""
+        return ()
 
     def value(self, q: Tensor, *coefficients: Tensor) -> Tensor:
         """V(q) (...,) of q (..., D), in the dtype of q."""
@@ -42,8 +50,8 @@ class Potential(nn.Module):
         """``force`` of these coefficients, for many q: what depends on no q can be worked out here, once."""
         return lambda q: self.force(q, *coefficients)
 
-    def forward(self, q: Tensor) -> Tensor:
-        return self.value(q, *self.coefficients())
+    def forward(self, q: Tensor, *context: Tensor) -> Tensor:
+        return self.value(q, *self.coefficients(), *context)
 
     @torch.no_grad()
     def advance(
@@ -57,9 +65,10 @@ class Potential(nn.Module):
         """
         peak = torch.maximum(*(_size(x * scale if scale and x.is_floating_point() else x) for x in (q, p)))
         q, p = (_held(x, scale) for x in (q, p))
+        force = self.field(*coefficients)
         for kick, drift in zip(stages.kicks, stages.drifts, strict=True):
             if kick:
-                p, size = _moved(p, kick * (scale or 1) * self.force(_value(q, scale), *coefficients))
+                p, size = _moved(p, kick * (scale or 1) * force(_value(q, scale)))
                 peak = torch.maximum(peak, size)
             if drift:
                 q, size = _moved(q, drift * (p if not scale else p.double()))
@@ -107,7 +116,7 @@ def _value(x: Tensor, scale: float) -> Tensor:
 
 
 def _size(x: Tensor) -> Tensor:
-    return x.abs().amax().float()
+    return x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
 
 
 def _moved(state: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,12 +137,17 @@ class MLPPotential(Potential):
     exponentially within a few units of time. A negative weight adds nothing but a linear force to what
     positive ones can do: phi(a) + phi(-a) = (a^2 - 1) / 2 for the integral of GELU.
 
+    With a context the hidden units see (q0, p0), where the token starts its flow, through a map of their own:
+    b1 + U (q0, p0) takes the place of b1. Without one all that they see they must see through W1, whose
+    transpose leads out again. A flow with a context runs in plain PyTorch, one without in a kernel.
+
     Args:
         features: D, channels of q.
         hidden: hidden units.
         phi: ``gelu_integral``, whose derivative is GELU, ``silu``, ``gelu`` or ``softplus``.
         force_precision: dtype of the products, ``fp32``, ``bf16`` or ``fp16``; float64 weights keep theirs.
         curvature: mean curvature tr V'' / D at the start.
+        with_context: whether V depends on (q0, p0).
     """
 
     def __init__(
@@ -142,19 +156,38 @@ class MLPPotential(Potential):
         hidden: int,
         phi: str = "gelu_integral",
         force_precision: str = "fp32",
-        curvature: float = 0.4,
+        curvature: float = 0.65,
+        with_context: bool = False,
     ) -> None:
         super().__init__()
-        self.phi, self.force_dtype = phi, FORCE_DTYPES[force_precision]
+        self.phi, self.force_dtype, self.with_context = phi, FORCE_DTYPES[force_precision], with_context
         self.w1 = nn.Parameter(torch.empty(hidden, features).normal_(std=features**-0.5))
         self.b1 = nn.Parameter(torch.zeros(hidden))
         # A row of W1 has length 1, and phi'' is 1/2 on average: tr V'' = sum w2 / 2.
         w2 = torch.empty(hidden).normal_().abs()
         self.w2 = nn.Parameter(w2 * (2 * curvature * features / w2.sum()))
+        if with_context:
+            self.context_weight = nn.Parameter(torch.empty(hidden, 2 * features).normal_(std=features**-0.5))
 
-    def _operands(self, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def context(self, q: Tensor, p: Tensor) -> tuple[Tensor, ...]:
+        return (torch.cat((q, p), -1),) if self.with_context else ()
+
+    def _operands(
+        self,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        context_weight: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """W1, b1 or, with a context, b1 + U context of each token, and |w2|."""
         dtype = torch.float64 if w1.dtype == torch.float64 else self.force_dtype
-        return w1.to(dtype), b1.to(dtype), w2.abs().to(dtype)
+        bias = b1.to(dtype)
+        if context_weight is not None:
+            if context is None:
+                raise ValueError("this potential depends on a context; pass what its context(q, p) returns")
+            bias = F.linear(context.to(dtype), context_weight.to(dtype), bias)
+        return w1.to(dtype), bias, w2.abs().to(dtype)
 
     def value(self, q: Tensor, *coefficients: Tensor) -> Tensor:
         w1, b1, w2 = (x.to(q.dtype) for x in self._operands(*coefficients))
@@ -167,11 +200,19 @@ class MLPPotential(Potential):
         w1, b1, w2 = self._operands(*coefficients)
         # w2 joins the smaller factor.
         outward = -w2.unsqueeze(1) * w1
-        return lambda q: (_slope(F.linear(q.to(w1.dtype), w1, b1), self.phi) @ outward).to(q.dtype)
+
+        def force(q: Tensor) -> Tensor:
+            shared = b1.dim() == 1
+            hidden = F.linear(q.to(w1.dtype), w1, b1 if shared else None)
+            return (_slope(hidden if shared else hidden + b1, self.phi) @ outward).to(q.dtype)
+
+        return force
 
     def advance(
         self, q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...], stages: Stages, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.with_context:
+            return self._advance_in_context(q, p, coefficients, stages, scale)
         with torch.no_grad():
             weights = self._operands(*coefficients)
         return symplectic.advance(q, p, *weights, stages.kicks, stages.drifts, phi=self.phi, scale=scale)
@@ -186,6 +227,8 @@ class MLPPotential(Potential):
         stages: Stages,
         scale: float,
     ) -> tuple[Tensor, ...]:
+        if self.with_context:
+            return self._undo_in_context(grad_q, grad_p, end_q, end_p, coefficients, stages, scale)
         with torch.no_grad():
             weights = self._operands(*coefficients)
             *rest, grad_w1, grad_b1, grad_w2 = symplectic.undo(
@@ -193,6 +236,66 @@ class MLPPotential(Potential):
             )
             grads = grad_w1, grad_b1, grad_w2 * coefficients[2].sign()
         return *rest, *(grad.to(x.dtype) for grad, x in zip(grads, coefficients, strict=True))
+
+    def _advance_in_context(
+        self, q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...], stages: Stages, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        *weights, context = coefficients
+        parts = [
+            super(MLPPotential, self).advance(some_q, some_p, self._given(weights, given), stages, scale)
+            for given, some_q, some_p in _chunks(context, q, p)
+        ]
+        end_q, end_p, peaks = zip(*parts, strict=True)
+        return torch.cat(end_q).view(q.shape), torch.cat(end_p).view(p.shape), torch.stack(peaks).amax()
+
+    @torch.no_grad()
+    def _undo_in_context(
+        self,
+        grad_q: Tensor,
+        grad_p: Tensor,
+        end_q: Tensor,
+        end_p: Tensor,
+        coefficients: tuple[Tensor, ...],
+        stages: Stages,
+        scale: float,
+    ) -> tuple[Tensor, ...]:
+        *weights, context = coefficients
+        wide = _wide(weights[3])
+        sums = [torch.zeros_like(_wide(x)) for x in weights]
+        states = []
+        for given, some_grad_q, some_grad_p, some_q, some_p in _chunks(context, grad_q, grad_p, end_q, end_p):
+            *state, grad_w1, grad_bias, grad_w2 = super().undo(
+                some_grad_q, some_grad_p, some_q, some_p, self._given(weights, given), stages, scale
+            )
+            changes = grad_w1, grad_bias.sum(0), grad_w2, grad_bias.t() @ _wide(given)
+            for total, change in zip(sums, changes, strict=True):
+                total += change
+            states.append((*state, grad_bias @ wide))
+        *ends, grad_context = (torch.cat(parts) for parts in zip(*states, strict=True))
+        gradients = (*sums, grad_context.view(context.shape))
+        return *(x.view(end_q.shape) for x in ends), *(
+            grad.to(x.dtype) for grad, x in zip(gradients, coefficients, strict=True)
+        )
+
+    @torch.no_grad()
+    def _given(self, weights: list[Tensor], context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The coefficients of the same potential without a context, b1 a row for each token."""
+        w1, b1, w2, context_weight = weights
+        _, bias, _ = self._operands(w1, b1, w2, context_weight, context)
+        return _wide(w1), _wide(bias), _wide(w2)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in the precision that gradients are summed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows (tokens, features) of tensors (..., features), ``CHUNK`` tokens at a time.
+
+    Contiguous, because products sum in another order over another layout.
+    """
+    return zip(*(x.reshape(-1, x.shape[-1]).contiguous().split(CHUNK) for x in tensors), strict=True)
 
 
 def _slope(a: Tensor, phi: str) -> Tensor:

@@ -4,46 +4,59 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from muse.config import StageConfig, WidthConfig
 from muse.dynamics import DuffingPotential, HamiltonianNeuralODE, MLPPotential, Potential
-from muse.layers import ComplexAttention, ComplexLinear
+from muse.layers import ComplexAttention
 from muse.models.complex import build_norm, decoder_of
 from muse.models.language_model import LanguageModel
 
 
 class HamiltonianFlow(nn.Module):
-    """outward(flow(inward(z))): complex linear maps into phase space and out of it.
+    """Phi(z) - z for flows Phi that take turns in which plane is the position.
 
-    The maps in and out of a force are tied, W1 and its transpose; these two are not.
+    A force acts on p and sees q, so of two flows with the state multiplied by i between them each plane has
+    one. What the flows change is what the block adds, with no linear map in or out.
 
     Args:
         width: sizes of the decoder.
         stage: options of the flow.
-        gain: factor on the initial outward map.
-        name: what messages call the flow.
+        name: what messages call the flows, with a number.
     """
 
-    def __init__(self, width: WidthConfig, stage: StageConfig, gain: float, name: str) -> None:
+    def __init__(self, width: WidthConfig, stage: StageConfig, name: str) -> None:
         super().__init__()
-        channels = stage.flow_width or width.d_model
-        self.inward = ComplexLinear(width.d_model, channels, bias=False, init=stage.init)
-        self.ode = HamiltonianNeuralODE(
-            _potential(width, stage, channels),
-            stage.ode_steps,
-            stage.dt,
-            stage.integrator,
-            stage.gradient,
-            stage.fraction_bits,
-            stage.recon_threshold,
-            stage.verify,
-            name,
+        self.odes = nn.ModuleList(
+            HamiltonianNeuralODE(
+                flow_potential(width, stage),
+                stage.ode_steps,
+                stage.dt,
+                stage.integrator,
+                stage.gradient,
+                stage.fraction_bits,
+                stage.recon_threshold,
+                stage.verify,
+                f"{name}.{number}",
+            )
+            for number in range(stage.flows)
         )
-        self.outward = ComplexLinear(channels, width.d_model, bias=False, init=stage.init, gain=gain)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.outward(self.ode(self.inward(z)).to(z.dtype))
+        state = z
+        for number, ode in enumerate(self.odes):
+            state = ode(_turned(state) if number else state)
+        # As many turns back.
+        for _ in range(len(self.odes) - 1):
+            state = -_turned(state)
+        return (state - z).to(z.dtype)
+
+
+def _turned(z: Tensor) -> Tensor:
+    """i z of planar z (..., 2, D)."""
+    q, p = z.unbind(-2)
+    return torch.stack((-p, q), -2)
 
 
 class HamiltonianBlock(nn.Module):
@@ -56,7 +69,7 @@ class HamiltonianBlock(nn.Module):
             width.d_model, width.heads, width.kv_heads, stage.score, stage.init, gain
         )
         self.flow_norm = build_norm(stage.norm, width.d_model)
-        self.flow = HamiltonianFlow(width, stage, gain, name)
+        self.flow = HamiltonianFlow(width, stage, name)
         self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
 
     def forward(self, z: Tensor) -> Tensor:
@@ -71,12 +84,15 @@ def hamiltonian_decoder(stage: StageConfig, width: WidthConfig, vocab_size: int)
     return decoder_of(blocks, stage, width, vocab_size)
 
 
-def _potential(width: WidthConfig, stage: StageConfig, channels: int) -> Potential:
+def flow_potential(width: WidthConfig, stage: StageConfig) -> Potential:
+    """The potential of one flow of a block."""
+    channels = width.d_model
     if stage.potential == "duffing":
         return DuffingPotential(channels)
     hidden = stage.potential_width
     if hidden is None:
-        # As many parameters as the feed-forward block of stage 1 has: a unit is a row of W1, and b1 and w2.
-        left = 4 * width.d_model * (width.d_ff - channels)
-        hidden = max(1, round(left / (channels + 2)))
-    return MLPPotential(channels, hidden, stage.phi, stage.force_precision)
+        # Of a hidden unit: its row of W1, its b1 and w2, its weights of the context.
+        unit = channels + 2 + 2 * channels * stage.context
+        # As many parameters as the feed-forward block of stage 1 has.
+        hidden = max(1, round(4 * channels * width.d_ff / (stage.flows * unit)))
+    return MLPPotential(channels, hidden, stage.phi, stage.force_precision, with_context=stage.context)

@@ -10,7 +10,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from muse.dynamics import DuffingPotential, HamiltonianNeuralODE, MLPPotential, Potential
+from muse.dynamics import DuffingPotential, HamiltonianNeuralODE, MLPPotential, Potential, flow_metrics
+
+# The modes, and exact with the comparison on request.
+MODES = {name: {"gradient": name} for name in ("exact", "reversible", "checkpoint", "backprop")} | {
+    "verify": {"gradient": "exact", "verify": True}
+}
 
 
 class Harmonic(Potential):
@@ -65,6 +70,23 @@ class UniformField(Potential):
         return -coefficients[0].to(q.dtype).expand_as(q)
 
 
+class Frozen(Potential):
+    """A potential in the context of one state, wherever its flow starts."""
+
+    def __init__(self, inner: Potential, z: Tensor) -> None:
+        super().__init__()
+        self.inner = inner
+        self.given = tuple(x.detach() for x in inner.context(*z.unbind(-2)))
+        self.value, self.force, self.field = inner.value, inner.force, inner.field
+        self.advance, self.undo = inner.advance, inner.undo
+
+    def coefficients(self) -> tuple[Tensor, ...]:
+        return self.inner.coefficients()
+
+    def context(self, q: Tensor, p: Tensor) -> tuple[Tensor, ...]:
+        return self.given
+
+
 def kepler_orbit(eccentricity: float) -> Tensor:
     """The pericentre (2, 2) of an orbit with a period of 2 pi."""
     q = torch.tensor([1 - eccentricity, 0.0], dtype=torch.float64)
@@ -89,7 +111,21 @@ def perturbed_duffing(width: int) -> DuffingPotential:
     return potential
 
 
-POTENTIALS: dict[str, Callable[[int], Potential]] = {"mlp": perturbed_mlp, "duffing": perturbed_duffing}
+def perturbed_context(width: int, hidden: int | None = None, **options) -> MLPPotential:
+    """One that depends on where a token starts."""
+    return perturbed_mlp(width, hidden, with_context=True, **options)
+
+
+POTENTIALS: dict[str, Callable[[int], Potential]] = {
+    "mlp": perturbed_mlp,
+    "context": perturbed_context,
+    "duffing": perturbed_duffing,
+}
+
+
+def some_context(potential: Potential, q: Tensor) -> tuple[Tensor, ...]:
+    """The context of tokens that are at q now and started elsewhere."""
+    return potential.context(0.7 * torch.randn_like(q), 0.7 * torch.randn_like(q))
 
 
 def state(*shape: int, rms: float = 0.7, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -149,3 +185,14 @@ def no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
+
+
+def assert_rebuilt(ode: HamiltonianNeuralODE, z: Tensor) -> None:
+    """The comparison of ``verify`` finds no difference; the state has moved in the meantime."""
+    z = z.requires_grad_()
+    with no_warnings():
+        end = ode(z)
+        end.square().sum().backward()
+    assert (end - z).abs().max() > 0.01
+    assert z.grad.isfinite().all()
+    assert flow_metrics(ode) == {"flow/fallbacks": 0.0, "flow/reconstruction_error": 0.0}

@@ -12,6 +12,7 @@ from dynamics_helpers import (
     no_warnings,
     perturbed_duffing,
     perturbed_mlp,
+    some_context,
     state,
 )
 
@@ -100,14 +101,19 @@ def test_energy_of_the_mlp_by_hand():
 @pytest.mark.parametrize("kind", POTENTIALS)
 def test_energy_of_any_shape(kind):
     potential = POTENTIALS[kind](6)
-    q, p = torch.randn(2, 3, 5, 6)
-    whole = energy(potential, q, p)
+    # More tokens than are taken at a time.
+    q, p = torch.randn(2, 3, 105, 6)
+    context = some_context(potential, q)
+    whole = energy(potential, q, p, context)
     assert whole.dtype == torch.float64
-    assert whole.shape == (3, 5)
-    torch.testing.assert_close(whole[1, 2], energy(potential, q[1, 2], p[1, 2]))
+    assert whole.shape == (3, 105)
+    # Forces in float32 have a bias in float32.
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if context else {}
+    alone = energy(potential, q[1, 2], p[1, 2], tuple(x[1, 2] for x in context))
+    torch.testing.assert_close(whole[1, 2], alone, **tolerance)
     # As its parts, with the parameters in float64 as well.
-    parts = p.double().square().sum(-1) / 2 + potential.double()(q.double())
-    torch.testing.assert_close(whole, parts)
+    parts = p.double().square().sum(-1) / 2 + potential.double()(q.double(), *context)
+    torch.testing.assert_close(whole, parts, **tolerance)
 
 
 def test_energy_of_half_precision_forces_is_that_of_their_weights():
@@ -118,8 +124,14 @@ def test_energy_of_half_precision_forces_is_that_of_their_weights():
     torch.testing.assert_close(energy(potential, q, q), energy(rounded, q, q))
 
 
-def hessians(potential, q):
-    return torch.stack([torch.autograd.functional.hessian(lambda x: potential(x), token) for token in q])
+def hessians(potential, q, context=()):
+    """V'' at every token in its context."""
+    return torch.stack(
+        [
+            torch.autograd.functional.hessian(lambda x, given=given: potential(x, *given), token)
+            for token, *given in zip(q, *context, strict=True)
+        ]
+    )
 
 
 @pytest.mark.parametrize("kind", POTENTIALS)
@@ -128,20 +140,22 @@ def test_modified_energy_by_hand(kind):
     q, p = torch.randn(2, 7, 6, dtype=torch.float64)
     dt = 0.3
     leaf = q.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(potential(leaf).sum(), leaf)
-    bent = torch.einsum("ti,tij,tj->t", p, hessians(potential, q), p)
-    expected = energy(potential, q, p) + dt**2 * (bent / 12 - slope.square().sum(-1) / 24)
-    torch.testing.assert_close(modified_energy(potential, q, p, dt), expected, rtol=0, atol=1e-8)
+    context = some_context(potential, q)
+    (slope,) = torch.autograd.grad(potential(leaf, *context).sum(), leaf)
+    bent = torch.einsum("ti,tij,tj->t", p, hessians(potential, q, context), p)
+    expected = energy(potential, q, p, context) + dt**2 * (bent / 12 - slope.square().sum(-1) / 24)
+    torch.testing.assert_close(modified_energy(potential, q, p, dt, context), expected, rtol=0, atol=1e-8)
     # A token at rest has no direction.
-    assert modified_energy(potential, q, 0 * p, dt).isfinite().all()
+    assert modified_energy(potential, q, 0 * p, dt, context).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", POTENTIALS)
 def test_curvature_is_the_largest_eigenvalue(kind):
     potential = POTENTIALS[kind](12).double()
     q = torch.randn(20, 12, dtype=torch.float64)
-    largest = torch.linalg.eigvalsh(hessians(potential, q)).abs().amax(-1)
-    found = curvature(potential, q, iterations=1000)
+    context = some_context(potential, q)
+    largest = torch.linalg.eigvalsh(hessians(potential, q, context)).abs().amax(-1)
+    found = curvature(potential, q, context, iterations=1000)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, largest, rtol=1e-5, atol=0)
 
@@ -171,11 +185,14 @@ def test_trajectory_is_what_the_flow_does(kind, gradient):
     assert taken.q.dtype == (torch.int32 if gradient == "exact" else torch.float32)
     for held, end in zip((taken.q, taken.p), ends.unbind(-2), strict=True):
         torch.testing.assert_close((held / (flow.scale or 1.0)).float(), end, rtol=0, atol=4e-6)
-    for found, z_now in ((taken.energy[0], z.flatten(0, 1)), (taken.energy[-1], ends)):
-        torch.testing.assert_close(found, energy(flow.potential, *z_now.unbind(-2)), rtol=0, atol=3e-5)
+    starts = z.flatten(0, 1)
+    context = flow.potential.context(*starts.unbind(-2))
+    for found, z_now in ((taken.energy[0], starts), (taken.energy[-1], ends)):
+        now = energy(flow.potential, *z_now.unbind(-2), context)
+        torch.testing.assert_close(found, now, rtol=0, atol=3e-5)
     torch.testing.assert_close(
         taken.modified[0],
-        modified_energy(flow.potential, *z.flatten(0, 1).unbind(-2), 0.1),
+        modified_energy(flow.potential, *starts.unbind(-2), 0.1, context),
         rtol=0,
         atol=3e-5,
     )
@@ -275,19 +292,21 @@ def test_energy_does_not_drift_away():
     assert monotone_share(energies) == 0.0
 
 
-def test_energy_of_a_model_at_its_defaults():
+@pytest.mark.parametrize("with_context", [False, True])
+def test_energy_of_a_model_at_its_defaults(with_context):
     """The criteria of stage 2 hold with room to spare, per token, in the arithmetic of training."""
-    flow = HamiltonianNeuralODE(MLPPotential(96, 384), 10, 0.1, "blanes_moan_rkn4", "exact")
+    potential = MLPPotential(96, 384, with_context=with_context)
+    flow = HamiltonianNeuralODE(potential, 10, 0.1, "blanes_moan_rkn4", "exact")
     z = state(128, 96)
     with no_warnings():
         taken = trajectory(flow, z, 100, modified=False)
     drifts = drift(taken.energy)
     assert drifts.shape == (128,)
-    assert 0 < drifts.max() < 1e-5
+    assert 0 < drifts.max() < (1e-6 if with_context else 1e-5)
     assert monotone_share(taken.energy) <= 0.01
     # It moves, and leapfrog is worse, by the curvature.
     q = z[:, 0]
     assert (taken.q.double() / flow.scale - q).abs().max() > 0.5
     leapfrog = drift(trajectory(flow, z, 100, integrator="leapfrog", modified=False).energy).max()
-    bend = curvature(flow.potential, q).max() * 0.1**2
+    bend = curvature(potential, q, potential.context(q, z[:, 1])).max() * 0.1**2
     assert 10 * drifts.max() < leapfrog < bend

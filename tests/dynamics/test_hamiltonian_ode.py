@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch._inductor.config
 from dynamics_helpers import (
+    MODES,
     POTENTIALS,
     Harmonic,
     HenonHeiles,
     Kepler,
     assert_equal,
+    assert_rebuilt,
     exact_gradients,
     flow_gradients,
     gradients,
@@ -36,14 +38,11 @@ from torch.utils._pytree import tree_leaves
 from muse.dynamics import HamiltonianNeuralODE, MLPPotential, Potential, flow_metrics
 from muse.errors import RunError
 
-# The modes, and exact with the comparison on request.
-MODES = {name: {"gradient": name} for name in ("exact", "reversible", "checkpoint", "backprop")} | {
-    "verify": {"gradient": "exact", "verify": True}
-}
 UNDONE = ("exact", "reversible", "verify")
 every_mode = pytest.mark.parametrize("mode", MODES)
 every_undone_mode = pytest.mark.parametrize("mode", UNDONE)
 every_potential = pytest.mark.parametrize("kind", POTENTIALS)
+every_mlp = pytest.mark.parametrize("kind", ["mlp", "context"])
 
 
 def make(
@@ -68,7 +67,7 @@ def test_gradients_against_double_precision(mode, kind, integrator):
     with no_warnings():
         found = flow_gradients(ode, z)
     exact = exact_gradients(ode, z)
-    assert len(found) == (5 if kind == "mlp" else 4)
+    assert len(found) == {"mlp": 5, "context": 6, "duffing": 4}[kind]
     for name in found:
         assert found[name].dtype == torch.float32
         assert relative_error(found[name], exact[name]) <= 1e-5, name
@@ -133,9 +132,10 @@ def test_other_potentials_are_rebuilt_exactly(potential):
     assert flow_metrics(ode) == {"flow/fallbacks": 0.0, "flow/reconstruction_error": 0.0}
 
 
+@every_mlp
 @every_mode
-def test_repeated_backward_is_bitwise_equal(mode):
-    ode, z = make(mode, width=24), state(300, 24)
+def test_repeated_backward_is_bitwise_equal(mode, kind):
+    ode, z = make(mode, kind, width=24), state(300, 24)
     assert_equal(flow_gradients(ode, z), flow_gradients(ode, z))
     leaf = z.clone().requires_grad_()
     end = ode(leaf)
@@ -143,9 +143,10 @@ def test_repeated_backward_is_bitwise_equal(mode):
     assert torch.equal(first, second)
 
 
+@every_mlp
 @every_mode
-def test_gradient_of_half_the_state(mode):
-    ode, z = make(mode), state(5, 16).requires_grad_()
+def test_gradient_of_half_the_state(mode, kind):
+    ode, z = make(mode, kind), state(5, 16).requires_grad_()
     reference = in_double(ode)
     other = z.detach().double().requires_grad_()
     (found,) = torch.autograd.grad(ode(z)[:, 1].square().sum(), z)
@@ -153,9 +154,10 @@ def test_gradient_of_half_the_state(mode):
     assert relative_error(found, exact) < 1e-5
 
 
+@every_mlp
 @every_mode
-def test_frozen_potential_and_frozen_state(mode):
-    ode, z = make(mode), state(5, 16)
+def test_frozen_potential_and_frozen_state(mode, kind):
+    ode, z = make(mode, kind), state(5, 16)
     expected = flow_gradients(ode, z)
     parameters = list(ode.parameters())
     cotangent = torch.randn(5, 2, 16, generator=torch.Generator().manual_seed(1))
@@ -167,10 +169,11 @@ def test_frozen_potential_and_frozen_state(mode):
     assert not ode(z.detach()).requires_grad
 
 
+@every_mlp
 @every_mode
-def test_a_layer_used_twice(mode):
+def test_a_layer_used_twice(mode, kind):
     """In one graph, so that two calls wait for their backward passes."""
-    ode, z = make(mode), state(5, 16)
+    ode, z = make(mode, kind), state(5, 16)
 
     def twice(flow):
         return lambda x: flow(flow(x))
@@ -180,37 +183,40 @@ def test_a_layer_used_twice(mode):
     assert worst_error(found, gradients(twice(reference), reference.parameters(), z.double())) < 1e-5
 
 
-@pytest.mark.parametrize("mode", UNDONE)
-def test_double_backward_is_refused(mode):
-    ode, z = make(mode), state(5, 16).requires_grad_()
+@every_mlp
+@every_undone_mode
+def test_double_backward_is_refused(mode, kind):
+    ode, z = make(mode, kind), state(5, 16).requires_grad_()
     mention = f"stage.gradient={ode.gradient} has no second derivative; use backprop"
     with pytest.raises(RuntimeError, match=mention):
         torch.autograd.grad(ode(z).square().sum(), z, create_graph=True)
 
 
-def test_double_backward_of_backpropagation():
-    ode = make("backprop", width=3, steps=2).double()
+@every_mlp
+def test_double_backward_of_backpropagation(kind):
+    ode = make("backprop", kind, width=3, steps=2).double()
     assert torch.autograd.gradgradcheck(ode, state(2, 3, dtype=torch.float64).requires_grad_())
 
 
 # ---- What goes in and comes out
 
 
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6), (2, 3, 2, 2, 6), (0, 6)], ids=str)
+@every_potential
 @every_mode
-def test_shapes(mode):
-    ode = make(mode, width=6)
-    for shape in ((6,), (4, 6), (2, 3, 6), (0, 6)):
-        z = state(*shape).requires_grad_()
-        end = ode(z)
-        assert end.shape == z.shape
-        end.sum().backward()
-        assert z.grad.shape == z.shape
-        assert z.grad.isfinite().all()
+def test_shapes(mode, kind, shape):
+    ode, z = make(mode, kind, width=6), state(*shape).requires_grad_()
+    end = ode(z)
+    assert end.shape == z.shape
+    end.sum().backward()
+    assert z.grad.shape == z.shape
+    assert z.grad.isfinite().all()
 
 
+@every_potential
 @every_mode
-def test_strides_do_not_matter(mode):
-    ode, z = make(mode), state(5, 7, 16)
+def test_strides_do_not_matter(mode, kind):
+    ode, z = make(mode, kind), state(5, 7, 16)
     strided = z.transpose(0, 1).contiguous().transpose(0, 1)
     assert not strided.is_contiguous()
     assert_equal(flow_gradients(ode, strided), flow_gradients(ode, z))
@@ -220,9 +226,10 @@ def test_strides_do_not_matter(mode):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_mlp
 @every_mode
-def test_half_precision_is_accepted(mode, dtype):
-    ode, z = make(mode), state(5, 16).to(dtype)
+def test_half_precision_is_accepted(mode, kind, dtype):
+    ode, z = make(mode, kind), state(5, 16).to(dtype)
     leaf = z.clone().requires_grad_()
     end = ode(leaf)
     assert end.dtype == torch.float32
@@ -231,19 +238,21 @@ def test_half_precision_is_accepted(mode, dtype):
     assert leaf.grad.dtype == dtype
 
 
+@every_mlp
 @every_mode
-def test_the_input_is_left_alone(mode):
-    ode, z = make(mode), state(5, 16)
+def test_the_input_is_left_alone(mode, kind):
+    ode, z = make(mode, kind), state(5, 16)
     before = z.clone()
     flow_gradients(ode, z)
     ode(z)
     assert torch.equal(z, before)
 
 
+@every_mlp
 @every_mode
-def test_tokens_do_not_touch(mode):
+def test_tokens_do_not_touch(mode, kind):
     """A token never sees another: not in its result, nor in its gradient."""
-    ode, z = make(mode, width=32), state(3, 20, 32)
+    ode, z = make(mode, kind, width=32), state(3, 20, 32)
     before = flow_gradients(ode, z)
     others = torch.ones(3, 20, dtype=torch.bool)
     others[1, 7] = False
@@ -259,21 +268,23 @@ def test_tokens_do_not_touch(mode):
     assert not grad[others].any()
 
 
-def test_modes_agree_on_the_result():
+@every_potential
+def test_modes_agree_on_the_result(kind):
     z = state(50, 16)
-    reference = make("backprop")(z)
+    reference = make("backprop", kind)(z)
     for mode in ("checkpoint", "reversible"):
-        torch.testing.assert_close(make(mode)(z), reference, rtol=0, atol=2e-6)
+        torch.testing.assert_close(make(mode, kind)(z), reference, rtol=0, atol=2e-6)
     for mode in ("exact", "verify"):
-        torch.testing.assert_close(make(mode)(z), reference, rtol=0, atol=1e-5)
+        torch.testing.assert_close(make(mode, kind)(z), reference, rtol=0, atol=1e-5)
     # The state is a multiple of the unit; up to 2 no bit of it is lost in float32.
-    end = make("exact", fraction_bits=10)(z) * 2**10
+    end = make("exact", kind, fraction_bits=10)(z) * 2**10
     assert torch.equal(end, end.round())
 
 
+@every_mlp
 @every_mode
-def test_results_without_a_graph_are_the_same(mode):
-    ode, z = make(mode, width=24), state(100, 24)
+def test_results_without_a_graph_are_the_same(mode, kind):
+    ode, z = make(mode, kind, width=24), state(100, 24)
     with_graph = ode(z.clone().requires_grad_())
     assert with_graph.requires_grad
     with torch.no_grad():
@@ -287,24 +298,16 @@ def test_results_without_a_graph_are_the_same(mode):
 # ---- Reconstruction, to the last bit
 
 
-def assert_rebuilt(ode, z):
-    """The comparison of ``verify`` finds no difference; the state has moved in the meantime."""
-    z = z.requires_grad_()
-    with no_warnings():
-        end = ode(z)
-        end.square().sum().backward()
-    assert (end - z).abs().max() > 0.01
-    assert z.grad.isfinite().all()
-    assert flow_metrics(ode) == {"flow/fallbacks": 0.0, "flow/reconstruction_error": 0.0}
-
-
 @every_potential
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("steps", [1, 10, 100])
 @pytest.mark.parametrize("integrator", ["leapfrog", "yoshida4", "blanes_moan_rkn4"])
 def test_reconstruction_error_is_zero(kind, precision, steps, integrator):
     torch.manual_seed(3)
-    potential = perturbed_mlp(64, 128, force_precision=precision) if kind == "mlp" else perturbed_duffing(64)
+    if kind == "duffing":
+        potential = perturbed_duffing(64)
+    else:
+        potential = POTENTIALS[kind](64, 128, force_precision=precision)
     ode = HamiltonianNeuralODE(potential, steps, 0.1, integrator, verify=True)
     for training in (True, False):
         assert_rebuilt(ode.train(training), state(2, 5, 64))
@@ -339,10 +342,11 @@ def test_reconstruction_error_is_zero_where_floating_point_misses():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@every_mlp
 @every_mode
-def test_autocast_changes_nothing(mode, precision):
+def test_autocast_changes_nothing(mode, kind, precision):
     torch.manual_seed(3)
-    potential = perturbed_mlp(24, force_precision=precision)
+    potential = POTENTIALS[kind](24, force_precision=precision)
     ode, z = HamiltonianNeuralODE(potential, **MODES[mode]), state(40, 24)
 
     def under_autocast(x):
@@ -365,10 +369,12 @@ class PlainMLP(MLPPotential):
     advance, undo = Potential.advance, Potential.undo
 
 
+@pytest.mark.parametrize("with_context", [False, True])
 @pytest.mark.parametrize("potential", [MLPPotential, PlainMLP])
 @every_undone_mode
-def test_autocast_around_the_backward_pass_changes_nothing(mode, potential):
-    ode, z = HamiltonianNeuralODE(potential(16, 32), **MODES[mode]), state(5, 16)
+def test_autocast_around_the_backward_pass_changes_nothing(mode, potential, with_context):
+    ode = HamiltonianNeuralODE(potential(16, 32, with_context=with_context), **MODES[mode])
+    z = state(5, 16)
     expected = flow_gradients(ode, z)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_equal(flow_gradients(ode, z), expected)
@@ -420,9 +426,11 @@ def compare_compiled(block, mode, backend, **tolerance):
     return compiled
 
 
-@every_mode
-def test_compiled(mode):
-    compiled = compare_compiled(Block(make(mode), 16), mode, "aot_eager", rtol=0, atol=0)
+@pytest.mark.parametrize(
+    ("mode", "kind"), [*((mode, "mlp") for mode in MODES), ("exact", "context"), ("verify", "context")]
+)
+def test_compiled(mode, kind):
+    compiled = compare_compiled(Block(make(mode, kind), 16), mode, "aot_eager", rtol=0, atol=0)
     # In evaluation, and where the shape changes.
     with torch.no_grad():
         for z in (state(2, 9, 16), state(3, 5, 16)):
@@ -440,8 +448,8 @@ def test_compiled_to_machine_code():
 # ---- Memory
 
 
-def bytes_saved(mode, steps):
-    ode, z = make(mode, width=32, steps=steps), state(200, 32).requires_grad_()
+def bytes_saved(mode, steps, kind="mlp"):
+    ode, z = make(mode, kind, width=32, steps=steps), state(200, 32).requires_grad_()
     held = {}
     parameters = {x.untyped_storage().data_ptr() for x in ode.parameters()}
 
@@ -457,13 +465,14 @@ def bytes_saved(mode, steps):
     return sum(held.values())
 
 
+@every_mlp
 @every_undone_mode
-def test_memory_does_not_grow_with_the_steps(mode):
+def test_memory_does_not_grow_with_the_steps(mode, kind):
     state_bytes = 200 * 2 * 32 * 4
-    few, many = bytes_saved(mode, 5), bytes_saved(mode, 40)
+    few, many = bytes_saved(mode, 5, kind), bytes_saved(mode, 40, kind)
     assert few == many
-    # The final state, and the initial one where it is compared.
-    assert few == state_bytes * (1 if mode == "exact" else 2)
+    # The final state, the initial one where it is compared, and the context, which is a copy of it.
+    assert few == state_bytes * ((1 if mode == "exact" else 2) + (kind == "context"))
 
 
 def test_memory_grows_with_the_steps_in_backpropagation():
@@ -513,9 +522,9 @@ def test_memory_of_checkpointing():
 # ---- Falling back
 
 
-def overflowing(fraction_bits=29):
+def overflowing(kind="mlp", fraction_bits=29):
     """The range is +-4, which a few channels leave on the way."""
-    ode = make("exact", steps=20, fraction_bits=fraction_bits)
+    ode = make("exact", kind, steps=20, fraction_bits=fraction_bits)
     z = state(6, 16)
     z[2, 1, 3] = 6.0
     return ode, z
@@ -552,8 +561,9 @@ def test_overflow_on_the_way():
 
 
 @pytest.mark.parametrize("verify", [False, True])
-def test_overflow_of_the_input(verify):
-    ode, z = overflowing()
+@every_mlp
+def test_overflow_of_the_input(kind, verify):
+    ode, z = overflowing(kind)
     assert_fallen_back(twin(ode, fraction_bits=29, verify=verify), z, "left the range")
 
 
@@ -563,13 +573,14 @@ def test_overflow_of_a_huge_input(kind):
     z = state(6, 16)
     # Beyond 2^31 units, and for Duffing with a force beyond 2^31 units a step.
     z[1, 0, 2] = 2000.0
-    ode.dt = 0.01 if kind == "mlp" else 0.0001
+    ode.dt = 0.0001 if kind == "duffing" else 0.01
     ode = twin(ode, fraction_bits=23)
     assert_fallen_back(ode, z, r"range of \+-256")
 
 
-def test_overflow_without_a_graph():
-    ode, z = overflowing()
+@every_mlp
+def test_overflow_without_a_graph(kind):
+    ode, z = overflowing(kind)
     with torch.no_grad(), pytest.warns(UserWarning, match="left the range"):
         end = ode(z)
     assert relative_error(end, in_double(ode)(z.double()).detach()) < 1e-6
@@ -665,9 +676,10 @@ def test_perturbed_integrator(monkeypatch):
     assert worst_error(found, exact) <= 1e-5
 
 
-def test_a_tiny_threshold():
+@every_mlp
+def test_a_tiny_threshold(kind):
     """What floating point cannot keep."""
-    ode = make("reversible", steps=50, recon_threshold=1e-12)
+    ode = make("reversible", kind, steps=50, recon_threshold=1e-12)
     assert_fallen_back(ode, state(6, 16), "the initial state was rebuilt with an error of ")
 
 
@@ -696,9 +708,10 @@ def test_training_goes_on_after_a_failure(monkeypatch):
     assert losses[0][-1] < 0.99 * losses[0][0]
 
 
-def test_two_calls_that_fail_warn_once(monkeypatch):
+@every_mlp
+def test_two_calls_that_fail_warn_once(kind, monkeypatch):
     """Both forward passes were done before the first failure shows."""
-    ode, z = make("reversible", width=16), state(6, 16)
+    ode, z = make("reversible", kind, width=16), state(6, 16)
     reference = in_double(ode)
     exact = gradients(lambda x: reference(reference(x)), reference.parameters(), z.double())
     perturb(ode, monkeypatch)
@@ -811,12 +824,12 @@ def test_a_step_that_is_not_finite(mode, bad):
     assert ode.fallback_count == 0
 
 
-@pytest.mark.parametrize("name", ["w1", "b1", "w2"])
+@pytest.mark.parametrize("name", ["w1", "b1", "w2", "context_weight"])
 @every_mode
 def test_a_weight_that_is_not_finite(mode, name):
-    ode = make(mode)
+    ode = make(mode, "context" if name == "context_weight" else "mlp", name="layer 4")
     getattr(ode.potential, name).data.view(-1)[0] = math.nan
-    with pytest.raises(RunError, match="not finite after step 1 of 10"):
+    with pytest.raises(RunError, match=r"^layer 4: .*not finite after step 1 of 10"):
         ode(state(6, 16))
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from dynamics_helpers import (
     POTENTIALS,
+    Frozen,
     Harmonic,
     HenonHeiles,
     Kepler,
     kepler_orbit,
+    perturbed_context,
     perturbed_duffing,
     perturbed_mlp,
     state,
@@ -181,9 +183,11 @@ def test_order_on_an_eccentric_kepler_orbit(integrator):
 # ---- Geometry
 
 
+# Each with the number of channels.
 SYSTEMS = {
-    "henon_heiles": (lambda: HenonHeiles(), 2),
+    "henon_heiles": (HenonHeiles, 2),
     "mlp": (lambda: perturbed_mlp(4).double(), 4),
+    "context": (lambda: perturbed_context(4).double(), 4),
     "duffing": (lambda: perturbed_duffing(3).double(), 3),
 }
 
@@ -193,8 +197,8 @@ SYSTEMS = {
 def test_time_reversal(system, integrator):
     """With p turned round the flow goes back the way it came."""
     make, width = SYSTEMS[system]
-    ode = flow(make(), 25, 0.2, integrator)
     z = state(6, width, rms=0.2, dtype=torch.float64)
+    ode = flow(Frozen(make(), z), 25, 0.2, integrator)
     turn = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
     end = ode(z)
     assert (end - z).abs().max() > 0.1
@@ -206,9 +210,10 @@ def test_time_reversal(system, integrator):
 def test_time_reversal_in_fixed_point_is_exact(kind, integrator):
     """Rounding is odd and the stages read the same backwards, so not a bit is lost."""
     bits = 18
-    ode = flow(POTENTIALS[kind](8), 50, 0.1, integrator, "exact", fraction_bits=bits)
     # A multiple of the unit, and less than 2^24 of them.
     z = (state(6, 8) * 2**bits).round() / 2**bits
+    # The way back is in the context of the way there.
+    ode = flow(Frozen(POTENTIALS[kind](8), z), 50, 0.1, integrator, "exact", fraction_bits=bits)
     turn = torch.tensor([[1.0], [-1.0]])
     with torch.no_grad():
         end = ode(z)
@@ -220,8 +225,8 @@ def test_time_reversal_in_fixed_point_is_exact(kind, integrator):
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_volume_and_symplectic_form_are_preserved(system, integrator):
     make, width = SYSTEMS[system]
-    ode = flow(make(), 7, 0.3, integrator)
     z = state(width, rms=0.3, dtype=torch.float64)
+    ode = flow(Frozen(make(), z), 7, 0.3, integrator)
     jacobian = torch.autograd.functional.jacobian(ode, z).reshape(2 * width, 2 * width)
     one = torch.eye(width, dtype=torch.float64)
     form = torch.kron(torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64), one)
@@ -230,8 +235,20 @@ def test_volume_and_symplectic_form_are_preserved(system, integrator):
     assert (jacobian - torch.eye(2 * width)).norm() > 1
 
 
+def test_the_context_is_what_a_flow_preserves_no_volume_over():
+    """The test above on the whole map z -> Phi(z; z): the same point, but its Jacobian is another."""
+    potential, z = perturbed_context(4).double(), state(4, rms=0.3, dtype=torch.float64)
+    whole, frozen = (flow(x, 7, 0.3, "leapfrog") for x in (potential, Frozen(potential, z)))
+    assert torch.equal(whole(z), frozen(z))
+    sizes = [
+        torch.linalg.det(torch.autograd.functional.jacobian(ode, z).reshape(8, 8)) for ode in (whole, frozen)
+    ]
+    assert abs(sizes[0] - 1) > 0.1
+    assert sizes[1].item() == pytest.approx(1, abs=1e-12)
+
+
 def test_a_scheme_that_is_not_symplectic_is_told_apart():
-    """The test above, turned on Euler's method."""
+    """The test of volume, turned on Euler's method."""
     z = state(2, rms=0.3, dtype=torch.float64)
 
     def euler(z):

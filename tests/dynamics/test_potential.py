@@ -9,8 +9,10 @@ from dynamics_helpers import (
     Kepler,
     UniformField,
     in_double,
+    perturbed_context,
     perturbed_mlp,
     relative_error,
+    some_context,
     state,
 )
 
@@ -20,6 +22,7 @@ from muse.dynamics import DuffingPotential, HamiltonianNeuralODE, MLPPotential, 
 PHIS = ("gelu_integral", "silu", "gelu", "softplus")
 ALL = [
     *(pytest.param(lambda phi=phi: perturbed_mlp(6, 20, phi=phi), id=phi) for phi in PHIS),
+    *(pytest.param(lambda phi=phi: perturbed_context(6, 20, phi=phi), id=f"context_{phi}") for phi in PHIS),
     pytest.param(lambda: POTENTIALS["duffing"](6), id="duffing"),
     pytest.param(lambda: Harmonic(1.3), id="harmonic"),
     pytest.param(Kepler, id="kepler"),
@@ -31,8 +34,17 @@ ALL = [
 def test_force_is_minus_the_gradient_of_the_potential(make):
     potential = make().double()
     q = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(potential(q).sum(), q)
-    torch.testing.assert_close(potential.force(q.detach(), *potential.coefficients()), -slope)
+    context = some_context(potential, q)
+    (slope,) = torch.autograd.grad(potential(q, *context).sum(), q)
+    force = potential.force(q.detach(), *potential.coefficients(), *context).detach()
+    torch.testing.assert_close(force, -slope)
+    # And by finite differences.
+    with torch.no_grad():
+        steps = 1e-5 * torch.eye(6, dtype=torch.float64).unsqueeze(1)
+        change = torch.stack(
+            [potential(q + step, *context) - potential(q - step, *context) for step in steps]
+        )
+    torch.testing.assert_close(force, -change.T / 2e-5, rtol=1e-6, atol=1e-8)
 
 
 def test_force_of_henon_heiles():
@@ -48,32 +60,36 @@ def test_shapes_and_precision(make):
     potential = make()
     for shape in ((6,), (4, 6), (2, 3, 6)):
         q = torch.randn(shape)
-        assert potential(q).shape == shape[:-1]
-        assert potential.force(q, *potential.coefficients()).shape == shape
-        assert potential(q).dtype == potential.force(q, *potential.coefficients()).dtype == torch.float32
-        assert potential(q.double()).dtype == torch.float64
+        context = some_context(potential, q)
+        value, force = potential(q, *context), potential.force(q, *potential.coefficients(), *context)
+        assert value.shape == shape[:-1]
+        assert force.shape == shape
+        assert value.dtype == force.dtype == torch.float32
+        assert potential(q.double(), *context).dtype == torch.float64
 
 
 @pytest.mark.parametrize("make", ALL)
 def test_each_token_by_itself(make):
     potential = make().double()
     q = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(potential(q)[3], q)
-    assert slope[3].norm() > 0
-    assert not slope[torch.arange(9) != 3].any()
+    context = tuple(x.requires_grad_() for x in some_context(potential, q))
+    for slope in torch.autograd.grad(potential(q, *context)[3], (q, *context)):
+        assert slope[3].norm() > 0
+        assert not slope[torch.arange(9) != 3].any()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("phi", PHIS)
-def test_mlp_is_never_negative(phi, precision):
+@pytest.mark.parametrize("with_context", [False, True])
+def test_mlp_is_never_negative(with_context, phi, precision):
     """Whatever the signs of the weights: so the flow is bound, and relative drifts mean something."""
-    potential = MLPPotential(5, 40, phi=phi, force_precision=precision)
+    potential = MLPPotential(5, 40, phi=phi, force_precision=precision, with_context=with_context)
     with torch.no_grad():
         potential.w2.normal_()
         potential.b1.normal_()
     assert potential.w2.min() < 0
     q = torch.randn(4000, 5, dtype=torch.float64) * torch.logspace(-3, 3, 4000, dtype=torch.float64)[:, None]
-    values = potential(q)
+    values = potential(q, *some_context(potential, q))
     assert values.isfinite().all()
     assert values.min() >= 0
 
@@ -89,25 +105,26 @@ def test_phi_is_measured_from_its_lowest_value(phi):
     assert 0 <= lowest < (1e-4 if phi in ("softplus", "gelu_integral") else 1e-8)
 
 
-def mean_curvature(potential, q):
-    """The mean of tr V'' / D over tokens, by differentiating forces."""
+def mean_curvature(potential, q, p):
+    """The mean of tr V'' / D over tokens at the start of their flows, by differentiating forces."""
     total = 0.0
-    for token in q:
+    for token, momentum in zip(q, p, strict=True):
+        coefficients = (*potential.coefficients(), *potential.context(token, momentum))
         jacobian = torch.autograd.functional.jacobian(
-            lambda x: -potential.force(x, *potential.coefficients()), token
+            lambda x, given=coefficients: -potential.force(x, *given), token
         )
         total += jacobian.trace().item() / len(token)
     return total / len(q)
 
 
 @pytest.mark.parametrize("curvature", [0.02, 1.0])
-def test_initial_curvature(curvature):
-    potential = MLPPotential(48, 192, curvature=curvature).double()
+@pytest.mark.parametrize("with_context", [False, True])
+def test_initial_curvature(with_context, curvature):
+    potential = MLPPotential(48, 192, curvature=curvature, with_context=with_context).double()
     assert (potential.w2 >= 0).all()
     assert not potential.b1.any()
-    assert mean_curvature(potential, state(8, 48, dtype=torch.float64)[:, 0]) == pytest.approx(
-        curvature, rel=0.1
-    )
+    z = state(8, 48, dtype=torch.float64)
+    assert mean_curvature(potential, *z.unbind(-2)) == pytest.approx(curvature, rel=0.1)
 
 
 def test_duffing_starts_as_a_spring_that_hardens():
@@ -123,14 +140,14 @@ def test_duffing_starts_as_a_spring_that_hardens():
     assert potential(q).item() == pytest.approx((4 + 1) / 2 + 0.1 * (16 + 1) / 4)
 
 
-# ---- The kernel against the plain path of the base class
+# ---- The path of a class (the kernel or, with a context, chunk by chunk) against that of the base class
 
 
 def flown(path, potential, z, part, scale):
     """Initial state, final state and gradients of z and the coefficients, by a path: advance and undo."""
     advance, undo = path
     q, p = z.unbind(-2)
-    coefficients = potential.coefficients()
+    coefficients = (*potential.coefficients(), *potential.context(q, p))
     end_q, end_p, peak = advance(potential, q, p, coefficients, part, scale)
     grad_q, grad_p = torch.randn(2, *q.shape, generator=torch.Generator().manual_seed(1)).to(q.dtype)
     start_q, start_p, *grads = undo(potential, grad_q, grad_p, end_q, end_p, coefficients, part, scale)
@@ -139,13 +156,15 @@ def flown(path, potential, z, part, scale):
 
 KERNEL = MLPPotential.advance, MLPPotential.undo
 PLAIN = Potential.advance, Potential.undo
+every_mlp = pytest.mark.parametrize("kind", ["mlp", "context"])
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["stored_fp32", "stored_bf16"])
 @pytest.mark.parametrize("scale", [0.0, 2.0**22])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_kernel_agrees_with_the_plain_path(precision, scale, stored):
-    potential = perturbed_mlp(24, 48, force_precision=precision).to(stored)
+@every_mlp
+def test_kernel_agrees_with_the_plain_path(kind, precision, scale, stored):
+    potential = POTENTIALS[kind](24, 48, force_precision=precision).to(stored)
     z, part = state(40, 24), stages("yoshida4", 5, 0.1)
     starts, ends, peak, grads = flown(KERNEL, potential, z, part, scale)
     plain_starts, plain_ends, plain_peak, plain_grads = flown(PLAIN, potential, z, part, scale)
@@ -169,6 +188,8 @@ def test_kernel_agrees_with_the_plain_path(precision, scale, stored):
     # Gradients are rounded as they are stored.
     tolerance = max(tolerance, 1e-2 if stored == torch.bfloat16 else 0)
     wanted = [torch.float32, torch.float32, stored, stored, stored]
+    if kind == "context":
+        wanted += [stored, torch.float32]
     for x, y, dtype in zip(grads, plain_grads, wanted, strict=True):
         assert x.dtype == y.dtype == dtype
         assert x.shape == y.shape
@@ -177,8 +198,9 @@ def test_kernel_agrees_with_the_plain_path(precision, scale, stored):
 
 @pytest.mark.parametrize("path", [KERNEL, PLAIN], ids=["kernel", "plain"])
 @pytest.mark.parametrize("scale", [0.0, 2.0**22])
-def test_both_paths_against_double_precision(path, scale):
-    potential = perturbed_mlp(24, 48)
+@every_mlp
+def test_both_paths_against_double_precision(kind, path, scale):
+    potential = POTENTIALS[kind](24, 48)
     z, part = state(40, 24), stages("yoshida4", 5, 0.1)
     _, ends, _, grads = flown(path, potential, z, part, scale)
     exact = in_double(HamiltonianNeuralODE(potential, 5, 0.1, "yoshida4"))
@@ -188,35 +210,42 @@ def test_both_paths_against_double_precision(path, scale):
     wanted = torch.autograd.grad(exact_ends, (leaf, *exact.potential.parameters()), list(cotangents))
     for x, y in zip(ends, exact_ends, strict=True):
         assert relative_error(x.double() / (scale or 1), y) < 1e-6
-    assert relative_error(torch.stack(grads[:2], -2), wanted[0]) < 1e-5
+    grad_z = torch.stack(grads[:2], -2)
+    if kind == "context":
+        grad_z += grads.pop().unflatten(-1, (2, -1))
+    assert relative_error(grad_z, wanted[0]) < 1e-5
     for x, y in zip(grads[2:], wanted[1:], strict=True):
         assert relative_error(x, y) < 1e-5
 
 
 @pytest.mark.parametrize("scale", [0.0, 2.0**22])
-@pytest.mark.parametrize("kind", [KERNEL, PLAIN], ids=["kernel", "plain"])
-def test_advance_takes_a_state_as_it_is_held(kind, scale):
+@pytest.mark.parametrize("path", [KERNEL, PLAIN], ids=["kernel", "plain"])
+@every_mlp
+def test_advance_takes_a_state_as_it_is_held(kind, path, scale):
     """Two halves are the whole, with the state in integers in between."""
-    potential = perturbed_mlp(8)
-    advance, _ = kind
+    potential = POTENTIALS[kind](8)
+    advance, _ = path
     q, p = state(5, 8).unbind(-2)
+    coefficients = (*potential.coefficients(), *potential.context(q, p))
     part = stages("leapfrog", 4, 0.1)
-    once = advance(potential, q, p, potential.coefficients(), part, scale)
-    twice = advance(potential, *once[:2], potential.coefficients(), part, scale)
-    whole = advance(potential, q, p, potential.coefficients(), stages("leapfrog", 8, 0.1), scale)
+    once = advance(potential, q, p, coefficients, part, scale)
+    twice = advance(potential, *once[:2], coefficients, part, scale)
+    whole = advance(potential, q, p, coefficients, stages("leapfrog", 8, 0.1), scale)
     unit = scale or 1.0
     assert twice[0].dtype == whole[0].dtype
     for x, y in zip(twice[:2], whole[:2], strict=True):
         torch.testing.assert_close(x.double() / unit, y.double() / unit, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [KERNEL, PLAIN], ids=["kernel", "plain"])
-def test_peak_tells_of_overflow(kind):
-    potential, (advance, _) = perturbed_mlp(8), kind
+@pytest.mark.parametrize("path", [KERNEL, PLAIN], ids=["kernel", "plain"])
+@every_mlp
+def test_peak_tells_of_overflow(kind, path):
+    potential, (advance, _) = POTENTIALS[kind](8), path
     part = stages("leapfrog", 4, 0.1)
 
     def peak(z, scale):
-        return advance(potential, *z.unbind(-2), potential.coefficients(), part, scale)[2].item()
+        coefficients = (*potential.coefficients(), *potential.context(*z.unbind(-2)))
+        return advance(potential, *z.unbind(-2), coefficients, part, scale)[2].item()
 
     z = state(5, 8)
     assert 0 < peak(z, 2.0**22) < 2**26
@@ -242,10 +271,13 @@ def test_a_force_that_does_not_depend_on_the_state(gradient, trained):
         torch.testing.assert_close(potential.slope.grad, torch.full((4,), -5 * 1.5**2 / 2))
 
 
-def test_half_precision_forces_keep_double_precision_parameters():
+@every_mlp
+def test_half_precision_forces_keep_double_precision_parameters(kind):
     """So that a float64 copy of a layer is a reference."""
-    potential = perturbed_mlp(6, force_precision="bf16").double()
+    potential = POTENTIALS[kind](6, force_precision="bf16").double()
     q = torch.randn(4, 6, dtype=torch.float64)
-    other = perturbed_mlp(6).double()
+    other = POTENTIALS[kind](6).double()
     other.load_state_dict(potential.state_dict())
-    assert torch.equal(potential.force(q, *potential.coefficients()), other.force(q, *other.coefficients()))
+    context = some_context(potential, q)
+    forces = [x.force(q, *x.coefficients(), *context) for x in (potential, other)]
+    assert torch.equal(*forces)

@@ -28,6 +28,6 @@ def build() -> Callable[..., LanguageModel]:
         model = replace(
             MODEL, real=replace(MODEL.real, layers=layers), complex=replace(MODEL.complex, layers=layers)
         )
-        return build_model(StageConfig(number=number, **options), model, VOCAB, seed)
+        return build_model(StageConfig(number=str(number), **options), model, VOCAB, seed)
 
     return build_small

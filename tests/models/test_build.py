@@ -112,7 +112,31 @@ def test_the_flow_has_the_options_of_the_stage():
         50,
     )
     for i, block in enumerate(built.blocks):
-        ode = block.flow.ode
-        assert (ode.steps, ode.dt, ode.integrator, ode.gradient) == (7, 0.25, "yoshida4", "reversible")
-        assert ode.potential.w1.shape == (31, 96)
-        assert ode.name == f"blocks.{i}.flow"
+        assert len(block.flow.odes) == 2
+        for j, ode in enumerate(block.flow.odes):
+            assert (ode.steps, ode.dt, ode.integrator, ode.gradient) == (7, 0.25, "yoshida4", "reversible")
+            assert ode.potential.w1.shape == (31, 96)
+            assert ode.potential.context_weight.shape == (31, 192)
+            assert ode.name == f"blocks.{i}.flow.{j}"
+
+
+@pytest.mark.parametrize(
+    "options", [{"flows": 1}, {"context": False}, {"flows": 3, "context": False}], ids=str
+)
+def test_flows_have_as_many_parameters_as_a_feed_forward_block(options):
+    model = model_config("tiny")
+    counts = [
+        count_parameters(build_on_meta(stage, model, 50))
+        for stage in (stage_config(1), stage_config(2, **options))
+    ]
+    assert abs(counts[1] / counts[0] - 1) < 0.001, counts
+
+
+def test_a_block_adds_what_its_flows_change():
+    model = build_model(stage_config(2, precision="fp32"), model_config("tiny"), 50)
+    flow = model.blocks[0].flow
+    z = torch.randn(3, 7, 2, 96)
+    first, second = flow.odes
+    q, p = first(z).unbind(-2)
+    q, p = second(torch.stack((-p, q), -2)).unbind(-2)
+    assert torch.equal(flow(z), torch.stack((p, -q), -2) - z)

@@ -17,7 +17,7 @@ STAGE_1 = [
 STAGE_2 = [
     *({"number": 2, "gradient": gradient} for gradient in ("exact", "reversible", "checkpoint", "backprop")),
     {"number": 2, "potential": "duffing", "integrator": "leapfrog", "ode_steps": 10, "dt": 0.1},
-    {"number": 2, "force_precision": "bf16", "score": "phase", "norm": "layer", "flow_width": 5},
+    {"number": 2, "force_precision": "bf16", "score": "phase", "norm": "layer", "flows": 3, "context": False},
 ]
 MODELS = [{"number": 0}, {"number": 0, "activation": "swiglu"}, *STAGE_1, *STAGE_2]
 SCORES = [{"score": score} for score in ("real", "magnitude", "phase")]

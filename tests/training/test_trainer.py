@@ -355,18 +355,18 @@ def test_a_failed_reconstruction_is_counted_and_training_goes_on(tmp_path, monke
     def perturbed(self, *arguments):
         start_q, *rest = undo(self, *arguments)
         calls.append(1)
-        return (start_q + 1e-3 * (len(calls) == 5), *rest)
+        return (start_q + 1e-3 * (len(calls) == 9), *rest)
 
     monkeypatch.setattr(MLPPotential, "undo", perturbed)
     log = Recorder()
     with pytest.warns(
-        UserWarning, match=r"blocks\.\d\.flow: the initial state was rebuilt with an error of 0\.001"
+        UserWarning, match=r"blocks\.\d\.flow\.\d: the initial state was rebuilt with an error of 0\.001"
     ):
         _, result = run_train(config, tmp_path / "perturbed", log)
     counts = [metrics["flow/fallbacks"] for _, metrics in log.lines if "flow/fallbacks" in metrics]
     assert counts == [0, 0, 1, 1, 1, 1, 1, 1]
-    # One of the two layers rebuilds nothing any more.
-    assert len(calls) == 5 + 11 - 5
+    # One of the four flows rebuilds nothing any more.
+    assert len(calls) == 9 + 3 + 5 * 3
     for step, loss in expected.losses().items():
         assert log.losses()[step] == pytest.approx(loss, rel=1e-5)
 
@@ -388,11 +388,11 @@ def test_a_state_that_is_not_finite_names_its_layer_and_step(tmp_path, monkeypat
     def poisoned(*arguments):
         model = build(*arguments)
         with torch.no_grad():
-            model.blocks[1].flow.ode.potential.w1.fill_(1e25)
+            model.blocks[1].flow.odes[0].potential.w1.fill_(1e25)
         return model
 
     monkeypatch.setattr(trainer, "build_model", poisoned)
     with pytest.raises(
-        RunError, match=r"^blocks\.1\.flow: the state of the flow is not finite after step 1 of 2; "
+        RunError, match=r"^blocks\.1\.flow\.0: the state of the flow is not finite after step 1 of 1; "
     ):
         run_train(config, tmp_path)

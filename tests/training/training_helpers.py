@@ -57,7 +57,7 @@ class Recorder:
 
 def stage_config(number: int, precision: str = "fp32", **options: Any) -> StageConfig:
     activation = "gelu" if number == 0 else "split_gelu"
-    return StageConfig(**{"number": number, "precision": precision, "activation": activation, **options})
+    return StageConfig(**{"number": str(number), "precision": precision, "activation": activation, **options})
 
 
 def run_config(
