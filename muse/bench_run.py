@@ -11,7 +11,7 @@ from hydra.types import RunMode
 
 from muse.benchmarks.suite import FLOW_VRAM_REDUCTION, VRAM_TARGET, Report, run_suite
 from muse.benchmarks.sweep import add_cell, swept_options
-from muse.config import BenchConfig
+from muse.config import BENCHMARKS, BenchConfig
 from muse.errors import ConfigError
 from muse.files import write_json
 from muse.hardware import use_hardware
@@ -38,8 +38,15 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
             f"benchmark.seq_len={config.benchmark.seq_len} is longer than the learned positions of "
             f"stage.mixer=none; it must be at most model.seq_len={config.model.seq_len}"
         )
-    if config.benchmark.name in ("energy", "adjoint") and config.stage.number != 2:
+    if config.benchmark.name in ("energy", "adjoint") and config.stage.number != "2":
         raise ConfigError(f"benchmark={config.benchmark.name} is about the flow; it needs stage=2")
+    stacked = config.stage.number == "3a"
+    allowed = ("speedup", "all", "kernels") if stacked else tuple(set(BENCHMARKS) - {"speedup"})
+    if config.benchmark.name not in allowed:
+        raise ConfigError(
+            f"benchmark={config.benchmark.name} does not go with stage={config.stage.number}; stage=3a has "
+            "benchmark=speedup, and only stage=3a has it"
+        )
     use_hardware(config.hardware)
     sweep = _sweep_folder()
     result = _finished(config) if sweep is not None and not config.benchmark.rerun else None
@@ -62,7 +69,7 @@ def record_failure(error: Exception) -> None:
 
 
 def _measure(config: BenchConfig, run: Path) -> dict[str, Any]:
-    report = run_suite(config)
+    report = run_suite(config, run)
     result = {
         **report.values,
         "values": report.values,
@@ -75,11 +82,22 @@ def _measure(config: BenchConfig, run: Path) -> dict[str, Any]:
     write_json(run / RESULT, result)
     log = MetricsLog(run, config)
     log(0, {key: value for key, value in report.values.items() if isinstance(value, int | float)})
+    for step, losses in _curves(report):
+        log(step, losses)
     log.add_results(report.values, plots)
     log.close()
     print(_tables(report))
     print(f"\neverything is in {run}")
     return result
+
+
+def _curves(report: Report) -> list[tuple[int, dict[str, float]]]:
+    """Losses of the trainings of ``speedup`` by step, for the log."""
+    by_step: dict[int, dict[str, float]] = {}
+    for name, values in report.details.get("speedup", {}).items():
+        for step, loss in values["curve"]:
+            by_step.setdefault(step, {})[f"loss/{name}"] = loss
+    return sorted(by_step.items())
 
 
 def _tables(report: Report) -> str:
@@ -191,6 +209,13 @@ def _plots(report: Report, run: Path) -> list[Path]:
         }
         label = "time of the alternative / ours, forward + backward (above 1: ours is faster)"
         plot_ratios(path, "operations of kernels/", label, ratios)
+        plots.append(path)
+    if runs := report.details.get("speedup"):
+        path = run / "speedup.png"
+        curves = {name: values["curve"] for name, values in runs.items()}
+        plot_lines(
+            path, "training loss, plainly and with the stack", "batch", "loss [nats per token]", curves
+        )
         plots.append(path)
     if perplexity := report.details.get("perplexity"):
         path = run / "perplexity.png"

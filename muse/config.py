@@ -37,6 +37,7 @@ def _fraction(option: str, value: float) -> None:
         raise ConfigError(f"{option}={value} is not allowed; it must be at least 0 and below 1")
 
 
+STAGES = ("0", "1", "2", "3a")
 PRECISIONS = ("fp32", "bf16", "bf16-mixed", "fp16-mixed")
 MIXERS = ("attention", "none")
 SCORES = ("real", "magnitude", "phase")
@@ -65,10 +66,10 @@ class StageConfig:
     """Which language model is trained.
 
     Stage 0 is the real baseline, stage 1 the complex model, stage 2 the complex model whose feed-forward
-    blocks are Hamiltonian flows.
+    blocks are Hamiltonian flows, stage 3a a textbook's transformer.
 
     Attributes:
-        number: stage number; 0 reads ``model.real``, the others read ``model.complex``.
+        number: name of the stage; 0 and 3a read ``model.real``, 1 and 2 read ``model.complex``.
         precision: ``fp32``; ``bf16`` (parameters, gradients, optimiser state and activations are all
             stored in bfloat16 and updates are rounded stochastically); ``bf16-mixed`` and
             ``fp16-mixed`` (float32 parameters under autocast, the latter with a loss scaler).
@@ -89,7 +90,8 @@ class StageConfig:
         potential: ``mlp``, or ``duffing`` (a spring a channel that hardens).
         potential_width: hidden units of the MLP; null for as many parameters as in stage 1.
         phi: what the MLP sums; the activation of the force is its derivative.
-        flow_width: complex channels of the flow; null for ``model.complex.d_model``.
+        flows: flows in a block, each with a potential of its own, on the state of the one before times i.
+        context: whether the MLP sees where a token starts its flow, too, through weights of its own.
         force_precision: precision of the force's matrix products. In half precision they are no gradient of
             a potential to the last digits, and the energy drifts by 1e-3 instead of 1e-6.
         fraction_bits: of the fixed-point state of ``exact``, whose range is 2^(31 - fraction_bits).
@@ -97,7 +99,7 @@ class StageConfig:
         verify: whether ``exact`` compares what it rebuilds with its input, which is then kept.
     """
 
-    number: int = 1
+    number: str = "1"
     precision: str = "bf16"
     mixer: str = "attention"
     score: str = "real"
@@ -108,26 +110,29 @@ class StageConfig:
     zeta_scale: float = 1.0
     tied: bool = True
     dropout: float = 0.0
-    ode_steps: int = 2
-    dt: float = 0.5
+    ode_steps: int = 1
+    dt: float = 1.0
     integrator: str = "blanes_moan_rkn4"
     gradient: str = "exact"
     potential: str = "mlp"
     potential_width: int | None = None
     phi: str = "gelu_integral"
-    flow_width: int | None = None
+    flows: int = 2
+    context: bool = True
     force_precision: str = "fp32"
     fraction_bits: int = 23
     recon_threshold: float = 1e-5
     verify: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("stage", str(self.number), ("0", "1", "2"))
+        _one_of("stage", self.number, STAGES)
         _one_of("stage.precision", self.precision, PRECISIONS)
         _one_of("stage.mixer", self.mixer, MIXERS)
         _one_of("stage.score", self.score, SCORES)
-        if self.number == 0:
+        if self.number == "0":
             _one_of("stage.activation", self.activation, REAL_ACTIVATIONS)
+        elif self.number == "3a":
+            _one_of("stage.activation", self.activation, ("gelu",))
         else:
             _one_of("stage.activation", self.activation, ACTIVATIONS)
         _one_of("stage.norm", self.norm, NORMS)
@@ -135,16 +140,16 @@ class StageConfig:
         _one_of("stage.embedding_init", self.embedding_init, EMBEDDING_INITS)
         _positive("stage.zeta_scale", self.zeta_scale)
         _fraction("stage.dropout", self.dropout)
-        if self.number == 2 and self.mixer == "none":
+        if self.number == "2" and self.mixer == "none":
             raise ConfigError("stage.mixer=none is the block of the seeds; it goes with stage=1")
         _at_least("stage.ode_steps", self.ode_steps, 1)
         _positive("stage.dt", self.dt)
         _one_of("stage.integrator", self.integrator, INTEGRATORS)
         _one_of("stage.gradient", self.gradient, GRADIENTS)
         _one_of("stage.potential", self.potential, POTENTIALS)
-        for name in ("potential_width", "flow_width"):
-            if getattr(self, name) is not None:
-                _at_least(f"stage.{name}", getattr(self, name), 1)
+        if self.potential_width is not None:
+            _at_least("stage.potential_width", self.potential_width, 1)
+        _at_least("stage.flows", self.flows, 1)
         _one_of("stage.phi", self.phi, PHIS)
         _one_of("stage.force_precision", self.force_precision, FORCE_PRECISIONS)
         if not 8 <= self.fraction_bits <= 28:
@@ -402,6 +407,7 @@ BENCHMARKS = (
     "gradients",
     "energy",
     "adjoint",
+    "speedup",
     "kernels",
     "all",
 )
@@ -414,7 +420,7 @@ class BenchmarkConfig:
 
     Attributes:
         name: which benchmark; ``all`` runs every one that is about the stage, so not ``kernels`` and not
-            ``adjoint``, which compares with torchdiffeq.
+            ``adjoint``, which compares with torchdiffeq. Stage 3a has ``speedup`` only.
         batch_size: windows in a measured batch; null for the benchmark's own (muse/benchmarks/setting.py).
         seq_len: tokens in a measured window; null for the benchmark's own.
         train_steps: steps that both models are trained for when no checkpoint is given; 0 for none.
@@ -434,6 +440,7 @@ class BenchmarkConfig:
         dt: size of a step of the flow; null for the benchmark's own.
         integrator: splitting scheme of the flow; null for the benchmark's own.
         compile: whether torch.compile is one of the kernels' alternatives.
+        ablation: whether ``speedup`` trains with each part of the stack alone and left out, too.
     """
 
     name: str = "all"
@@ -455,6 +462,7 @@ class BenchmarkConfig:
     dt: float | None = None
     integrator: str | None = None
     compile: bool = True
+    ablation: bool = False
 
     def __post_init__(self) -> None:
         _one_of("benchmark", self.name, BENCHMARKS)
@@ -473,6 +481,40 @@ class BenchmarkConfig:
             _at_least(f"benchmark.{name}", getattr(self, name), 1)
         for name in ("train_steps", "warmup"):
             _at_least(f"benchmark.{name}", getattr(self, name), 0)
+
+
+@dataclass
+class StackConfig:
+    """The optimisation stack of stage 3a, whose parts can be switched off.
+
+    Attributes:
+        level: of KernelOptimizer: 0 none, 1 fused operations and threads, 2 bf16 products, too, 3
+            compilation, too; what does not pay on this machine is left off.
+        compression: of SemanticCompressor: ``auto`` (where the step would not fit ``memory_mb`` without it),
+            ``on`` or ``off``.
+        ratio: what compressed activations may take, as a fraction of their float32 size.
+        memory_mb: peak memory of a training step that is allowed, in MB (10^6 bytes).
+        speculation: whether InferenceScalingEngine decodes the samples.
+        speculation_warmup: passes in which it gathers statistics.
+    """
+
+    level: int = 3
+    compression: str = "auto"
+    ratio: float = 0.3
+    memory_mb: float = 500.0
+    speculation: bool = True
+    speculation_warmup: int = 100
+
+    def __post_init__(self) -> None:
+        _one_of("stack.level", str(self.level), ("0", "1", "2", "3"))
+        _one_of("stack.compression", self.compression, ("auto", "on", "off"))
+        if not 0.251 <= self.ratio <= 0.5:
+            raise ConfigError(
+                f"stack.ratio={self.ratio} is not possible; activations in eight bits take between 0.251 and "
+                "0.5 of float32"
+            )
+        _positive("stack.memory_mb", self.memory_mb)
+        _at_least("stack.speculation_warmup", self.speculation_warmup, 0)
 
 
 @dataclass
@@ -513,6 +555,7 @@ class BenchConfig(RunConfig):
     """Everything ``bench.py`` needs: a run and what to measure of it."""
 
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    stack: StackConfig = field(default_factory=StackConfig)
 
 
 def register_schemas() -> None:

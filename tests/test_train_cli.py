@@ -242,7 +242,7 @@ def test_a_sweep_over_bare_stage_numbers_goes_on_after_a_job_that_diverges(place
         (read_json(run / "run.json")["config"]["stage"]["number"], (run / "result.json").exists())
         for run in runs
     ]
-    assert outcome == [(0, False), (0, True), (1, False), (1, True)]
+    assert outcome == [("0", False), ("0", True), ("1", False), ("1", True)]
     assert len({run.parent for run in runs}) == 1
     for run, (number, finished) in zip(runs, outcome, strict=True):
         assert f"stage{number}" in run.name
@@ -312,7 +312,7 @@ def test_an_option_that_does_not_exist_is_named(place, argument, told):
 def test_help_lists_groups_and_options(place):
     status, out, _err = run_cli(place, "--help")
     assert status == 0
-    for line in ("stage: 0, 1, 2", "optim: adamw, muon", "data: stdlib, synthetic, text, wikitext2"):
+    for line in ("stage: 0, 1, 2, 3a", "optim: adamw, muon", "data: stdlib, synthetic, text, wikitext2"):
         assert line in out.splitlines()
     options_of = yaml.safe_load(out.partition("==\nstage:")[2].join(("stage:", "")).partition("\nPowered")[0])
     assert options_of["train"]["steps"] == 800
@@ -324,6 +324,6 @@ def test_cfg_job_shows_the_composed_configuration(place):
     status, out, _err = run_cli(place, "stage=0", "train.steps=7", "--cfg", "job")
     assert status == 0
     shown = yaml.safe_load(out)
-    assert shown["stage"]["number"] == 0
+    assert shown["stage"]["number"] == "0"
     assert shown["train"]["steps"] == 7
     assert not (place / "outputs").exists()

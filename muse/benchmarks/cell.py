@@ -27,6 +27,12 @@ from muse.benchmarks.kernels import FAMILIES, measure_kernels
 from muse.benchmarks.memory import measure_memory
 from muse.benchmarks.modes import measure_modes
 from muse.benchmarks.perplexity import measure_perplexity
+from muse.benchmarks.speedup import (
+    TARGET_LOSS,
+    measure_speedup_memory,
+    measure_speedup_pairs,
+    measure_speedup_run,
+)
 from muse.benchmarks.throughput import measure_throughput
 from muse.config import BenchConfig
 from muse.errors import ConfigError, RunError
@@ -44,6 +50,10 @@ MEASUREMENTS: dict[str, Callable[[BenchConfig, torch.device], dict[str, Any]]] =
     "energy": measure_energy,
     "trained energy": measure_trained_energy,
     "adjoint": measure_adjoint,
+    "speedup": measure_speedup_run,
+    "speedup until learned": partial(measure_speedup_run, until=TARGET_LOSS),
+    "speedup pairs": measure_speedup_pairs,
+    "speedup memory": measure_speedup_memory,
     **{f"kernels {family}": partial(measure_kernels, family) for family in FAMILIES},
 }
 

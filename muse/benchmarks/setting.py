@@ -36,6 +36,9 @@ OF_STAGE_2 = {
     "adjoint": Setting(2, 512),
 }
 
+# Of stage 3a; windows as long as the model's.
+SPEEDUP = Setting(16)
+
 
 def settle(config: BenchConfig, benchmark: str) -> BenchConfig:
     """Fill in what the options leave open, and give the flow of stage 2 the steps of the benchmark.
@@ -43,8 +46,8 @@ def settle(config: BenchConfig, benchmark: str) -> BenchConfig:
     ``energy`` follows the flow for its steps without changing what the model computes.
     """
     chosen = config.benchmark
-    of_stage_2 = OF_STAGE_2 if config.stage.number == 2 else {}
-    own = of_stage_2.get(benchmark, Setting())
+    of_stage_2 = OF_STAGE_2 if config.stage.number == "2" else {}
+    own = SPEEDUP if benchmark == "speedup" else of_stage_2.get(benchmark, Setting())
     chosen = dataclasses.replace(
         chosen,
         batch_size=chosen.batch_size or own.batch_size,

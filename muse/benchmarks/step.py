@@ -19,7 +19,7 @@ from muse.training.checkpoint import find_checkpoint, load_weights
 from muse.training.optim import ModelOptimizer, gradient_norm
 
 
-def baseline_of(config: BenchConfig, precision: str | None = None, stage_number: int = 0) -> BenchConfig:
+def baseline_of(config: BenchConfig, precision: str | None = None, stage_number: str = "0") -> BenchConfig:
     """The same benchmark of the real baseline or of stage 1, in its own precision or the given one.
 
     ``benchmark.baseline_checkpoint`` is of stage 0, and where stage 2 is measured of stage 1.
@@ -30,7 +30,11 @@ def baseline_of(config: BenchConfig, precision: str | None = None, stage_number:
     if precision is not None:
         stage = dataclasses.replace(stage, precision=precision)
     stage = dataclasses.replace(stage, dropout=config.stage.dropout, tied=config.stage.tied)
-    given = config.benchmark.baseline_checkpoint if stage_number == max(0, config.stage.number - 1) else None
+    given = (
+        config.benchmark.baseline_checkpoint
+        if stage_number == ("1" if config.stage.number == "2" else "0")
+        else None
+    )
     benchmark = dataclasses.replace(config.benchmark, checkpoint=given)
     return dataclasses.replace(config, stage=stage, benchmark=benchmark)
 

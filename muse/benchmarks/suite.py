@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from muse.benchmarks.cell import measure_apart
 from muse.benchmarks.health import GRADIENT_RANGE
 from muse.benchmarks.kernels import FAMILIES
 from muse.benchmarks.setting import settle
+from muse.benchmarks.speedup import TARGET_LOSS
 from muse.benchmarks.step import baseline_of
-from muse.config import BenchConfig
+from muse.config import BenchConfig, StackConfig
 from muse.dynamics.energy import MONOTONE_SHARE
 from muse.errors import RunError
 
@@ -28,6 +31,11 @@ RECONSTRUCTION_TARGET = 8e-6
 PARAMETERS_APART = 0.03
 # A kernel counts as slower from here on: two equal functions timed in turns differ by up to 5 %.
 SPEED_TARGET = 0.95
+# Of stage 3a: shares of the plain run's time and of its speed, nats, MB.
+SAVED_TARGET = 0.25
+TOKENS_TARGET = 0.2
+LOSSES_APART = 0.05
+STACK_MB = 500
 
 
 @dataclass
@@ -45,14 +53,15 @@ class Report:
     criteria: list[tuple[str, object, str, bool | None]] = field(default_factory=list)
 
 
-def run_suite(config: BenchConfig) -> Report:
+def run_suite(config: BenchConfig, folder: Path) -> Report:
     """Run the chosen benchmark; ``all`` runs every one, and one that fails does not stop the others.
 
-    Each measurement gets a process of its own. ``all_pass`` is None as long as one criterion is.
+    Each measurement gets a process of its own; checkpoints go below ``folder``. ``all_pass`` is None as long
+    as one criterion is.
     """
     report = Report()
     chosen = config.benchmark.name
-    flows = config.stage.number == 2
+    flows = config.stage.number == "2"
     benchmarks: dict[str, Callable[[BenchConfig, Report], None]] = {
         "vram": _flow_vram if flows else _vram,
         "throughput": _flow_throughput if flows else _throughput,
@@ -61,6 +70,8 @@ def run_suite(config: BenchConfig) -> Report:
         **({"energy": _energy} if flows else {}),
         "perplexity": _flow_perplexity if flows else _perplexity,
     }
+    if config.stage.number == "3a":
+        benchmarks = {"speedup": partial(_speedup, folder)}
     apart = {"kernels": _kernels, "adjoint": _adjoint}
     for name, benchmark in (benchmarks if chosen == "all" else {**benchmarks, **apart}).items():
         if chosen in (name, "all"):
@@ -89,7 +100,7 @@ def _vram(config: BenchConfig, report: Report) -> None:
     values = report.values
     peak = _measure(report, "vram", _name(config), config)["peak"]
     values["vram_gb"] = peak
-    if config.stage.number == 0:
+    if config.stage.number == "0":
         values |= {"vram_ratio": None, "vram_pass": None}
         return
     baseline = baseline_of(config)
@@ -114,7 +125,7 @@ def _throughput(config: BenchConfig, report: Report) -> None:
         "products_ratio": measured["products_ratio"],
         "products_and_sdpa_ratio": measured["products_and_sdpa_ratio"],
     }
-    if config.stage.number != 0:
+    if config.stage.number != "0":
         baseline = baseline_of(config)
         other = _measure(report, "throughput", _name(baseline), baseline)
         report.values["tokens_per_second_ratio"] = _ratio(
@@ -149,7 +160,7 @@ def _perplexity(config: BenchConfig, report: Report) -> None:
     measured = _measure(report, "perplexity", _name(config), config)
     values = report.values
     values |= {"ppl": measured["ppl"], "ppl_trained": measured["trained"]}
-    if config.stage.number == 0:
+    if config.stage.number == "0":
         values |= {"ppl_ratio": None, "ppl_pass": None}
         return
     baseline = baseline_of(config)
@@ -316,7 +327,7 @@ def _energy(config: BenchConfig, report: Report) -> None:
 
 
 def _flow_perplexity(config: BenchConfig, report: Report) -> None:
-    baseline = baseline_of(config, stage_number=1)
+    baseline = baseline_of(config, stage_number="1")
     real = baseline_of(config)
     own, one, zero = (_measure(report, "perplexity", _name(c), c) for c in (config, baseline, real))
     ratio = _ratio(own["ppl"], one["ppl"])
@@ -349,6 +360,145 @@ def _adjoint(config: BenchConfig, report: Report) -> None:
         report.criteria.append((f"torchdiffeq {method} / exact leapfrog, time", ratio, "> 1", ratio > 1))
     off = measured["exact_gradient_error"]
     report.criteria.append(("gradient error of exact", off, "<= 1e-05", off <= 1e-5))
+
+
+PLAIN = StackConfig(level=0, compression="off", speculation=False)
+
+
+def _speedup(folder: Path, config: BenchConfig, report: Report) -> None:
+    """Both settings of the accumulation: the one asked for, and an update from every batch."""
+    asked = config.optim.accumulation
+    for accumulation in dict.fromkeys((asked, 1)):
+        optim = dataclasses.replace(config.optim, accumulation=accumulation)
+        _speedup_of(folder, dataclasses.replace(config, optim=optim), report, accumulation == asked)
+    values, criteria = report.values, report.criteria
+    memory = _measure(report, "speedup memory", "stack", config)
+    values |= {
+        "plain_memory_mb": memory["plain_mb"],
+        "peak_memory_mb": memory["stack_mb"],
+        "compression_used": memory["compressed"],
+        "compression_ratio": memory["ratio"],
+        "compression_gradient_error": memory["gradient_error"],
+        "compression_time_ratio": memory["time_ratio"],
+        "compression_memory_ratio": memory["compressed_mb"] / memory["uncompressed_mb"],
+    }
+    peak = memory["stack_mb"]
+    criteria.append(("peak memory with the stack [MB]", peak, f"< {STACK_MB}", peak < STACK_MB))
+    ratio = memory["ratio"]
+    title = "compressed / float32 activations"
+    criteria.append((title, ratio, f"<= {config.stack.ratio}", ratio <= config.stack.ratio))
+    if config.benchmark.ablation:
+        _ablation(folder, config, report)
+
+
+def _speedup_of(folder: Path, config: BenchConfig, report: Report, asked: bool) -> None:
+    """Plain run, run with the stack, and both in turns, for one accumulation."""
+    count = config.optim.accumulation
+    label = f"{count} batches an update" if count > 1 else "1 batch an update"
+    # Random tokens cannot be learned; few updates take too long.
+    learns = count == 1 and config.data.name != "synthetic"
+    runs = {}
+    for name, stack in (("plain", PLAIN), ("stack", config.stack)):
+        print(f"speedup: {name}, {label} ...", flush=True)
+        place = str(folder / f"{name}-{count}")
+        measurement = "speedup until learned" if learns and name == "stack" else "speedup"
+        own = dataclasses.replace(config, stack=stack, output_root=place)
+        runs[name] = measure_apart(measurement, own)
+        report.details.setdefault("speedup", {})[f"{name}, {label}"] = runs[name]
+    print(f"speedup: in turns, {label} ...", flush=True)
+    pairs = _measure(report, "speedup pairs", label, config)
+    plain, ours = runs["plain"], runs["stack"]
+    if asked:
+        for decision in ours["decisions"]:
+            print(f"  {decision['name']}: {decision['why']}")
+    saved = 1 - ours["seconds"] / plain["seconds"]
+    faster = ours["tokens_per_second"] / plain["tokens_per_second"] - 1
+    apart = max(abs(ours[key] - plain[key]) for key in ("loss", "valid_loss"))
+    low, high = GRADIENT_RANGE
+    smallest, largest = (
+        f(run[key] for run in runs.values()) for f, key in ((min, "grad_norm_min"), (max, "grad_norm_max"))
+    )
+    loads = all(run["checkpoint_loads"] for run in runs.values())
+    found = {
+        "speedup_pct": 100 * saved,
+        "speedup_paired_pct": 100 * pairs["saved"],
+        "speedup_paired_p20_pct": 100 * pairs["saved_p20"],
+        "speedup_paired_p80_pct": 100 * pairs["saved_p80"],
+        "throughput_improvement_pct": 100 * faster,
+        "plain_seconds": plain["seconds"],
+        "stack_seconds": ours["seconds"],
+        "plain_loss": plain["loss"],
+        "stack_loss": ours["loss"],
+        "loss_diff": apart,
+        "nan_count": 0,
+        "grad_norm_min": smallest,
+        "grad_norm_max": largest,
+        "checkpoints_pass": loads,
+        "parameters": ours["parameters"],
+    }
+    report.values |= found if asked else {f"{key}_accumulation_{count}": found[key] for key in found}
+    report.criteria += [
+        (f"time saved, whole run, {label}", saved, f">= {SAVED_TARGET}", saved >= SAVED_TARGET),
+        (
+            f"time saved, in turns, {label}",
+            pairs["saved"],
+            f">= {SAVED_TARGET}",
+            pairs["saved"] >= SAVED_TARGET,
+        ),
+        (f"throughput gained, {label}", faster, f">= {TOKENS_TARGET}", faster >= TOKENS_TARGET),
+        (f"final losses apart, {label}", apart, f"<= {LOSSES_APART}", apart <= LOSSES_APART),
+        # A run with one that is not finite ends there.
+        (f"NaN and Inf, {label}", 0, "= 0", True),
+        (f"smallest gradient norm, {label}", smallest, f">= {low:g}", smallest >= low),
+        (f"largest gradient norm, {label}", largest, f"<= {high:g}", largest <= high),
+        (f"checkpoints load, {label}", loads, "yes", loads),
+    ]
+    if config.stack.speculation:
+        report.values |= {key: ours[key] for key in ("decode_ratio", "decode_plain", "decode_speculative")}
+        title = f"speculative decoding is greedy decoding, {label}"
+        report.criteria.append((title, ours["decode_equal"], "yes", ours["decode_equal"]))
+    if learns:
+        step = ours["target_step"]
+        within = step is not None and step <= config.benchmark.train_steps
+        report.values |= {"target_step": step, "target_within_run": within}
+        report.criteria.append((f"batch at which the loss is {TARGET_LOSS}", step, "any", step is not None))
+
+
+def _ablation(folder: Path, config: BenchConfig, report: Report) -> None:
+    """Each part of the stack alone, and the stack without it, against the runs there are already."""
+    stack = config.stack
+    forced = dataclasses.replace(stack, compression="on")
+    variants = {
+        "KernelOptimizer alone": dataclasses.replace(PLAIN, level=stack.level),
+        "SemanticCompressor alone": dataclasses.replace(PLAIN, compression="on", ratio=stack.ratio),
+        "InferenceScalingEngine alone": dataclasses.replace(PLAIN, speculation=True),
+        "all three": dataclasses.replace(forced, speculation=True),
+        "without KernelOptimizer": dataclasses.replace(forced, level=0, speculation=True),
+        "without SemanticCompressor": dataclasses.replace(stack, compression="off", speculation=True),
+        "without InferenceScalingEngine": dataclasses.replace(forced, speculation=False),
+    }
+    runs = {"plain": next(iter(report.details["speedup"].values()))}
+    for name, variant in variants.items():
+        print(f"ablation: {name} ...", flush=True)
+        place = str(folder / "ablation" / name.replace(" ", "-"))
+        runs[name] = measure_apart("speedup", dataclasses.replace(config, stack=variant, output_root=place))
+    report.details["ablation"] = runs
+    plain = runs["plain"]["seconds"]
+    saved = {name: 1 - run["seconds"] / plain for name, run in runs.items()}
+    report.values["ablation_saved"] = saved
+    for part in ("KernelOptimizer", "SemanticCompressor", "InferenceScalingEngine"):
+        gain = saved["all three"] - saved[f"without {part}"]
+        verdict = "pays" if saved[f"{part} alone"] > 0 and gain > 0 else "does not pay"
+        print(
+            f"  {part} {verdict}: alone it saves {saved[f'{part} alone']:.1%} of the plain time, beside the "
+            f"others {gain:.1%}"
+        )
+    left = [d["name"] for d in report.details["speedup"][_stack_run(report)]["decisions"] if not d["kept"]]
+    print(f"  left off by the stack itself: {', '.join(left) or 'nothing'}")
+
+
+def _stack_run(report: Report) -> str:
+    return next(name for name in report.details["speedup"] if name.startswith("stack"))
 
 
 def _name(config: BenchConfig) -> str:

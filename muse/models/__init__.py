@@ -10,15 +10,18 @@ from muse.models.hamiltonian import hamiltonian_decoder
 from muse.models.language_model import LanguageModel, count_parameters
 from muse.models.loss import linear_cross_entropy
 from muse.models.real import real_decoder
+from muse.models.transformer import transformer_decoder
 
 
 def build_model(stage: StageConfig, model: ModelConfig, vocab_size: int, seed: int = 0) -> LanguageModel:
     """Build the model of a stage on the CPU, initialised by ``seed`` and stored in the stage's dtype."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if stage.number == 0:
+        if stage.number == "0":
             built = real_decoder(stage, model.real, vocab_size)
-        elif stage.number == 2:
+        elif stage.number == "3a":
+            built = transformer_decoder(stage, model.real, vocab_size)
+        elif stage.number == "2":
             built = hamiltonian_decoder(stage, model.complex, vocab_size)
         else:
             built = complex_decoder(stage, model.complex, vocab_size, model.seq_len)

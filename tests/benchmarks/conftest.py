@@ -13,7 +13,7 @@ def bench_config():
         width = WidthConfig(d_model=16, layers=2, heads=2, kv_heads=2, d_ff=32)
         return BenchConfig(
             stage=StageConfig(
-                number=number, precision=precision, activation="gelu" if number == 0 else "split_gelu"
+                number=str(number), precision=precision, activation="gelu" if number == 0 else "split_gelu"
             ),
             model=ModelConfig(
                 name="test",

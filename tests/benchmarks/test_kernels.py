@@ -1,5 +1,6 @@
 import math
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,7 +192,7 @@ def run(monkeypatch, config, answers):
         return {"cases": answer, "device": "a device"}
 
     monkeypatch.setattr(suite, "measure_apart", measure_apart)
-    return suite.run_suite(config)
+    return suite.run_suite(config, Path("unused"))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,7 @@ def test_all_leaves_the_kernels_out(bench_config, monkeypatch):
 
     monkeypatch.setattr(suite, "measure_apart", measure_apart)
     with pytest.raises(RunError):
-        suite.run_suite(bench_config(name="all"))
+        suite.run_suite(bench_config(name="all"), Path("unused"))
     assert not [name for name in asked if "kernels" in name]
 
 

@@ -1,0 +1,520 @@
+"""Stage 3a: what the optimisation stack is worth. The same training, plainly and with the stack."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from muse.acceleration import (
+    Execution,
+    InferenceScalingEngine,
+    KernelOptimizer,
+    SemanticCompressor,
+    greedy_decode,
+)
+from muse.acceleration.kernel_optimizer import Decision
+from muse.benchmarks.gradient_error import joined, relative_error
+from muse.benchmarks.operations import InsideOperations
+from muse.benchmarks.setting import batch_shape
+from muse.benchmarks.throughput import quantile
+from muse.config import BenchConfig
+from muse.data import TokenData, load_tokens, training_batch
+from muse.errors import RunError
+from muse.files import write_json
+from muse.hardware import describe, synchronize
+from muse.models import LanguageModel, build_model, count_parameters
+from muse.provenance import source_hash
+from muse.training.checkpoint import TrainingState, load_state, load_weights, random_state, save_checkpoint
+from muse.training.evaluate import evaluate
+from muse.training.optim import first_non_finite
+
+EPOCHS = 10
+# Of the evaluation and of the sample at the end of each epoch.
+EVALUATED_TOKENS = 4096
+PROMPT, SAMPLED = 16, 64
+# Natural text is said to be learned from here on, by the mean of ten batches; batches until that is given up.
+TARGET_LOSS, LONGEST = 6.0, 500
+MB = 1e6
+
+
+@dataclass
+class Plan:
+    """What the stack does in a training on this machine.
+
+    Attributes:
+        execution: the choices of KernelOptimizer.
+        compress: whether SemanticCompressor is used.
+        decisions: what was found about each candidate.
+        seconds: what finding out took, compilation included.
+        compile_seconds: of which compilation.
+    """
+
+    execution: Execution = field(default_factory=Execution)
+    compress: bool = False
+    decisions: list[Decision] = field(default_factory=list)
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+
+
+@dataclass
+class Training:
+    """A model in training.
+
+    Attributes:
+        config: its options.
+        data: tokenised splits.
+        plan: how it is executed.
+        model: on its device, the plan applied.
+        optimizer: of its parameters.
+        compressor: what its activations are held by, if the plan compresses.
+    """
+
+    config: BenchConfig
+    data: TokenData
+    plan: Plan
+    model: LanguageModel
+    optimizer: torch.optim.AdamW
+    compressor: SemanticCompressor | None
+    norms: list[float] = field(default_factory=list)
+    gradient_range: tuple[float, float] = (math.inf, 0.0)
+
+    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a batch of the training, int64 (B, S)."""
+        size, length = batch_shape(self.config)
+        inputs, targets = training_batch(self.data.train, index, size, length, self.config.seed)
+        device = next(self.model.parameters()).device
+        return inputs.to(device), targets.to(device)
+
+    def forward(self, index: int) -> Tensor:
+        """The loss of a batch."""
+        return self.plan.execution.training_loss(
+            self.model, *self.batch(index), saving=self.compressor or nullcontext()
+        )
+
+    def step(self, index: int) -> float:
+        """Forward and backward on a batch, with an update after every ``optim.accumulation``; the loss.
+
+        Raises:
+            RunError: when the loss or a gradient is not finite.
+        """
+        options = self.config.optim
+        loss = self.forward(index)
+        (loss / options.accumulation).backward()
+        value = loss.item()
+        if (index + 1) % options.accumulation == 0:
+            self._update()
+        if not math.isfinite(value) or not all(map(math.isfinite, self.norms[-1:])):
+            raise RunError(
+                f"the loss or gradient is not finite in batch {index + 1}; the first bad value is in "
+                f"{first_non_finite(self.model) or 'the activations'}; a lower optim.lr or stack.level=1 may "
+                "help"
+            )
+        return value
+
+    def _update(self) -> None:
+        clip = self.config.optim.clip or math.inf
+        parameters = list(self.model.parameters())
+        norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None])
+        smallest, largest = self.gradient_range
+        self.gradient_range = (min(smallest, norms.min().item()), max(largest, norms.max().item()))
+        self.norms.append(torch.nn.utils.clip_grad_norm_(parameters, clip).item())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def _start(config: BenchConfig, device: torch.device) -> tuple[BenchConfig, TokenData, LanguageModel]:
+    """The data, and the model with its initial weights: the same for every plan."""
+    data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
+    _, length = batch_shape(config)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocab_size=data.vocab_size, seq_len=length)
+    )
+    model = build_model(config.stage, config.model, data.vocab_size, config.seed).to(device)
+    return config, data, model.train()
+
+
+def _training(config: BenchConfig, data: TokenData, model: LanguageModel, plan: Plan) -> Training:
+    plan.execution.apply(model)
+    compressor = SemanticCompressor(config.stack.ratio) if plan.compress else None
+    return Training(
+        config, data, plan, model, plan.execution.build_optimizer(model, config.optim), compressor
+    )
+
+
+def find_plan(config: BenchConfig, data: TokenData, model: LanguageModel) -> Plan:
+    """What the stack of ``config`` does here, found by measuring or by an earlier run of the same setting.
+
+    Measured choices differ by chance where two ways are equally fast, and with them the last bits of the
+    losses. So that a rerun has the losses of the run, choices are kept in ``data.cache``;
+    ``benchmark.rerun=true`` measures again. The time that measuring took counts in every run.
+    """
+    path = Path(config.data.cache) / "plans" / f"{_setting(config, model)}.json"
+    if not config.benchmark.rerun:
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            return Plan(
+                **kept
+                | {
+                    "execution": Execution(**kept["execution"]),
+                    "decisions": [Decision(**decision) for decision in kept["decisions"]],
+                }
+            )
+        except (OSError, ValueError, TypeError, KeyError):
+            pass
+    plan = _measured_plan(config, data, model)
+    write_json(path, dataclasses.asdict(plan))
+    return plan
+
+
+def _setting(config: BenchConfig, model: LanguageModel) -> str:
+    """Hash of all that a choice may depend on."""
+    device = next(model.parameters()).device
+    machine = (
+        platform.machine(),
+        describe(device),
+        os.cpu_count(),
+        torch.get_num_threads(),
+        torch.__version__,
+    )
+    parts = (config.stage, config.model, config.optim, config.stack, config.benchmark.train_steps)
+    options = [part if isinstance(part, int) else dataclasses.asdict(part) for part in parts]
+    text = json.dumps([machine, options, batch_shape(config), config.data.name, source_hash()])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _measured_plan(config: BenchConfig, data: TokenData, model: LanguageModel) -> Plan:
+    stack = config.stack
+    forced = stack.compression == "on"
+    # Compiled code decides by itself what it saves, so compression and compilation exclude each other.
+    optimizer = KernelOptimizer(min(stack.level, 2) if forced else stack.level)
+    size, length = batch_shape(config)
+    device = next(model.parameters()).device
+    tokens, targets = training_batch(data.train, 0, size, length, config.seed)
+    execution, decisions = optimizer.choose(
+        model, config.optim, tokens.to(device), targets.to(device), config.benchmark.train_steps
+    )
+    seconds = optimizer.seconds
+    if forced:
+        decisions.append(Decision("compression", True, None, None, "on by request"))
+    if stack.compression == "auto":
+        began = time.perf_counter()
+        uncompiled = Plan(dataclasses.replace(execution, compile=False))
+        peak = peak_memory(config, data, copy.deepcopy(model), uncompiled) / MB
+        forced = peak > stack.memory_mb
+        verdict = "kept" if forced else "left off, it only costs time"
+        why = f"{verdict}: a step takes {peak:.0f} MB without it, stack.memory_mb={stack.memory_mb:.0f}"
+        if forced and execution.compile:
+            execution = dataclasses.replace(execution, compile=False)
+            why += "; compilation is left off for it"
+        decisions.append(Decision("compression", forced, None, None, why))
+        seconds += time.perf_counter() - began
+    return Plan(execution, forced, decisions, seconds, optimizer.compile_seconds)
+
+
+def peak_memory(config: BenchConfig, data: TokenData, model: LanguageModel, plan: Plan) -> float:
+    """Bytes at the peak of the second update: parameters, gradients, optimiser, activations.
+
+    On CUDA by the allocator, on the CPU MemTracker counts the bytes of all tensors. An update from many
+    batches needs no more than one from two, whose gradients are there while the second runs forward.
+    """
+    device = next(model.parameters()).device
+    batches = min(2, config.optim.accumulation)
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulation=batches))
+    training = _training(config, data, model, plan)
+    for index in range(batches):
+        training.step(index)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        for index in range(batches, 2 * batches):
+            training.step(index)
+        return float(torch.cuda.max_memory_allocated(device))
+    tracker = MemTracker()
+    state = [v for values in training.optimizer.state.values() for k, v in values.items() if k != "step"]
+    tracker.track_external(model, *state)
+    with tracker, InsideOperations():
+        for index in range(batches, 2 * batches):
+            # It follows each module once; what it has counted stays.
+            tracker.reset_mod_stats()
+            training.step(index)
+    return float(sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values()))
+
+
+def measure_speedup_run(
+    config: BenchConfig, device: torch.device, until: float | None = None
+) -> dict[str, Any]:
+    """Train in ten epochs as ``config.stack`` says, with an evaluation and a sample after each.
+
+    Args:
+        config: ``benchmark.train_steps`` batches, an update after every ``optim.accumulation`` of them. The
+            checkpoint is written below ``output_root``.
+        device: of the model.
+        until: a loss that the training goes on for when it is over, outside of all times.
+
+    Returns:
+        ``seconds`` from the initial weights to the last sample, and their parts; ``loss`` (mean of the last
+        epoch's batches), ``valid_loss``, ``curve``; ``tokens_per_second`` of the median batch; ``norm_min``
+        and ``norm_max`` of whole gradients, ``grad_norm_min`` and ``grad_norm_max`` of single parameters;
+        ``decisions``; ``texts``, the last sample and where the checkpoint is; ``checkpoint_loads``;
+        ``losses_hash``, equal for equal losses;
+        ``parameters``; what ``_decoding`` measures; ``target_step``, the batch at which the mean of ten
+        losses was first at most ``until``.
+
+    Raises:
+        RunError: when a loss or gradient is not finite, or the checkpoint cannot be written.
+    """
+    config, data, model = _start(config, device)
+    batches = config.benchmark.train_steps
+    size, length = batch_shape(config)
+    began = time.perf_counter()
+    plan = find_plan(config, data, model)
+    spent = {"tuning": plan.seconds, "training": 0.0, "evaluation": 0.0, "sampling": 0.0}
+    torch.manual_seed(config.seed)
+    training = _training(config, data, model, plan)
+    engine = InferenceScalingEngine(config.stack.speculation_warmup)
+    prompt = data.valid[:PROMPT].tolist()
+    sampled = min(SAMPLED, length - PROMPT)
+    losses: list[float] = []
+    times: list[float] = []
+    valid_losses: list[float] = []
+    sample = prompt
+    for batch in range(batches):
+        start = time.perf_counter()
+        losses.append(training.step(batch))
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+        if (batch + 1) * EPOCHS // batches == batch * EPOCHS // batches:
+            continue
+        start = time.perf_counter()
+        valid_losses.append(_evaluated(training))
+        spent["evaluation"] += time.perf_counter() - start
+        start = time.perf_counter()
+        sample = _sampled(training, engine if config.stack.speculation else None, prompt, sampled)
+        spent["sampling"] += time.perf_counter() - start
+        epoch = len(valid_losses)
+        print(
+            f"  epoch {epoch}/{EPOCHS}: loss {losses[-1]:.3f}, validation {valid_losses[-1]:.3f}, "
+            f"{size * length / median(times):,.0f} tokens/s",
+            flush=True,
+        )
+    spent["training"] = sum(times)
+    compiled = plan.execution.compile
+    last = losses[-max(1, batches // EPOCHS) :]
+    result: dict[str, Any] = {
+        "seconds": sum(spent.values()),
+        **{f"{part}_seconds": seconds for part, seconds in spent.items()},
+        "compile_seconds": plan.compile_seconds + (times[0] - median(times) if compiled else 0.0),
+        "wall_seconds": time.perf_counter() - began,
+        "tokens_per_second": size * length / median(times),
+        "loss": sum(last) / len(last),
+        "valid_loss": valid_losses[-1],
+        "updates": batches // config.optim.accumulation,
+        "norm_min": min(training.norms, default=None),
+        "norm_max": max(training.norms, default=None),
+        "grad_norm_min": training.gradient_range[0],
+        "grad_norm_max": training.gradient_range[1],
+        "parameters": count_parameters(model),
+        "losses_hash": hashlib.sha256(json.dumps(losses).encode()).hexdigest()[:16],
+        "curve": list(enumerate(losses, 1)),
+        "decisions": [dataclasses.asdict(decision) for decision in plan.decisions],
+        "texts": {"sample": data.tokenizer.decode(sample) if data.tokenizer is not None else None},
+    }
+    path, loads = _checkpoint(training, batches, min(valid_losses))
+    result["texts"]["checkpoint"] = str(path)
+    result["checkpoint_loads"] = loads
+    if config.stack.speculation:
+        result |= _decoding(training, engine, prompt, sampled)
+    if until is not None:
+        result["target_step"] = _reached(training, losses, until)
+    return result
+
+
+def _evaluated(training: Training) -> float:
+    precision = torch.bfloat16 if training.plan.execution.products else None
+    size, length = batch_shape(training.config)
+    with training.plan.execution.eager(training.model):
+        found = evaluate(
+            training.model,
+            training.data.valid,
+            None,
+            length,
+            size,
+            limit=EVALUATED_TOKENS,
+            precision=precision,
+        )
+    return found.loss
+
+
+def _sampled(
+    training: Training, engine: InferenceScalingEngine | None, prompt: list[int], tokens: int
+) -> list[int]:
+    model = training.model.eval()
+    with training.plan.execution.eager(model):
+        decode = engine.decode if engine is not None else greedy_decode
+        ids = decode(model, prompt, tokens)
+    model.train()
+    return ids
+
+
+def _checkpoint(training: Training, step: int, loss: float) -> tuple[Path, bool]:
+    """Save the training; where it is, and whether another model loads the same weights from it."""
+    folder = Path(training.config.output_root) / "checkpoints"
+    state = TrainingState(
+        step=step,
+        optimizers=[training.optimizer.state_dict()],
+        scaler={},
+        random=random_state(),
+        best_loss=loss,
+        wandb_id=None,
+    )
+    path = save_checkpoint(folder, training.model, state, best=True)
+    config = training.config
+    other = build_model(config.stage, config.model, training.data.vocab_size, config.seed + 1)
+    load_weights(path, other)
+    saved = training.model.state_dict()
+    equal = all(torch.equal(value, saved[name].cpu()) for name, value in other.state_dict().items())
+    return path, equal and load_state(path).step == step
+
+
+def _decoding(
+    training: Training, engine: InferenceScalingEngine, prompt: list[int], tokens: int
+) -> dict[str, Any]:
+    """Decode the same texts one token at a time and with guesses, in turns.
+
+    Returns:
+        ``decode_plain`` and ``decode_speculative`` in tokens per second (medians), ``decode_ratio``,
+        ``decode_equal``: whether the tokens are those without guesses, ``decode_equal_plain``: the share of
+        the texts that one token a pass decodes to the same tokens, and ``tokens_per_pass``.
+    """
+    model = training.model.eval()
+    valid = training.data.valid
+    starts = range(0, min(8 * PROMPT, len(valid) - PROMPT), PROMPT)
+    prompts = [prompt, *(valid[start : start + PROMPT].tolist() for start in starts[1:])]
+    plain_times, times, equal, equal_plain = [], [], [], []
+    passes, decoded = engine.passes, engine.decoded
+    checked = InferenceScalingEngine()
+    with training.plan.execution.eager(model):
+        greedy_decode(model, prompt, tokens)
+        for text in prompts:
+            start = time.perf_counter()
+            plain = greedy_decode(model, text, tokens)
+            plain_times.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            guessed = engine.decode(model, text, tokens)
+            times.append(time.perf_counter() - start)
+            equal.append(guessed == checked.decode(model, text, tokens, speculate=False))
+            equal_plain.append(guessed == plain)
+    model.train()
+    return {
+        "decode_plain": tokens / median(plain_times),
+        "decode_speculative": tokens / median(times),
+        "decode_ratio": median(p / t for p, t in zip(plain_times, times, strict=True)),
+        "decode_equal": all(equal),
+        "decode_equal_plain": sum(equal_plain) / len(equal_plain),
+        "tokens_per_pass": (engine.decoded - decoded) / max(1, engine.passes - passes),
+    }
+
+
+def _reached(training: Training, losses: list[float], target: float) -> int | None:
+    """Go on training until the mean of ten losses is at most ``target``; the batch of that, or None."""
+    while True:
+        for end in range(10, len(losses) + 1):
+            if sum(losses[end - 10 : end]) / 10 <= target:
+                return end
+        if len(losses) >= LONGEST:
+            return None
+        losses += [training.step(index) for index in range(len(losses), len(losses) + 10)]
+
+
+def measure_speedup_pairs(config: BenchConfig, device: torch.device) -> dict[str, Any]:
+    """Updates of the plain training and of the one with the stack, timed in turns.
+
+    Returns:
+        ``pairs``; ``saved``: the share of the plain time that the stack saves, median over the pairs, with
+        ``saved_p20`` and ``saved_p80``; ``plain_ms`` and ``stack_ms``, medians.
+    """
+    config, data, model = _start(config, device)
+    plans = [Plan(Execution(threads=torch.get_num_threads())), find_plan(config, data, model)]
+    trainings = [_training(config, data, copy.deepcopy(model), plan) for plan in plans]
+    batches = config.optim.accumulation
+    times: list[list[float]] = [[], []]
+    options = config.benchmark
+    for turn in range(options.warmup + options.repeats):
+        for training, own in zip(trainings, times, strict=True):
+            if training.plan.execution.threads:
+                torch.set_num_threads(training.plan.execution.threads)
+            synchronize(device)
+            start = time.perf_counter()
+            for index in range(turn * batches, (turn + 1) * batches):
+                training.step(index)
+            synchronize(device)
+            if turn >= options.warmup:
+                own.append(time.perf_counter() - start)
+    saved = [1 - stack / plain for plain, stack in zip(*times, strict=True)]
+    return {
+        "pairs": len(saved),
+        "saved": median(saved),
+        "saved_p20": quantile(saved, 0.2),
+        "saved_p80": quantile(saved, 0.8),
+        "plain_ms": median(times[0]) * 1e3,
+        "stack_ms": median(times[1]) * 1e3,
+    }
+
+
+def measure_speedup_memory(config: BenchConfig, device: torch.device) -> dict[str, Any]:
+    """Peak memory of a step, plainly and with the stack, and what compressed activations cost and save.
+
+    Returns:
+        ``plain_mb``; ``stack_mb``, as the stack is used; ``uncompressed_mb`` and ``compressed_mb``, the stack
+        without and with compression, both without compilation; ``ratio``, held / float32 size of what was
+        compressed; ``gradient_error``, relative, of one batch; ``time_ratio`` of a batch forward and
+        backward, compressed / not (median of turns); ``compressed``, whether the stack uses it.
+    """
+    config, data, model = _start(config, device)
+    plan = find_plan(config, data, model)
+    off = Plan(dataclasses.replace(plan.execution, compile=False))
+    on = dataclasses.replace(off, compress=True)
+    peaks = {
+        "plain_mb": Plan(Execution(threads=plan.execution.threads)),
+        "uncompressed_mb": off,
+        "compressed_mb": on,
+    }
+    measured: dict[str, Any] = {
+        name: peak_memory(config, data, copy.deepcopy(model), other) / MB for name, other in peaks.items()
+    }
+    measured["stack_mb"] = measured["compressed_mb" if plan.compress else "uncompressed_mb"]
+    gradients, times, compressor = [], [list[float](), list[float]()], None
+    trainings = [_training(config, data, copy.deepcopy(model), other) for other in (off, on)]
+    for turn in range(1 + config.benchmark.repeats):
+        for training, own in zip(trainings, times, strict=True):
+            training.model.zero_grad(set_to_none=True)
+            start = time.perf_counter()
+            training.forward(0).backward()
+            synchronize(device)
+            if turn:
+                own.append(time.perf_counter() - start)
+    for training in trainings:
+        gradients.append(joined(p.grad for p in training.model.parameters() if p.grad is not None))
+        compressor = training.compressor
+    assert compressor is not None
+    return measured | {
+        "ratio": compressor.ratio,
+        "gradient_error": relative_error(gradients[1], gradients[0]),
+        "time_ratio": median(b / a for a, b in zip(*times, strict=True)),
+        "compressed": plan.compress,
+        "parameters": count_parameters(model),
+    }

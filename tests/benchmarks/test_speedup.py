@@ -1,0 +1,336 @@
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from muse import bench_run
+from muse.acceleration import Execution, KernelOptimizer
+from muse.benchmarks import speedup, suite
+from muse.benchmarks.setting import settle
+from muse.benchmarks.speedup import (
+    Plan,
+    find_plan,
+    measure_speedup_memory,
+    measure_speedup_pairs,
+    measure_speedup_run,
+    peak_memory,
+)
+from muse.config import (
+    BenchConfig,
+    BenchmarkConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    StackConfig,
+    StageConfig,
+    TokenizerConfig,
+    WidthConfig,
+)
+from muse.errors import ConfigError, RunError
+
+CPU = torch.device("cpu")
+WIDTH = WidthConfig(d_model=32, layers=2, heads=2, kv_heads=2, d_ff=64)
+
+
+@pytest.fixture
+def speedup_config(tmp_path):
+    """A comparison that takes a second; options of the parts are replaced by name."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {n} says {n * n}, and line {n % 7} does not\n" for n in range(3000)))
+
+    def build(stack=None, accumulation=1, lr=1e-3, **benchmark):
+        benchmark = {
+            "name": "speedup", "batch_size": 4, "train_steps": 20, "repeats": 2, "warmup": 0, **benchmark,
+        }  # fmt: skip
+        config = BenchConfig(
+            stage=StageConfig(number="3a", precision="fp32", activation="gelu", tied=False),
+            model=ModelConfig(name="test", vocab_size=300, seq_len=32, real=WIDTH, complex=WIDTH),
+            data=DataConfig(name="text", path=str(text), cache=str(tmp_path / "cache")),
+            tokenizer=TokenizerConfig(vocab_size=300),
+            optim=OptimConfig(
+                lr=lr, weight_decay=0.01, schedule="constant", warmup=0, accumulation=accumulation
+            ),
+            benchmark=BenchmarkConfig(**benchmark),
+            stack=stack or StackConfig(level=1),
+            seed=42,
+            output_root=str(tmp_path / "out"),
+        )
+        return settle(config, "speedup")
+
+    return build
+
+
+PLAIN = suite.PLAIN
+
+
+def started(config):
+    return speedup._start(config, CPU)
+
+
+def test_a_rerun_has_the_losses_of_the_run_bit_for_bit(speedup_config):
+    first, second, other = (
+        measure_speedup_run(dataclasses.replace(speedup_config(), seed=seed), CPU) for seed in (42, 42, 43)
+    )
+    assert first["losses_hash"] == second["losses_hash"] != other["losses_hash"]
+    assert (first["loss"], first["valid_loss"]) == (second["loss"], second["valid_loss"])
+
+
+def test_the_stack_learns_what_the_plain_training_learns(speedup_config):
+    plain, stack = (measure_speedup_run(speedup_config(s), CPU) for s in (PLAIN, StackConfig(level=2)))
+    assert plain["curve"][-1][0] == 20
+    assert plain["loss"] < math.log(300) - 0.5
+    assert abs(plain["loss"] - stack["loss"]) < 0.05
+    assert abs(plain["valid_loss"] - stack["valid_loss"]) < 0.05
+    assert plain["curve"][0][1] == pytest.approx(stack["curve"][0][1], abs=0.01)
+
+
+def test_times_are_complete_and_the_result_is_json(speedup_config):
+    result = measure_speedup_run(speedup_config(), CPU)
+    json.dumps(result, allow_nan=False)
+    parts = ("tuning", "training", "evaluation", "sampling")
+    assert result["seconds"] == pytest.approx(sum(result[f"{part}_seconds"] for part in parts))
+    assert all(result[f"{part}_seconds"] > 0 for part in parts)
+    assert result["seconds"] <= result["wall_seconds"] + result["tuning_seconds"]
+    assert result["decode_equal"] is True
+    assert result["checkpoint_loads"] is True
+    assert Path(result["texts"]["checkpoint"]).is_dir()
+    assert result["texts"]["sample"].startswith("line")
+    assert 0 < result["grad_norm_min"] <= result["grad_norm_max"] <= result["norm_max"]
+
+
+def test_an_update_from_two_batches_is_that_of_one_twice_as_large(speedup_config):
+    two, one = speedup_config(accumulation=2), speedup_config(batch_size=8)
+    models = []
+    for config, batches in ((two, 4), (one, 2)):
+        config, data, model = started(config)
+        # In float32 AdamW makes whole steps of gradients that are rounding errors.
+        training = speedup._training(config, data, model.double(), Plan())
+        for index in range(batches):
+            training.step(index)
+        assert len(training.norms) == 2
+        models.append(model)
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.allclose(a, b, atol=1e-8)
+
+
+def test_batches_beyond_the_last_update_change_nothing(speedup_config):
+    result = measure_speedup_run(speedup_config(PLAIN, accumulation=8, train_steps=10), CPU)
+    assert result["updates"] == 1
+
+
+def test_choices_are_kept_for_reruns(speedup_config, monkeypatch):
+    config, data, model = started(speedup_config())
+    plan = find_plan(config, data, model)
+    assert plan.seconds > 0
+    assert {decision.name for decision in plan.decisions} >= {"attention", "loss", "optimizer", "compression"}
+
+    def choose(*arguments):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(KernelOptimizer, "choose", choose)
+    assert find_plan(config, data, model) == plan
+    again = dataclasses.replace(config, benchmark=dataclasses.replace(config.benchmark, rerun=True))
+    other = dataclasses.replace(config, stack=StackConfig(level=2))
+    for changed in (again, other):
+        with pytest.raises(AssertionError, match="measured again"):
+            find_plan(changed, data, model)
+
+
+def test_a_damaged_plan_is_measured_anew(speedup_config):
+    config, data, model = started(speedup_config())
+    plan = find_plan(config, data, model)
+    (path,) = Path(config.data.cache).glob("plans/*.json")
+    path.write_text(path.read_text()[:40])
+    assert find_plan(config, data, model).decisions[-1] == plan.decisions[-1]
+
+
+@pytest.mark.parametrize(("memory_mb", "compressed"), [(0.1, True), (1000.0, False)])
+def test_compression_is_used_where_memory_is_short(speedup_config, memory_mb, compressed):
+    config, data, model = started(speedup_config(StackConfig(level=0, memory_mb=memory_mb)))
+    plan = find_plan(config, data, model)
+    assert plan.compress is compressed
+    assert plan.decisions[-1].kept is compressed
+    assert f"stack.memory_mb={memory_mb:.0f}" in plan.decisions[-1].why
+
+
+def test_compression_on_request_leaves_compilation_out(speedup_config):
+    config, data, model = started(speedup_config(StackConfig(level=3, compression="on")))
+    plan = find_plan(config, data, model)
+    assert plan.compress
+    assert "compile" not in {decision.name for decision in plan.decisions}
+
+
+def test_memory_falls_with_compression_and_counts_parameters_gradients_and_moments(speedup_config):
+    config, data, model = started(speedup_config())
+    parameters = sum(p.nbytes for p in model.parameters())
+    plain, compressed = (
+        peak_memory(config, data, started(config)[2], Plan(Execution(), compress))
+        for compress in (False, True)
+    )
+    assert 4 * parameters < compressed < plain
+
+
+def test_what_compression_costs_is_told(speedup_config):
+    measured = measure_speedup_memory(speedup_config(), CPU)
+    assert measured["ratio"] <= 0.3
+    assert 0 < measured["gradient_error"] < 0.05
+    assert measured["compressed_mb"] < measured["uncompressed_mb"] == measured["stack_mb"]
+
+
+def test_pairs_are_of_the_same_batches(speedup_config):
+    measured = measure_speedup_pairs(speedup_config(repeats=5), CPU)
+    assert measured["pairs"] == 5
+    assert measured["saved_p20"] <= measured["saved"] <= measured["saved_p80"] < 1
+
+
+def test_a_training_that_diverges_is_one_sentence(speedup_config):
+    with pytest.raises(RunError, match=r"not finite in batch \d+.*optim.lr"):
+        measure_speedup_run(speedup_config(PLAIN, lr=1e30), CPU)
+
+
+def test_training_goes_on_until_the_loss_is_reached(speedup_config, monkeypatch):
+    monkeypatch.setattr(speedup, "LONGEST", 60)
+    config = speedup_config(PLAIN)
+    easy, hard = (measure_speedup_run(config, CPU, until=until)["target_step"] for until in (5.4, 0.0))
+    curve = measure_speedup_run(config, CPU)["curve"]
+    assert hard is None
+    assert 10 <= easy <= 60
+    if easy <= len(curve):
+        assert sum(loss for _, loss in curve[easy - 10 : easy]) / 10 <= 5.4
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"level": 4}, "stack.level=4 is not known; choose one of 0, 1, 2, 3"),
+        ({"ratio": 0.2}, "stack.ratio=0.2 is not possible"),
+        ({"ratio": 0.9}, "stack.ratio=0.9 is not possible"),
+        ({"compression": "yes"}, "stack.compression=yes"),
+        ({"memory_mb": 0.0}, "stack.memory_mb=0.0"),
+        ({"speculation_warmup": -1}, "stack.speculation_warmup=-1"),
+    ],
+)
+def test_wrong_options_are_one_sentence(options, told):
+    with pytest.raises(ConfigError) as raised:
+        StackConfig(**options)
+    assert told in str(raised.value)
+
+
+@pytest.mark.parametrize(("number", "name"), [("3a", "vram"), ("1", "speedup"), ("3a", "perplexity")])
+def test_stages_and_benchmarks_that_do_not_go_together(speedup_config, tmp_path, number, name):
+    config = speedup_config()
+    stage = config.stage if number == "3a" else StageConfig()
+    config = dataclasses.replace(config, stage=stage, benchmark=BenchmarkConfig(name=name))
+    with pytest.raises(ConfigError, match=f"benchmark={name} does not go with stage={number}"):
+        bench_run.run_benchmark(config, tmp_path)
+
+
+RUN = {
+    "seconds": 100.0,
+    "tokens_per_second": 1000.0,
+    "loss": 6.5,
+    "valid_loss": 6.6,
+    "grad_norm_min": 1e-3,
+    "grad_norm_max": 1.0,
+    "checkpoint_loads": True,
+    "parameters": 10,
+    "curve": [(1, 7.0), (2, 6.5)],
+    "decisions": [],
+}
+STACK = {
+    **RUN,
+    "seconds": 60.0,
+    "tokens_per_second": 1500.0,
+    "loss": 6.51,
+    "decode_ratio": 3.0,
+    "decode_plain": 100.0,
+    "decode_speculative": 300.0,
+    "decode_equal": True,
+    "target_step": 90,
+    "decisions": [{"name": "loss", "kept": False, "why": "left off"}],
+}
+MEMORY = {
+    "plain_mb": 600.0,
+    "stack_mb": 400.0,
+    "uncompressed_mb": 400.0,
+    "compressed_mb": 300.0,
+    "compressed": False,
+    "ratio": 0.28,
+    "gradient_error": 1e-3,
+    "time_ratio": 1.3,
+}
+PAIRS = {"saved": 0.4, "saved_p20": 0.38, "saved_p80": 0.42}
+
+
+def report_of(monkeypatch, config, memory=None, pairs=None, **stack):
+    def measure(name, config):
+        if name == "speedup memory":
+            return {**MEMORY, **(memory or {})}
+        if name == "speedup pairs":
+            return {**PAIRS, **(pairs or {})}
+        return RUN if config.stack == PLAIN else {**STACK, **stack}
+
+    monkeypatch.setattr(suite, "measure_apart", measure)
+    return suite.run_suite(config, Path("unused"))
+
+
+def test_everything_passes_when_it_does(speedup_config, monkeypatch):
+    values = report_of(monkeypatch, speedup_config(accumulation=8)).values
+    assert values["all_pass"] is True
+    assert values["speedup_pct"] == pytest.approx(40)
+    assert values["speedup_pct_accumulation_1"] == pytest.approx(40)
+    assert values["loss_diff"] == pytest.approx(0.01)
+    assert values["throughput_improvement_pct"] == pytest.approx(50)
+    assert (values["target_step"], values["target_within_run"]) == (90, False)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seconds": 76.0},
+        {"pairs": {"saved": 0.24}},
+        {"tokens_per_second": 1190.0},
+        {"valid_loss": 6.66},
+        {"loss": 6.4},
+        {"grad_norm_min": 1e-7},
+        {"grad_norm_max": 1e4},
+        {"checkpoint_loads": False},
+        {"decode_equal": False},
+        {"target_step": None},
+        {"memory": {"stack_mb": 500.0}},
+        {"memory": {"ratio": 0.31}},
+    ],
+    ids=str,
+)
+def test_each_criterion_can_fail(speedup_config, monkeypatch, changed):
+    report = report_of(monkeypatch, speedup_config(), **changed)
+    assert report.values["all_pass"] is False
+    assert [passed for *_, passed in report.criteria].count(False) == 1
+
+
+def test_the_ablation_says_what_does_not_pay(speedup_config, monkeypatch, capsys):
+    def measure(name, config):
+        if name == "speedup memory":
+            return MEMORY
+        if name == "speedup pairs":
+            return PAIRS
+        stack = config.stack
+        time = 100.0 - 40 * (stack.level > 0) + 15 * (stack.compression == "on") - 5 * stack.speculation
+        return {**STACK, "seconds": time}
+
+    monkeypatch.setattr(suite, "measure_apart", measure)
+    report = suite.run_suite(speedup_config(ablation=True), Path("unused"))
+    saved = report.values["ablation_saved"]
+    assert saved["plain"] == 0
+    assert saved["KernelOptimizer alone"] == pytest.approx(0.4)
+    assert saved["SemanticCompressor alone"] == pytest.approx(-0.15)
+    assert saved["without SemanticCompressor"] == pytest.approx(0.45)
+    assert len(saved) == 8
+    told = capsys.readouterr().out
+    assert "KernelOptimizer pays" in told
+    assert "SemanticCompressor does not pay" in told
+    assert "InferenceScalingEngine pays" in told
+    assert "left off by the stack itself: loss" in told
