@@ -129,3 +129,45 @@ def test_a_benchmark_of_the_flow_needs_one(tmp_path, benchmark):
     assert done.stderr.strip().splitlines()[-1] == (
         f"error: benchmark={benchmark} is about the flow; it needs stage=2"
     )
+
+
+@pytest.mark.slow
+def test_the_stack_of_stage_3a_and_a_rerun_of_it(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {n} says {n * n}\n" for n in range(3000)))
+    arguments = [
+        "stage=3a", "benchmark=speedup", "data=text", f"data.path={text}", "benchmark.train_steps=10",
+        "benchmark.batch_size=8", "benchmark.repeats=1", "optim.accumulation=1", "benchmark.seq_len=32",
+    ]  # fmt: skip
+    losses = []
+    for _ in range(2):
+        done = bench(tmp_path, *arguments)
+        assert done.returncode == 0, done.stderr
+        path = max(tmp_path.glob("bench/*/*/result.json"), key=lambda found: found.stat().st_mtime_ns)
+        result = json.loads(path.read_text())
+        assert result["seed"] == 42
+        assert result["config"]["optim"]["schedule"] == "constant"
+        assert result["all_pass"] in (True, False)
+        assert result["checkpoints_pass"] is True
+        assert {p.name for p in path.parent.glob("*.png")} == {"speedup.png"}
+        assert "loss/stack, 1 batch an update" in (path.parent / "metrics.jsonl").read_text()
+        assert "attention: " in done.stdout
+        losses.append([run["losses_hash"] for run in result["details"]["speedup"].values()])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("stack.level=4", "stack.level=4"),
+        ("stack.ratio=0.1", "stack.ratio=0.1"),
+        ("benchmark=vram", "stage=3a"),
+    ],
+)
+def test_wrong_options_of_the_stack_are_one_sentence(tmp_path, argument, told):
+    done = bench(tmp_path, "stage=3a", "benchmark=speedup", argument)
+    assert done.returncode == 1
+    assert "error: " in done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr

@@ -287,7 +287,7 @@ def measure_speedup_run(
     training = _training(config, data, model, plan)
     engine = InferenceScalingEngine(config.stack.speculation_warmup)
     prompt = data.valid[:PROMPT].tolist()
-    sampled = min(SAMPLED, length - PROMPT)
+    sampled = max(1, min(SAMPLED, length - PROMPT))
     losses: list[float] = []
     times: list[float] = []
     valid_losses: list[float] = []
@@ -481,8 +481,9 @@ def measure_speedup_memory(config: BenchConfig, device: torch.device) -> dict[st
     Returns:
         ``plain_mb``; ``stack_mb``, as the stack is used; ``uncompressed_mb`` and ``compressed_mb``, the stack
         without and with compression, both without compilation; ``ratio``, held / float32 size of what was
-        compressed; ``gradient_error``, relative, of one batch; ``time_ratio`` of a batch forward and
-        backward, compressed / not (median of turns); ``compressed``, whether the stack uses it.
+        compressed, None where nothing was large enough; ``gradient_error``, relative, of one batch;
+        ``time_ratio`` of a batch forward and backward, compressed / not (median of turns); ``compressed``,
+        whether the stack uses it.
     """
     config, data, model = _start(config, device)
     plan = find_plan(config, data, model)
