@@ -13,6 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+# Tests run side by side already; threads beyond the processors would wait for each other most of the time.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
