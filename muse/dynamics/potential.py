@@ -324,7 +324,7 @@ class DuffingPotential(Potential):
     def __init__(self, features: int) -> None:
         super().__init__()
         self.stiffness = nn.Parameter(torch.ones(features))
-        self.quartic = nn.Parameter(torch.full((features,), 0.1))
+        self.quartic = nn.Parameter(torch.full((features,), 0.01))
 
     def value(self, q: Tensor, *coefficients: Tensor) -> Tensor:
         stiffness, quartic = (x.to(q.dtype) for x in coefficients)

@@ -174,7 +174,7 @@ def test_an_untrained_model_is_measured_when_nothing_is_trained(bench_config, mo
     [
         ("vram", (2, 2048), 10, "leapfrog"),
         ("perplexity", (4, 1024), 10, "blanes_moan_rkn4"),
-        ("energy", (4, 512), 2, "blanes_moan_rkn4"),
+        ("energy", (4, 512), 1, "blanes_moan_rkn4"),
     ],
 )
 def test_what_is_left_open_is_the_setting_of_the_seeds(

@@ -130,14 +130,14 @@ def test_initial_curvature(with_context, curvature):
 def test_duffing_starts_as_a_spring_that_hardens():
     potential = DuffingPotential(3).double()
     q = torch.tensor([2.0, 0.0, -1.0], dtype=torch.float64)
-    assert potential(q).item() == pytest.approx((4 + 1) / 2 + 0.1 * (16 + 1) / 4)
+    assert potential(q).item() == pytest.approx((4 + 1) / 2 + 0.01 * (16 + 1) / 4)
     torch.testing.assert_close(
-        potential.force(q, *potential.coefficients()), torch.tensor([-2.8, 0.0, 1.1], dtype=torch.float64)
+        potential.force(q, *potential.coefficients()), torch.tensor([-2.08, 0.0, 1.01], dtype=torch.float64)
     )
     # And still does where training made the coefficient negative.
     with torch.no_grad():
         potential.quartic.neg_()
-    assert potential(q).item() == pytest.approx((4 + 1) / 2 + 0.1 * (16 + 1) / 4)
+    assert potential(q).item() == pytest.approx((4 + 1) / 2 + 0.01 * (16 + 1) / 4)
 
 
 # ---- The path of a class (the kernel or, with a context, chunk by chunk) against that of the base class

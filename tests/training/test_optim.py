@@ -19,7 +19,7 @@ MODEL = ModelConfig(vocab_size=30, seq_len=8, real=WIDTH, complex=WIDTH)
 
 
 def language_model(dtype=torch.float32, **options):
-    stage = StageConfig(precision="fp32", **options)
+    stage = StageConfig(**{"precision": "fp32", **options, "number": str(options.get("number", 1))})
     return build_model(stage, MODEL, 30).to(dtype)
 
 
