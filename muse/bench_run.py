@@ -13,7 +13,7 @@ from muse.benchmarks.suite import FLOW_VRAM_REDUCTION, VRAM_TARGET, Report, run_
 from muse.benchmarks.sweep import add_cell, swept_options
 from muse.config import BENCHMARKS, BenchConfig
 from muse.errors import ConfigError
-from muse.files import write_json
+from muse.files import find_files, write_json
 from muse.hardware import use_hardware
 from muse.provenance import identity, provenance, source_hash
 from muse.report.metrics import MetricsLog
@@ -237,9 +237,8 @@ def _overrides() -> list[str]:
 def _finished(config: BenchConfig) -> dict[str, Any] | None:
     """The newest finished result of the same options and code below ``output_root``."""
     wanted, source = identity(config), source_hash()
-    paths = sorted(
-        Path(config.output_root).glob(f"bench/**/{RESULT}"), key=lambda path: -path.stat().st_mtime_ns
-    )
+    found = find_files(Path(config.output_root) / "bench", RESULT)
+    paths = sorted(found, key=lambda path: -path.stat().st_mtime_ns)
     for path in paths:
         try:
             result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

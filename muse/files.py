@@ -23,6 +23,12 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def find_files(root: Path, name: str) -> list[Path]:
+    """All files called ``name`` below ``root``; folders that vanish meanwhile are left out."""
+    # Path.glob raises where a folder vanishes between its listing and its reading.
+    return [Path(folder) / name for folder, _, names in os.walk(root) if name in names]
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace the file at ``path`` by ``value`` as JSON; infinities and NaN become null, as JSON has none."""
     write_atomically(path, json.dumps(finite(value), indent=2) + "\n")

@@ -10,7 +10,7 @@ from typing import Any
 from muse.config import RunConfig
 from muse.data import load_tokens
 from muse.errors import ConfigError
-from muse.files import write_json
+from muse.files import find_files, write_json
 from muse.hardware import describe, use_hardware
 from muse.provenance import identity, provenance
 from muse.report.metrics import MetricsLog, read_metrics
@@ -143,7 +143,7 @@ def _run_to_resume(config: RunConfig) -> Path | None:
         return run
     candidates = [
         file.parent
-        for file in Path(config.output_root).glob("train/**/" + RUN_FILE)
+        for file in find_files(Path(config.output_root) / "train", RUN_FILE)
         if _identity_of(file.parent) == wanted and find_checkpoint(file.parent) is not None
     ]
     return max(candidates, key=lambda run: (run / "checkpoints" / "last").stat().st_mtime_ns, default=None)

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from muse.files import find_files
+
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 90
 EVALUATIONS = [20, 40, 60, 80, 90]
@@ -101,7 +103,7 @@ def read_json(path: Path) -> Any:
 
 def run_folders(place: Path, root: str) -> list[Path]:
     """Folders of the runs below ``root``, the oldest first."""
-    files = (place / root).glob("train/**/run.json")
+    files = find_files(place / root / "train", "run.json")
     return [path.parent for path in sorted(files, key=lambda path: path.stat().st_mtime_ns)]
 
 
