@@ -132,7 +132,9 @@ class Training:
         norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None])
         smallest, largest = self.gradient_range
         self.gradient_range = (min(smallest, norms.min().item()), max(largest, norms.max().item()))
-        self.norms.append(torch.nn.utils.clip_grad_norm_(parameters, clip).item())
+        total = torch.linalg.vector_norm(norms)
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, total)
+        self.norms.append(total.item())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -498,7 +500,7 @@ def measure_speedup_memory(config: BenchConfig, device: torch.device) -> dict[st
         name: peak_memory(config, data, copy.deepcopy(model), other) / MB for name, other in peaks.items()
     }
     measured["stack_mb"] = measured["compressed_mb" if plan.compress else "uncompressed_mb"]
-    gradients, times, compressor = [], [list[float](), list[float]()], None
+    times: list[list[float]] = [[], []]
     trainings = [_training(config, data, copy.deepcopy(model), other) for other in (off, on)]
     for turn in range(1 + config.benchmark.repeats):
         for training, own in zip(trainings, times, strict=True):
@@ -508,13 +510,14 @@ def measure_speedup_memory(config: BenchConfig, device: torch.device) -> dict[st
             synchronize(device)
             if turn:
                 own.append(time.perf_counter() - start)
-    for training in trainings:
-        gradients.append(joined(p.grad for p in training.model.parameters() if p.grad is not None))
-        compressor = training.compressor
+    exact, rounded = (
+        joined(p.grad for p in training.model.parameters() if p.grad is not None) for training in trainings
+    )
+    compressor = trainings[1].compressor
     assert compressor is not None
     return measured | {
         "ratio": compressor.ratio,
-        "gradient_error": relative_error(gradients[1], gradients[0]),
+        "gradient_error": relative_error(rounded, exact),
         "time_ratio": median(b / a for a, b in zip(*times, strict=True)),
         "compressed": plan.compress,
         "parameters": count_parameters(model),
