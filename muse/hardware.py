@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -31,6 +33,16 @@ def use_hardware(config: HardwareConfig) -> torch.device:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_gb * 1e9 / total))
     return torch.device("cuda", 0)
+
+
+@contextmanager
+def restored_threads() -> Iterator[None]:
+    """Leave the number of CPU threads as it was before; also a decorator."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _keep_freed_memory() -> None:

@@ -36,7 +36,7 @@ from muse.config import BenchConfig
 from muse.data import TokenData, load_tokens, training_batch
 from muse.errors import RunError
 from muse.files import write_json
-from muse.hardware import describe, synchronize
+from muse.hardware import describe, restored_threads, synchronize
 from muse.models import LanguageModel, build_model, count_parameters
 from muse.provenance import source_hash
 from muse.training.checkpoint import TrainingState, load_state, load_weights, random_state, save_checkpoint
@@ -256,6 +256,7 @@ def peak_memory(config: BenchConfig, data: TokenData, model: LanguageModel, plan
     return float(sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values()))
 
 
+@restored_threads()
 def measure_speedup_run(
     config: BenchConfig, device: torch.device, until: float | None = None
 ) -> dict[str, Any]:
@@ -442,6 +443,7 @@ def _reached(training: Training, losses: list[float], target: float) -> int | No
         losses += [training.step(index) for index in range(len(losses), len(losses) + 10)]
 
 
+@restored_threads()
 def measure_speedup_pairs(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     """Updates of the plain training and of the one with the stack, timed in turns.
 
@@ -477,6 +479,7 @@ def measure_speedup_pairs(config: BenchConfig, device: torch.device) -> dict[str
     }
 
 
+@restored_threads()
 def measure_speedup_memory(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     """Peak memory of a step, plainly and with the stack, and what compressed activations cost and save.
 

@@ -78,6 +78,23 @@ def test_a_rerun_has_the_losses_of_the_run_bit_for_bit(speedup_config):
     assert (first["loss"], first["valid_loss"]) == (second["loss"], second["valid_loss"])
 
 
+@pytest.mark.parametrize("measure", [measure_speedup_run, measure_speedup_pairs, measure_speedup_memory])
+def test_chosen_threads_do_not_outlive_the_measurement(speedup_config, measure, monkeypatch):
+    # The next measurement in this process would look for a plan of another machine, and make other choices.
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(
+        speedup, "_measured_plan", lambda *_: Plan(Execution(threads=threads + 1), seconds=1.0)
+    )
+    during = []
+    step = speedup.Training.step
+    monkeypatch.setattr(
+        speedup.Training, "step", lambda self, i: during.append(torch.get_num_threads()) or step(self, i)
+    )
+    measure(speedup_config(), CPU)
+    assert threads + 1 in during
+    assert torch.get_num_threads() == threads
+
+
 def test_the_stack_learns_what_the_plain_training_learns(speedup_config):
     plain, stack = (measure_speedup_run(speedup_config(s), CPU) for s in (PLAIN, StackConfig(level=2)))
     assert plain["curve"][-1][0] == 20
