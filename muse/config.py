@@ -92,6 +92,8 @@ class StageConfig:
         phi: what the MLP sums; the activation of the force is its derivative.
         flows: flows in a block, each with a potential of its own, on the state of the one before times i.
         context: whether the MLP sees where a token starts its flow, too, through weights of its own.
+        confinement: stiffness of a spring beside the MLP, which keeps tokens from leaving along directions
+            in which it is flat; 0 for none.
         force_precision: precision of the force's matrix products. In half precision they are no gradient of
             a potential to the last digits, and the energy drifts by 1e-3 instead of 1e-6.
         fraction_bits: of the fixed-point state of ``exact``, whose range is 2^(31 - fraction_bits).
@@ -119,6 +121,7 @@ class StageConfig:
     phi: str = "gelu_integral"
     flows: int = 2
     context: bool = True
+    confinement: float = 0.5
     force_precision: str = "fp32"
     fraction_bits: int = 23
     recon_threshold: float = 1e-5
@@ -150,6 +153,7 @@ class StageConfig:
         if self.potential_width is not None:
             _at_least("stage.potential_width", self.potential_width, 1)
         _at_least("stage.flows", self.flows, 1)
+        _at_least("stage.confinement", self.confinement, 0)
         _one_of("stage.phi", self.phi, PHIS)
         _one_of("stage.force_precision", self.force_precision, FORCE_PRECISIONS)
         if not 8 <= self.fraction_bits <= 28:

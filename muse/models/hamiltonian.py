@@ -95,4 +95,13 @@ def flow_potential(width: WidthConfig, stage: StageConfig) -> Potential:
         unit = channels + 2 + 2 * channels * stage.context
         # As many parameters as the feed-forward block of stage 1 has.
         hidden = max(1, round(4 * channels * width.d_ff / (stage.flows * unit)))
-    return MLPPotential(channels, hidden, stage.phi, stage.force_precision, with_context=stage.context)
+    return MLPPotential(
+        channels,
+        hidden,
+        stage.phi,
+        stage.force_precision,
+        # The spring is the greater part of what pulls back at the start.
+        curvature=0.3 if stage.confinement else 0.65,
+        confinement=stage.confinement,
+        with_context=stage.context,
+    )

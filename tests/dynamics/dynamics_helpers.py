@@ -116,9 +116,15 @@ def perturbed_context(width: int, hidden: int | None = None, **options) -> MLPPo
     return perturbed_mlp(width, hidden, with_context=True, **options)
 
 
+def perturbed_spring(width: int, hidden: int | None = None, **options) -> MLPPotential:
+    """One with a spring beside the hidden units."""
+    return perturbed_mlp(width, hidden, confinement=0.4, **options)
+
+
 POTENTIALS: dict[str, Callable[[int], Potential]] = {
     "mlp": perturbed_mlp,
     "context": perturbed_context,
+    "spring": perturbed_spring,
     "duffing": perturbed_duffing,
 }
 

@@ -66,7 +66,7 @@ def phi(a, name):
             return torch.log1p(torch.exp(a))
 
 
-def by_hand(parameters, z, steps, dt, name="gelu_integral"):
+def by_hand(parameters, z, steps, dt, name="gelu_integral", spring=0.0):
     """Leapfrog with the force that autograd makes of V."""
     w1, b1, w2, context_weight = parameters
     q, p = z.unbind(-2)
@@ -76,6 +76,7 @@ def by_hand(parameters, z, steps, dt, name="gelu_integral"):
         # Another tensor than the q of the start, through which there is no force.
         here = q.clone()
         value = (w2.abs() * phi(here @ w1.T + b1 + start @ context_weight.T, name)).sum()
+        value = value + spring / 2 * here.square().sum()
         return -torch.autograd.grad(value, here, create_graph=True)[0]
 
     for _ in range(steps):
@@ -85,15 +86,16 @@ def by_hand(parameters, z, steps, dt, name="gelu_integral"):
     return torch.stack((q, p), -2)
 
 
+@pytest.mark.parametrize("spring", [0.0, 0.5])
 @pytest.mark.parametrize("name", PHIS)
 @every_mode
-def test_the_flow_is_what_the_formula_says(mode, name):
+def test_the_flow_is_what_the_formula_says(mode, name, spring):
     """The result and every gradient, in single precision, against the formula in double precision."""
-    ode = make(mode, integrator="leapfrog", steps=5, dt=0.2, phi=name)
+    ode = make(mode, integrator="leapfrog", steps=5, dt=0.2, phi=name, confinement=spring)
     z = state(30, 16)
     parameters = [x.detach().double().requires_grad_() for x in ode.parameters()]
     assert len(parameters) == 4
-    exact = gradients(lambda x: by_hand(parameters, x, 5, 0.2, name), iter(parameters), z.double())
+    exact = gradients(lambda x: by_hand(parameters, x, 5, 0.2, name, spring), iter(parameters), z.double())
     with no_warnings():
         found = flow_gradients(ode, z)
     assert worst_error(found, exact) <= 1e-5
