@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from muse.config import build_config, quote_stage, register_schemas
+from muse.distributed import launched_rank, launched_ranks
 from muse.errors import ConfigError, RunError
 
 _statuses: list[int] = []
+# What gloo and NCCL say when the other end of a connection is gone.
+_LOST = re.compile("gloo|nccl|connection|peer|store", re.IGNORECASE)
 
 
 def prepare() -> None:
     """Make ``stage=1`` work on the command line, and the schemas and resolvers known to Hydra."""
     sys.argv[1:] = quote_stage(sys.argv[1:])
+    if launched_ranks() > 1 and {"-m", "--multirun"} & set(sys.argv):
+        sys.exit("error: a sweep (-m) starts a process for each cell; torchrun goes with a single run")
+    if launched_rank() > 0:
+        # The folder of the run is the first rank's; what Hydra writes here is of no use.
+        folder = tempfile.TemporaryDirectory()
+        atexit.register(folder.cleanup)
+        sys.argv += [
+            f"hydra.run.dir={folder.name}",
+            "hydra.output_subdir=null",
+            "hydra/job_logging=disabled",
+        ]
     OmegaConf.register_new_resolver("muse.pid", os.getpid, replace=True)
     register_schemas()
 
@@ -41,13 +59,26 @@ def run_job(
         _statuses.append(job(build_config(composed), run))
     except (ConfigError, RunError) as error:
         on_error(error)
-        print(f"error: {error}", file=sys.stderr)
+        # The first rank says it for all; were another one to fail before it does, torchrun would end it.
+        if launched_rank() == 0 or not error.everywhere:
+            print(f"error: {_which_rank()}{error}", file=sys.stderr)
+            _statuses.append(1)
+        else:
+            _statuses.append(0)
+    except RuntimeError as error:
+        if not dist.is_initialized() or not _LOST.search(str(error)):
+            raise
+        print(f"error: {_which_rank()}another rank ended, which said why", file=sys.stderr)
         _statuses.append(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     if _statuses[-1] > 128:
         sys.exit(_statuses[-1])
+
+
+def _which_rank() -> str:
+    return f"rank {launched_rank()}: " if launched_rank() else ""
 
 
 def finish() -> None:

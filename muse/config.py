@@ -333,6 +333,8 @@ class HardwareConfig:
         threads: CPU threads of PyTorch; null for PyTorch's own choice.
         compile: whether the model is compiled with ``torch.compile``.
         kernels: ``auto`` (Triton on a GPU) or ``eager`` (plain PyTorch everywhere).
+        parallel: what joins the processes that torchrun started: ``ddp`` (each holds the model) or ``fsdp``
+            (parameters, gradients and optimiser state are sharded); ``none`` for one process.
     """
 
     device: str = "auto"
@@ -340,10 +342,12 @@ class HardwareConfig:
     threads: int | None = None
     compile: bool = False
     kernels: str = "auto"
+    parallel: str = "none"
 
     def __post_init__(self) -> None:
         _one_of("hardware.device", self.device, ("auto", "cpu", "cuda"))
         _one_of("hardware.kernels", self.kernels, ("auto", "eager"))
+        _one_of("hardware.parallel", self.parallel, ("none", "ddp", "fsdp"))
         if self.memory_gb is not None:
             _positive("hardware.memory_gb", self.memory_gb)
         if self.threads is not None:
@@ -382,6 +386,7 @@ class TrainConfig:
         eval_stride: tokens that the window moves by in an evaluation; null for no overlap.
         test: whether the test split is evaluated at the end.
         checkpoint_every: steps between two checkpoints; 0 for the end only.
+        async_checkpoint: whether checkpoints are copied and then written while training goes on.
         sample_tokens: length of the text sample printed at the end.
     """
 
@@ -392,6 +397,7 @@ class TrainConfig:
     eval_stride: int | None = None
     test: bool = False
     checkpoint_every: int = 200
+    async_checkpoint: bool = False
     sample_tokens: int = 64
 
     def __post_init__(self) -> None:
@@ -552,6 +558,20 @@ class RunConfig:
                 f"train.eval_stride={stride} skips tokens; it must be at most "
                 f"model.seq_len={self.model.seq_len}"
             )
+        if self.hardware.parallel == "fsdp":
+            self._check_sharded()
+
+    def _check_sharded(self) -> None:
+        for option, value, refused, instead in (
+            ("optim", self.optim.name, "muon", "optim=adamw"),
+            ("stage.precision", self.stage.precision, "fp16-mixed", "bf16-mixed"),
+            ("hardware.compile", self.hardware.compile, True, "hardware.compile=false"),
+        ):
+            if value == refused:
+                raise ConfigError(
+                    f"{option}={str(value).lower()} does not go with hardware.parallel=fsdp; choose "
+                    f"{instead} or hardware.parallel=ddp"
+                )
 
 
 @dataclass

@@ -2,8 +2,20 @@
 
 
 class ConfigError(ValueError):
-    """A configuration value that cannot be used; the message names the option and what is allowed."""
+    """A configuration value that cannot be used; the message names the option and what is allowed.
+
+    Attributes:
+        everywhere: whether every rank raises it, so that one of them may say it for all.
+    """
+
+    everywhere = True
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on; the message says what happened and what is kept."""
+    """A run that cannot go on; the message says what happened and what is kept.
+
+    Attributes:
+        everywhere: whether every rank raises it, so that one of them may say it for all.
+    """
+
+    everywhere = False

@@ -5,22 +5,34 @@ from __future__ import annotations
 import json
 import math
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file at ``path`` by ``text``; a reader sees the old text or the new, never a part."""
+@contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """A new file beside ``path`` that takes its name when the block ends without an error.
+
+    Several processes may replace the same file at once; the last one to finish wins.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the file at ``path`` by ``text``; a reader sees the old text or the new, never a part."""
+    with replacement(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def find_files(root: Path, name: str) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,15 +11,21 @@ import torch
 
 from kernels.launch import use_eager
 from muse.config import HardwareConfig
-from muse.errors import ConfigError
+from muse.distributed import check_launch
+from muse.errors import ConfigError, RunError
 
 
 def use_hardware(config: HardwareConfig) -> torch.device:
     """Apply the hardware options to this process and return the device.
 
+    Of the processes that torchrun starts on a machine each takes a GPU of its own.
+
     Raises:
-        ConfigError: when CUDA is asked for and there is none.
+        ConfigError: when CUDA is asked for and there is none, or ``hardware.parallel`` does not fit the way
+            in which this process was started.
+        RunError: when there are fewer GPUs than processes.
     """
+    check_launch(config.parallel)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     use_eager(config.kernels == "eager")
@@ -28,11 +35,18 @@ def use_hardware(config: HardwareConfig) -> torch.device:
         return torch.device("cpu")
     if not has_cuda:
         raise ConfigError("hardware.device=cuda needs a CUDA device and none was found; use hardware=cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.index >= torch.cuda.device_count():
+        raise RunError(
+            f"torchrun started more processes than the {torch.cuda.device_count()} GPUs of this machine; "
+            "lower --nproc-per-node"
+        )
+    torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
     if config.memory_gb is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_gb * 1e9 / total))
-    return torch.device("cuda", 0)
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_gb * 1e9 / total), device)
+    return device
 
 
 @contextmanager

@@ -7,43 +7,64 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from muse.config import RunConfig
-from muse.data import load_tokens
+from muse.data import TokenData, load_tokens
+from muse.distributed import first_rank_does, joined_ranks, rank, ranks, same
 from muse.errors import ConfigError
 from muse.files import find_files, write_json
 from muse.hardware import describe, use_hardware
+from muse.models import LanguageModel
 from muse.provenance import identity, provenance
 from muse.report.metrics import MetricsLog, read_metrics
 from muse.report.plots import plot_loss_curve
 from muse.report.table import table
-from muse.training.checkpoint import adopt_checkpoints, find_checkpoint, load_state
+from muse.training.checkpoint import adopt_checkpoints, find_checkpoint, find_sound_checkpoint, load_state
 from muse.training.sample import sample_text
 from muse.training.trainer import TrainResult, train
 
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
+# Tokens of the validation split that the sample goes on from.
+PROMPT = 16
 
 
 def run_training(config: RunConfig, run: Path) -> int:
     """Train as configured and write the results into the folder ``run``.
 
+    Of several ranks the first one writes, and all others train with it.
+
     Returns:
         Exit status: 0, or 128 + the number of the signal that interrupted the run.
     """
     device = use_hardware(config.hardware)
+    with joined_ranks(device):
+        return _run_on_ranks(config, same(run), device)
+
+
+def _run_on_ranks(config: RunConfig, run: Path, device: torch.device) -> int:
     if config.data.name == "synthetic":
         raise ConfigError(
             "data=synthetic has nothing to learn, it is for benchmarks; choose data=stdlib, wikitext2 or text"
         )
-    previous = _run_to_resume(config)
-    checkpoint = find_checkpoint(previous) if previous is not None else None
+    previous, checkpoint = first_rank_does(lambda: _found_to_resume(config))
     if previous is not None and (previous / RESULT_FILE).exists():
-        print(
-            f"{previous} is finished; its results are in {previous / RESULT_FILE}, resume=never starts afresh"
-        )
+        if rank() == 0:
+            print(
+                f"{previous} is finished; its results are in {previous / RESULT_FILE}, resume=never starts "
+                "afresh"
+            )
         return 0
+    # The first rank fills data.cache, the others find everything there.
+    first_rank_does(lambda: bool(_load_data(config)))
+    data = _load_data(config)
+    if rank() > 0:
+        model, result = train(config, data, device, run, lambda step, metrics: None, checkpoint)
+        if result.signal is None:
+            _sample(config, model, data)
+        return 128 + result.signal if result.signal is not None else 0
     state = load_state(checkpoint) if checkpoint is not None else None
-    data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
     write_json(
         run / RUN_FILE,
         {
@@ -53,12 +74,13 @@ def run_training(config: RunConfig, run: Path) -> int:
         },
     )
     earlier: list[dict[str, Any]] = []
-    if previous is not None and state is not None:
+    if previous is not None and checkpoint is not None and state is not None:
         print(f"resuming {previous} after step {state.step}")
-        adopt_checkpoints(previous, run)
+        adopt_checkpoints(previous, checkpoint, run)
         earlier = lines_before(previous, state.step, config.train.steps)
     print(
-        f"stage {config.stage.number}, {config.model.name}, {config.stage.precision} on {describe(device)}: "
+        f"stage {config.stage.number}, {config.model.name}, {config.stage.precision} on {describe(device)}"
+        f"{f', {ranks()} ranks' if ranks() > 1 else ''}: "
         f"{len(data.train):,} training tokens of a vocabulary of {data.vocab_size:,}"
     )
     log = MetricsLog(run, config, earlier, state.wandb_id if state else None)
@@ -77,18 +99,27 @@ def run_training(config: RunConfig, run: Path) -> int:
         write_json(run / RESULT_FILE, {**summary, **provenance(config)})
         log.add_results(summary, [curve])
         print(_table(result))
-        if config.train.sample_tokens and data.tokenizer is not None:
-            prompt = [int(token) for token in data.valid[:16]]
-            text = sample_text(
-                model, data.tokenizer, prompt, config.train.sample_tokens, config.model.seq_len
-            )
+        text = _sample(config, model, data)
+        if text is not None:
             (run / "sample.txt").write_text(text + "\n", encoding="utf-8")
-            print(f"\nsample, after {len(prompt)} tokens of the validation split:\n{text}")
+            print(f"\nsample, after {PROMPT} tokens of the validation split:\n{text}")
         print(f"\neverything is in {run}")
         failed = False
         return 0
     finally:
         log.close(failed)
+
+
+def _load_data(config: RunConfig) -> TokenData:
+    return load_tokens(config.data, config.tokenizer, config.model.vocab_size)
+
+
+def _sample(config: RunConfig, model: LanguageModel, data: TokenData) -> str | None:
+    """Text that the model goes on with; every rank draws it, since parameters may be sharded."""
+    if not config.train.sample_tokens or data.tokenizer is None:
+        return None
+    prompt = [int(token) for token in data.valid[:PROMPT]]
+    return sample_text(model, data.tokenizer, prompt, config.train.sample_tokens, config.model.seq_len)
 
 
 def lines_before(previous: Path, step: int, last_step: int) -> list[dict[str, Any]]:
@@ -122,12 +153,21 @@ def _table(result: TrainResult) -> str:
     )
 
 
-def _run_to_resume(config: RunConfig) -> Path | None:
-    """Folder of the run that ``resume`` means; None to start afresh.
+def _found_to_resume(config: RunConfig) -> tuple[Path | None, Path | None]:
+    """Folder of the run that ``resume`` means and its newest sound checkpoint; None to start afresh.
 
     Raises:
         ConfigError: when a folder is named that holds no checkpoint or another configuration.
+        RunError: when every checkpoint of the run is damaged.
     """
+    previous = _run_to_resume(config)
+    if previous is None or (previous / RESULT_FILE).exists():
+        return previous, None
+    return previous, find_sound_checkpoint(previous)
+
+
+def _run_to_resume(config: RunConfig) -> Path | None:
+    """Folder of the run that ``resume`` means; None to start afresh."""
     if config.resume == "never":
         return None
     wanted = identity(config)

@@ -39,7 +39,13 @@ from muse.files import write_json
 from muse.hardware import describe, restored_threads, synchronize
 from muse.models import LanguageModel, build_model, count_parameters
 from muse.provenance import source_hash
-from muse.training.checkpoint import TrainingState, load_state, load_weights, random_state, save_checkpoint
+from muse.training.checkpoint import (
+    CheckpointWriter,
+    TrainingState,
+    find_checkpoint,
+    load_state,
+    load_weights,
+)
 from muse.training.evaluate import evaluate
 from muse.training.optim import first_non_finite
 
@@ -375,16 +381,12 @@ def _sampled(
 
 def _checkpoint(training: Training, step: int, loss: float) -> tuple[Path, bool]:
     """Save the training; where it is, and whether another model loads the same weights from it."""
-    folder = Path(training.config.output_root) / "checkpoints"
-    state = TrainingState(
-        step=step,
-        optimizers=[training.optimizer.state_dict()],
-        scaler={},
-        random=random_state(),
-        best_loss=loss,
-        wandb_id=None,
-    )
-    path = save_checkpoint(folder, training.model, state, best=True)
+    run = Path(training.config.output_root)
+    state = TrainingState(step=step, scaler={}, random=[], best_loss=loss, wandb_id=None)
+    tensors = {"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()}
+    CheckpointWriter(run / "checkpoints").save(tensors, state, best=True)
+    path = find_checkpoint(run)
+    assert path is not None
     config = training.config
     other = build_model(config.stage, config.model, training.data.vocab_size, config.seed + 1)
     load_weights(path, other)

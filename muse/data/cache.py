@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-import os
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from muse.errors import ConfigError
+from muse.files import replacement
 
 STALE_SECONDS = 24 * 3600
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside ``path`` that takes its name when the block ends without an error.
-
-    Several processes may write the same path at once; the last one to finish wins. Temporary files
-    that killed processes left behind are removed when they are a day old.
+    """Open a replacement of ``path``; those that killed processes left are removed after a day.
 
     Raises:
         ConfigError: naming ``data.cache``, when the folder cannot be written or the disk is full.
     """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path.parent)
-        with open(temporary, "xb") as file:
+        with replacement(path) as temporary, open(temporary, "xb") as file:
             yield file
-        os.replace(temporary, path)
     except OSError as error:
         raise ConfigError(
             f"data.cache={path.parent} cannot be written ({error.strerror or error}); "
             "free some space there or choose another folder"
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _remove_stale(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Hamiltonian dynamics of the hidden state."""
 
-from muse.dynamics.hamiltonian_ode import HamiltonianNeuralODE, flow_metrics
+from muse.dynamics.hamiltonian_ode import HamiltonianNeuralODE, agree_on_fallbacks, flow_metrics
 from muse.dynamics.integrators import INTEGRATORS, Splitting, Stages, stages
 from muse.dynamics.potential import DuffingPotential, MLPPotential, Potential
 
@@ -12,6 +12,7 @@ __all__ = [
     "Potential",
     "Splitting",
     "Stages",
+    "agree_on_fallbacks",
     "flow_metrics",
     "stages",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.symplectic import LIMIT
+from muse.distributed import largest, ranks
 from muse.dynamics.integrators import Stages, stages
 from muse.dynamics.potential import Potential
 from muse.errors import RunError
@@ -223,6 +224,20 @@ def _by_checkpoints(
 
 def _remember_fallback(ode: HamiltonianNeuralODE, _: Any) -> None:
     ode.fallen_back = bool(ode.fallback_count)
+
+
+def agree_on_fallbacks(model: nn.Module) -> None:
+    """Let a layer fall back on every rank if it did on one, so that ranks stay interchangeable.
+
+    The count becomes the largest of any rank.
+    """
+    flows = [module for module in model.modules() if isinstance(module, HamiltonianNeuralODE)]
+    if not flows or ranks() == 1:
+        return
+    counts = largest(torch.stack([flow.fallback_count for flow in flows]))
+    for flow, count in zip(flows, counts.unbind(), strict=True):
+        flow.fallback_count.copy_(count)
+        _remember_fallback(flow, None)
 
 
 def flow_metrics(model: nn.Module) -> dict[str, float]:

@@ -254,8 +254,8 @@ class MLPPotential(Potential):
     ) -> tuple[Tensor, Tensor, Tensor]:
         weights, contexts = self._parted(coefficients)
         parts = [
-            super(MLPPotential, self).advance(*rows[:2], self._given(weights, rows[2:]), stages, scale)
-            for rows in _chunks(q, p, *contexts)
+            super(MLPPotential, self).advance(some_q, some_p, self._given(weights, given), stages, scale)
+            for some_q, some_p, *given in _chunks(q, p, *contexts)
         ]
         end_q, end_p, peaks = zip(*parts, strict=True)
         return torch.cat(end_q).view(q.shape), torch.cat(end_p).view(p.shape), torch.stack(peaks).amax()
@@ -274,10 +274,11 @@ class MLPPotential(Potential):
         weights, contexts = self._parted(coefficients)
         sums = [torch.zeros_like(_wide(x)) for x in weights]
         states = []
-        for rows in _chunks(grad_q, grad_p, end_q, end_p, *contexts):
-            ends, given = rows[:4], rows[4:]
+        for some_grad_q, some_grad_p, some_q, some_p, *given in _chunks(
+            grad_q, grad_p, end_q, end_p, *contexts
+        ):
             *state, grad_w1, grad_bias, grad_w2 = super().undo(
-                *ends, self._given(weights, given), stages, scale
+                some_grad_q, some_grad_p, some_q, some_p, self._given(weights, given), stages, scale
             )
             changes = [grad_w1, grad_bias, grad_w2]
             for context in given:
@@ -306,9 +307,7 @@ class MLPPotential(Potential):
         return coefficients[:count], coefficients[count:]
 
     @torch.no_grad()
-    def _given(
-        self, weights: tuple[Tensor, ...], contexts: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _given(self, weights: tuple[Tensor, ...], contexts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The coefficients of the same potential without a context; with one b1 is a row for each token."""
         _, bias, _ = self._operands(*weights, *contexts)
         return _wide(weights[0]), _wide(bias), _wide(weights[2])

@@ -1,64 +1,241 @@
-"""Checkpoints: a folder with the weights as safetensors and the rest of the state, written atomically.
+"""Checkpoints: folders written by torch.distributed.checkpoint, which load on any number of ranks.
 
-``checkpoints/step_00000200/`` appears only when it is complete; ``checkpoints/last`` and
-``checkpoints/best`` are one-line files that name a folder and are replaced, never rewritten.
+``checkpoints/step_00000200/`` appears only when it is complete, with the SHA-256 of every file in it;
+``checkpoints/last`` and ``checkpoints/best`` are one-line files that name a folder and are replaced, never
+rewritten. The last two checkpoints and the best one are kept.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
+import random
 import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from muse.distributed import gathered, rank, ranks, same
 from muse.errors import RunError
 from muse.files import write_atomically
 
-WEIGHTS = "model.safetensors"
 STATE = "state.pt"
+HASHES = "hashes.json"
+FOLDERS = "step_*"
 
 
 @dataclass
 class TrainingState:
-    """Everything beside the weights that the next step depends on.
+    """What the next step depends on beside the tensors of model and optimiser.
+
+    The position in the data is a function of the step.
 
     Attributes:
         step: finished optimiser steps.
-        optimizers: their state dicts.
         scaler: state of the loss scaler, empty without one.
-        random: states of PyTorch's generators.
+        random: of each rank, states of its random generators.
         best_loss: lowest validation loss so far.
         wandb_id: id of the W&B run.
     """
 
     step: int
-    optimizers: list[dict[str, Any]]
     scaler: dict[str, Any]
-    random: dict[str, Tensor]
+    random: list[dict[str, Any]]
     best_loss: float
     wandb_id: str | None
 
 
-def random_state() -> dict[str, Tensor]:
-    """States of PyTorch's random generators, which dropout and sampling draw from."""
-    state = {"cpu": torch.get_rng_state()}
+def random_state() -> dict[str, Any]:
+    """States of the random generators of Python, NumPy and PyTorch in this process."""
+    name, keys, *position = np.random.get_state(legacy=True)
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *position),
+        "cpu": torch.get_rng_state(),
+    }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def restore_random_state(state: dict[str, Tensor]) -> None:
-    """Set PyTorch's random generators to states from ``random_state``."""
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Set the random generators of this process to states from ``random_state``."""
+    random.setstate(state["python"])
+    name, keys, *position = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *position))
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@dataclass
+class _Pending:
+    """A checkpoint whose tensors are being written."""
+
+    written: Future[Any]
+    temporary: Path
+    step: int
+    best: bool
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run; every rank calls the same methods in the same order.
+
+    Args:
+        folder: ``checkpoints`` of the run, seen by all ranks.
+        asynchronous: whether tensors are copied and then written while training goes on. Such a checkpoint
+            counts from the next call of ``save`` or ``finish`` on.
+    """
+
+    def __init__(self, folder: Path, asynchronous: bool = False) -> None:
+        self.folder = folder
+        self.asynchronous = asynchronous
+        # Collectives of the writing thread must not meet those of the training.
+        self._group = dist.new_group(backend="gloo") if asynchronous and ranks() > 1 else None
+        self._pending: _Pending | None = None
+        if rank() == 0:
+            for leftover in folder.glob(".step_*.tmp"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def save(self, tensors: dict[str, Any], state: TrainingState, best: bool) -> None:
+        """Write a checkpoint, make it the last (and, if ``best``, the best) one, drop those of no use.
+
+        A checkpoint of this step that is there already is left as it is: a step has one state.
+
+        Args:
+            tensors: state dicts; DTensors are written by the ranks that hold their parts.
+            state: of this process; random states are taken from all.
+            best: whether the model is the best so far.
+
+        Raises:
+            RunError: when the disk is full or cannot be written; earlier checkpoints are untouched.
+        """
+        self.finish()
+        name = f"step_{state.step:08d}"
+        temporary = self.folder / f".{name}.tmp"
+        randoms = gathered(random_state())
+        exists = same((self.folder / name).exists())
+
+        def start() -> None:
+            if rank() == 0 and not exists:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                torch.save({**vars(state), "random": randoms}, temporary / STATE)
+                _sync(temporary / STATE)
+
+        self._together(state.step, start)
+        if exists:
+            self._together(state.step, lambda: self._point_at(name, best) if rank() == 0 else None)
+            return
+        alone = ranks() == 1
+        written: Future[Any] = Future()
+
+        def write() -> None:
+            if not self.asynchronous:
+                with _without_warnings():
+                    dcp.save(tensors, checkpoint_id=temporary, no_dist=alone)
+                written.set_result(None)
+                return
+            with _without_warnings():
+                saving = dcp.async_save(
+                    tensors, checkpoint_id=temporary, process_group=self._group, no_dist=alone
+                )
+            assert isinstance(saving, Future)
+            self._pending = _Pending(saving, temporary, state.step, best)
+
+        self._together(state.step, write)
+        if self._pending is None:
+            self._pending = _Pending(written, temporary, state.step, best)
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, and let it count.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        name = f"step_{pending.step:08d}"
+        own: dict[str, str] = {}
+
+        def hash_files() -> None:
+            pending.written.result()
+            # A rank's files begin with its number; the first rank writes all others, too.
+            for path in pending.temporary.iterdir():
+                writer = path.name.removeprefix("__").partition("_")[0] if path.suffix == ".distcp" else "0"
+                if int(writer) == rank():
+                    own[path.name] = _digest(path)
+
+        self._together(pending.step, hash_files)
+        hashes = {file: digest for part in gathered(own) for file, digest in part.items()}
+
+        def count() -> None:
+            if rank() != 0:
+                return
+            (pending.temporary / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+            for path in (pending.temporary / HASHES, pending.temporary):
+                _sync(path)
+            os.rename(pending.temporary, self.folder / name)
+            self._point_at(name, pending.best)
+
+        self._together(pending.step, count)
+
+    def _point_at(self, name: str, best: bool) -> None:
+        write_atomically(self.folder / "last", name)
+        if best:
+            write_atomically(self.folder / "best", name)
+        newest = sorted(path.name for path in self.folder.glob(FOLDERS))[-2:]
+        kept = {*newest, read_pointer(self.folder, "last"), read_pointer(self.folder, "best")}
+        for old in self.folder.glob(FOLDERS):
+            if old.name not in kept:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _together(self, step: int, act: Callable[[], None]) -> None:
+        """Do a part of the writing; where it fails on one rank, it fails on all."""
+        reason = None
+        try:
+            act()
+        # CheckpointException is no Exception.
+        except (OSError, RuntimeError, CheckpointException) as error:
+            text = " ".join(str(error).split())
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            reason = "no space is left on the disk" if full or "No space left" in text else text[:300]
+        reason = next((found for found in gathered(reason) if found is not None), None)
+        if reason is not None:
+            if rank() == 0:
+                shutil.rmtree(self.folder / f".step_{step:08d}.tmp", ignore_errors=True)
+            failure = RunError(
+                f"the checkpoint of step {step} could not be written to {self.folder}: {reason}; "
+                "earlier checkpoints are kept, free space or set output_root=<folder> and use resume=auto"
+            )
+            failure.everywhere = True
+            raise failure
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """torch.distributed.checkpoint warns of a single process that it was told about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _sync(path: Path) -> None:
@@ -69,42 +246,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_checkpoint(folder: Path, model: nn.Module, state: TrainingState, best: bool) -> Path:
-    """Write a checkpoint, make it the last (and, if ``best``, the best) one, drop those of no use.
-
-    A checkpoint of this step that is there already is left as it is: a step has one state.
-
-    Raises:
-        RunError: when the disk is full or cannot be written; earlier checkpoints are untouched.
-    """
-    name = f"step_{state.step:08d}"
-    target = folder / name
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
-    try:
-        if not target.exists():
-            temporary.mkdir(parents=True)
-            weights = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
-            save_file(weights, temporary / WEIGHTS)
-            torch.save(vars(state), temporary / STATE)
-            for path in (temporary / WEIGHTS, temporary / STATE, temporary):
-                _sync(path)
-            os.rename(temporary, target)
-        write_atomically(folder / "last", name)
-        if best:
-            write_atomically(folder / "best", name)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        why = "no space is left on the disk" if full or "No space left" in str(error) else str(error)
-        raise RunError(
-            f"the checkpoint of step {state.step} could not be written to {folder}: {why}; "
-            "earlier checkpoints are kept, free space or set output_root=<folder> and use resume=auto"
-        ) from error
-    kept = {read_pointer(folder, "last"), read_pointer(folder, "best")}
-    for old in folder.glob("step_*"):
-        if old.name not in kept:
-            shutil.rmtree(old, ignore_errors=True)
-    return target
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_pointer(folder: Path, which: str) -> str | None:
@@ -122,8 +266,41 @@ def find_checkpoint(run: Path, which: str = "last") -> Path | None:
     return path if path is not None and path.is_dir() else None
 
 
-def adopt_checkpoints(previous: Path, run: Path) -> None:
-    """Give ``run``, which continues ``previous``, the last and best checkpoints of that folder.
+def find_sound_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run folder whose files are what was written; None if there is none at all.
+
+    Warns of each that is damaged.
+
+    Raises:
+        RunError: all are.
+    """
+    last = find_checkpoint(run)
+    older = sorted((run / "checkpoints").glob(FOLDERS), reverse=True)
+    candidates = list(dict.fromkeys([last, *older] if last is not None else older))
+    for path in candidates:
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        warnings.warn(f"the checkpoint {path} is damaged: {damage}; it is left out", stacklevel=2)
+    if candidates:
+        raise RunError(f"every checkpoint of {run} is damaged; resume=never starts afresh")
+    return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None where each has the hash that was written with it."""
+    try:
+        hashes = json.loads((checkpoint / HASHES).read_text(encoding="utf-8"))
+        for name, digest in hashes.items():
+            if _digest(checkpoint / name) != digest:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{HASHES} or a file that it names cannot be read ({error})"
+    return None
+
+
+def adopt_checkpoints(previous: Path, checkpoint: Path, run: Path) -> None:
+    """Give ``run``, which continues ``checkpoint`` of ``previous``, that one and the best so far.
 
     Files are linked where the file system can, since checkpoints are never rewritten.
     """
@@ -134,33 +311,85 @@ def adopt_checkpoints(previous: Path, run: Path) -> None:
         except OSError:
             shutil.copy2(source, target)
 
-    for which in ("last", "best"):
-        checkpoint = find_checkpoint(previous, which)
-        if checkpoint is not None:
-            target = run / "checkpoints" / checkpoint.name
+    best = find_checkpoint(previous, "best")
+    for which, path in (("last", checkpoint), ("best", best)):
+        if path is not None and path.name <= checkpoint.name:
+            target = run / "checkpoints" / path.name
             if not target.exists():
-                shutil.copytree(checkpoint, target, copy_function=link)
-            write_atomically(run / "checkpoints" / which, checkpoint.name)
+                shutil.copytree(path, target, copy_function=link)
+            write_atomically(run / "checkpoints" / which, path.name)
+
+
+def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
+    """Load the tensors of a checkpoint into those of ``tensors``, in place, whatever their dtype.
+
+    Args:
+        checkpoint: folder.
+        tensors: state dicts as given to ``CheckpointWriter.save``, or some of them.
+
+    Raises:
+        RunError: when the files are damaged, or hold other tensors.
+    """
+    damage = same(find_damage(checkpoint))
+    if damage is not None:
+        raise RunError(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")
+    reason = None
+    try:
+        stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        wanted = [f"{group}.{name}" for group, values in tensors.items() for name in values]
+        unknown = [name for name in stored if name.startswith(tuple(f"{group}." for group in tensors))]
+        left = [name for name in unknown if not any(f"{name}.".startswith(f"{key}.") for key in wanted)]
+        if left:
+            reason = f"it holds {left[0]}, which this model lacks"
+        else:
+            with _without_warnings():
+                dcp.load(tensors, checkpoint_id=checkpoint, no_dist=ranks() == 1)
+    # CheckpointException is no Exception.
+    except (RuntimeError, ValueError, CheckpointException) as error:
+        reason = str(error)
+    if reason is not None:
+        raise _of_another_model(checkpoint, reason)
+
+
+def _of_another_model(checkpoint: Path, reason: str) -> RunError:
+    return RunError(
+        f"the checkpoint {checkpoint} is of another model; give the stage and model options it was trained "
+        f"with ({' '.join(reason.split())[:300]})"
+    )
+
+
+def stored_tensors(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Names, sizes and dtypes of the tensors in a checkpoint, as ``group.name``."""
+    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return {
+        name: (kept.size, kept.properties.dtype)
+        for name, kept in stored.items()
+        if isinstance(kept, TensorStorageMetadata)
+    }
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Load the weights of a checkpoint into ``model``, in the model's own dtype and device.
 
+    Args:
+        checkpoint: its folder, or a safetensors file that ``muse.export`` wrote.
+        model: of the same options.
+
     Raises:
-        RunError: when the file is missing or corrupted, or belongs to another model.
+        RunError: when the files are damaged, or belong to another model.
     """
-    try:
-        weights = load_file(checkpoint / WEIGHTS, device="cpu")
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"the checkpoint {checkpoint} cannot be read, it is damaged: {error}") from error
+    if checkpoint.suffix == ".safetensors":
+        try:
+            weights = load_file(checkpoint)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{checkpoint} cannot be read, it is damaged: {error}") from error
+    else:
+        weights = model.state_dict()
+        load_tensors(checkpoint, {"model": weights})
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(
-            f"the checkpoint {checkpoint} is of another model; give the stage and model options it was "
-            f"trained with ({reason})"
-        ) from error
+        raise _of_another_model(checkpoint, str(error)) from error
 
 
 def load_state(checkpoint: Path) -> TrainingState:

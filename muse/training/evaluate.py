@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from muse.data import Counts, evaluation_batches
+from muse.distributed import rank, ranks, summed
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
 
@@ -48,7 +49,7 @@ def evaluate(
     limit: int = 0,
     precision: torch.dtype | None = None,
 ) -> Evaluation:
-    """Evaluate ``model`` on a split.
+    """Evaluate ``model`` on a split; ranks take turns in the windows of a batch, and all know the result.
 
     Args:
         tokens: the split, (tokens,).
@@ -66,13 +67,29 @@ def evaluate(
     try:
         for inputs, targets, mask in evaluation_batches(tokens, seq_len, batch_size, stride, limit):
             targets = targets.masked_fill(~mask, -1)
+            inputs, targets = _share(inputs, targets)
             with torch.autocast(device.type, precision, enabled=precision is not None):
                 total += model.loss(inputs.to(device), targets.to(device), reduction="sum").item()
             predicted += int(mask.sum())
     finally:
         model.train(training)
+    if ranks() > 1:
+        total = summed(torch.tensor(total, dtype=torch.float64, device=device)).item()
     loss = total / max(1, predicted)
     whole = counts is not None and predicted >= len(tokens) - 1
     word_ppl = perplexity(total / counts.words) if whole and counts and counts.words else None
     bits = total / math.log(2) / counts.bytes if whole and counts and counts.bytes else None
     return Evaluation(loss, perplexity(loss), word_ppl, bits, predicted)
+
+
+def _share(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows of this rank; one that does not count where there are too few.
+
+    With sharded parameters a rank must not leave a forward pass out.
+    """
+    if ranks() == 1:
+        return inputs, targets
+    own = slice(rank(), None, ranks())
+    if rank() < len(inputs):
+        return inputs[own], targets[own]
+    return inputs[:1], torch.full_like(targets[:1], -1)

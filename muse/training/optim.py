@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from muse.config import OptimConfig
+from muse.distributed import gathered, like, local, summed
+from muse.errors import ConfigError
 from muse.layers import ComplexLinear
 
 # Elements of a bfloat16 parameter that are updated at a time: their float32 copies fit the last-level cache.
@@ -23,27 +26,35 @@ class ModelOptimizer:
     float32 together with its state, stepped there, and rounded back stochastically, which keeps the
     expectation of every update (Gupta et al., "Deep Learning with Limited Numerical Precision", 2015).
     Memory: parameter, gradient and state in bfloat16, and a float32 copy of one slice.
+    Of a sharded parameter a rank steps its own part.
 
     Args:
-        model: its parameters must have their final device and dtype.
+        model: its parameters must have their final device, dtype and shards.
         config: optimiser options.
         seed: seed of the rounding, which depends on nothing else but the step.
+
+    Raises:
+        ConfigError: ``second_moment=modulus`` and the planes of a parameter lie on different ranks.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig, seed: int = 0) -> None:
         self.config = config
         self.seed = seed
         self.slices: list[tuple[nn.Parameter, int, int, Tensor]] = []
+        # Of each slice, and of each parameter as this rank holds it; the former are views of the latter.
+        self._slice_moments: list[dict[str, Tensor]] = []
+        self._moments: dict[str, tuple[nn.Parameter, dict[str, Tensor]]] = {}
+        self.updates = 0
         self.rounded = any(p.dtype == torch.bfloat16 for p in model.parameters())
         matrices, decayed, plain = [], [], []
         for name, parameter, plane_axis, hidden in _roles(model):
             if config.name == "muon" and hidden:
                 # Muon takes matrices: the planes of a complex weight are stacked.
-                matrices += self._slice(parameter, plane_axis, whole=True)
+                matrices += self._slice(name, parameter, plane_axis, ("momentum_buffer",), whole=True)
             elif name.endswith("weight") and parameter.dim() > 1:
-                decayed += self._slice(parameter, plane_axis)
+                decayed += self._slice(name, parameter, plane_axis, ("exp_avg", "exp_avg_sq"))
             else:
-                plain += self._slice(parameter, plane_axis)
+                plain += self._slice(name, parameter, plane_axis, ("exp_avg", "exp_avg_sq"))
         groups = [
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": plain, "weight_decay": 0.0},
@@ -65,23 +76,53 @@ class ModelOptimizer:
             )
             self.optimizers.append(muon)
             self.peaks.append(config.muon_lr)
+        self._set_state()
 
-    def _slice(self, parameter: nn.Parameter, plane_axis: int | None, whole: bool = False) -> list[Tensor]:
+    def _slice(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        plane_axis: int | None,
+        moments: tuple[str, ...],
+        whole: bool = False,
+    ) -> list[Tensor]:
         """Register the slices of a parameter: views along its first axis that share its storage."""
-        rows = parameter.shape[0]
+        split = [place.dim for place in getattr(parameter, "placements", ()) if isinstance(place, Shard)]
+        if self.config.second_moment == "modulus" and plane_axis in split:
+            raise ConfigError(
+                f"hardware.parallel=fsdp puts the planes of {name} on different ranks, and "
+                "optim.second_moment=modulus needs both; choose plane, or hardware.parallel=ddp"
+            )
+        held = local(parameter.detach())
+        kept = {moment: torch.zeros_like(held) for moment in moments}
+        self._moments[name] = (parameter, kept)
+        rows = held.shape[0]
         step = rows
-        if self.rounded and not whole and plane_axis != 0:
-            step = max(1, SLICE_ELEMENTS * rows // parameter.numel())
+        if self.rounded and not whole and plane_axis != 0 and rows:
+            step = max(1, SLICE_ELEMENTS * rows // held.numel())
         views = []
-        for start in range(0, rows, step):
+        for start in range(0, rows, step or 1):
             stop = min(start + step, rows)
-            view = parameter.detach()[start:stop]
-            view = view.flatten(0, -2) if whole else view
+            view, *parts = (
+                x[start:stop].flatten(0, -2) if whole else x[start:stop] for x in (held, *kept.values())
+            )
             # The plane axis is all that a slice must still know of its parameter.
             view.plane_axis = None if whole else plane_axis  # type: ignore[attr-defined]
             self.slices.append((parameter, start, stop, view))
+            self._slice_moments.append(dict(zip(moments, parts, strict=True)))
             views.append(view)
         return views
+
+    def _set_state(self) -> None:
+        """Give torch's optimisers the moments, and the number of updates so far."""
+        moments = {slice_[3]: kept for slice_, kept in zip(self.slices, self._slice_moments, strict=True)}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for view in group["params"]:
+                    optimizer.state[view] = dict(moments[view])
+                    if isinstance(optimizer, torch.optim.AdamW):
+                        count = torch.tensor(float(self.updates), device=view.device)
+                        optimizer.state[view]["step"] = count
 
     def set_learning_rate(self, factor: float) -> None:
         """Set every learning rate to ``factor`` times its peak."""
@@ -94,7 +135,7 @@ class ModelOptimizer:
         """Give every slice its part of the gradient of its parameter."""
         for parameter, start, stop, view in self.slices:
             gradient = parameter.grad
-            view.grad = None if gradient is None else gradient[start:stop].view_as(view)
+            view.grad = None if gradient is None else local(gradient)[start:stop].view_as(view)
 
     @torch.no_grad()
     def step(self, step: int, factor: float = 1.0) -> None:
@@ -104,6 +145,7 @@ class ModelOptimizer:
             step: index of the step; with the seed it decides the stochastic rounding.
             factor: multiplies gradients, e.g. by a clipping coefficient.
         """
+        self.updates += 1
         noise = _rounding_noise(self.seed, step, self.slices[0][3].device) if self.rounded else None
         for optimizer in self.optimizers:
             adam = isinstance(optimizer, torch.optim.AdamW)
@@ -144,8 +186,6 @@ class ModelOptimizer:
                         if key == "step":
                             state[view][key] = value
                             continue
-                        if key not in state[view]:
-                            state[view][key] = torch.empty_like(view)
                         # A moment that changes by more than its rounding in a step needs no luck to move.
                         if adam and max(self.config.betas) > 1 - 2 * torch.finfo(view.dtype).eps:
                             _round_into(state[view][key], value, noise)
@@ -163,10 +203,6 @@ class ModelOptimizer:
         axis = view.plane_axis  # type: ignore[attr-defined]
         if self.config.second_moment != "modulus" or axis is None:
             return
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
         beta = self.config.betas[1]
         assert parameter.grad is not None
         other = parameter.grad.flip(axis)
@@ -177,12 +213,25 @@ class ModelOptimizer:
         states = (state for optimizer in self.optimizers for state in optimizer.state.values())
         return [value for state in states for key, value in state.items() if key != "step"]
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        return [optimizer.state_dict() for optimizer in self.optimizers]
+    def state_dict(self) -> dict[str, Any]:
+        """The number of updates and, by the name of the parameter, its moments, distributed as it is.
 
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+        Moments share their storage with those in use.
+        """
+        moments = {
+            name: {moment: like(parameter, part) for moment, part in kept.items()}
+            for name, (parameter, kept) in self._moments.items()
+        }
+        return {"updates": torch.tensor(self.updates), "moments": moments}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state over; moments of a state dict of this very optimiser are there already."""
+        for name, (_, kept) in self._moments.items():
+            for moment, part in kept.items():
+                part.copy_(local(state["moments"][name][moment]))
+        self.updates = int(state["updates"])
+        self._set_state()
 
 
 def _roles(model: nn.Module) -> list[tuple[str, nn.Parameter, int | None, bool]]:
@@ -222,23 +271,30 @@ def _round_into(target: Tensor, value: Tensor, noise: Tensor) -> None:
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Euclidean norm of all gradients, a float32 scalar tensor."""
+    """Euclidean norm of all gradients, on whatever ranks they are; a float32 scalar tensor."""
     # Row by row in the gradient's dtype, because a reduction of bfloat16 to float32 in one call is 20 times
     # slower on a CPU; the rounding errors of many rows average out.
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    rows = [torch.linalg.vector_norm(g.flatten(0, -2) if g.dim() > 1 else g, dim=-1) for g in gradients]
-    return torch.linalg.vector_norm(torch.cat([norms.float().flatten() for norms in rows]))
+    rows = [
+        torch.linalg.vector_norm(g.flatten(0, -2) if g.dim() > 1 else g, dim=-1)
+        for g in map(local, gradients)
+    ]
+    norm = torch.linalg.vector_norm(torch.cat([norms.float().flatten() for norms in rows]))
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        norm = summed(norm.square()).sqrt()
+    return norm
 
 
 def first_non_finite(model: nn.Module) -> str | None:
     """Name of the first parameter that is not finite, or else of the first whose gradient is not.
 
-    One bad parameter makes nearly every gradient bad, so parameters come first.
+    One bad parameter makes nearly every gradient bad, so parameters come first. Every rank must ask.
     """
+    own = None
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            return name
+        if not local(parameter.detach()).isfinite().all():
+            own = own or name
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            return f"the gradient of {name}"
-    return None
+        if parameter.grad is not None and not local(parameter.grad).isfinite().all():
+            own = own or f"the gradient of {name}"
+    return next((found for found in gathered(own) if found is not None), None)

@@ -13,21 +13,23 @@ from tqdm import tqdm
 
 from muse.config import RunConfig
 from muse.data import TokenData, training_batch
-from muse.dynamics import flow_metrics
-from muse.errors import RunError
+from muse.distributed import rank, ranks, summed
+from muse.dynamics import agree_on_fallbacks, flow_metrics
+from muse.errors import ConfigError, RunError
 from muse.hardware import autocast_dtype
 from muse.models import LanguageModel, build_model, count_parameters
 from muse.training.checkpoint import (
+    CheckpointWriter,
     TrainingState,
+    find_checkpoint,
     load_state,
-    load_weights,
-    random_state,
+    load_tensors,
     restore_random_state,
-    save_checkpoint,
 )
 from muse.training.evaluate import Evaluation, evaluate
 from muse.training.interrupt import deferred_interrupt
 from muse.training.optim import ModelOptimizer, first_non_finite, gradient_norm
+from muse.training.parallel import ParallelLoss
 from muse.training.schedule import learning_rate_factor
 
 Log = Callable[[int, dict[str, float]], None]
@@ -70,10 +72,11 @@ def train(
     wandb_id: str | None = None,
     progress: bool = True,
 ) -> tuple[LanguageModel, TrainResult]:
-    """Train the model of a stage.
+    """Train the model of a stage, on all ranks together.
 
     Every step is a function of the weights, the optimiser's state, the random state and the step's
     number, all of which a checkpoint holds: a resumed run ends with the same bits as an undisturbed one.
+    On another number of ranks it sees the same windows, but sums them in another order.
 
     Args:
         config: what to train and how.
@@ -89,44 +92,49 @@ def train(
         The model with its last weights, in evaluation mode, and the result.
 
     Raises:
+        ConfigError: when a micro-batch cannot be shared among the ranks.
         RunError: when a loss or gradient is not finite, or a checkpoint cannot be written or read.
     """
     options, seq_len = config.train, config.model.seq_len
+    if options.batch_size % ranks():
+        raise ConfigError(
+            f"train.batch_size={options.batch_size} windows cannot be shared by {ranks()} processes; choose "
+            "a multiple"
+        )
     model = build_model(config.stage, config.model, data.vocab_size, config.seed)
-    torch.manual_seed(config.seed)
+    parameters = count_parameters(model)
+    # Ranks drop different activations.
+    torch.manual_seed(config.seed + rank() * 1_000_003)
     state = load_state(resume_from) if resume_from is not None else None
-    if resume_from is not None:
-        load_weights(resume_from, model)
     model.to(device)
     if config.hardware.compile:
         model.compile_features()
+    parallel_loss = ParallelLoss(model, config.hardware.parallel)
     optimizer = ModelOptimizer(model, config.optim, config.seed)
     cast = autocast_dtype(config.stage.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=cast == torch.float16)
     start, best_loss = 0, math.inf
-    if state is not None:
-        optimizer.load_state_dict(state.optimizers)
+    if resume_from is not None and state is not None:
+        tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        load_tensors(resume_from, tensors)
+        model.load_state_dict(tensors["model"])
+        optimizer.load_state_dict(tensors["optimizer"])
         scaler.load_state_dict(state.scaler)
-        restore_random_state(state.random)
+        # A checkpoint of another number of ranks has no random states for these.
+        if len(state.random) == ranks():
+            restore_random_state(state.random[rank()])
         start, best_loss = state.step, state.best_loss
 
-    checkpoints = run / "checkpoints"
-    last_checkpoint = resume_from
+    writer = CheckpointWriter(run / "checkpoints", options.async_checkpoint)
     tokens_per_step = options.batch_size * config.optim.accumulation * seq_len
     speeds: list[float] = []
     began = time.perf_counter()
 
-    def save(step: int, best: bool) -> Path:
-        return save_checkpoint(
-            checkpoints,
-            model,
+    def save(step: int, best: bool) -> None:
+        writer.save(
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
             TrainingState(
-                step=step,
-                optimizers=optimizer.state_dict(),
-                scaler=scaler.state_dict(),
-                random=random_state(),
-                best_loss=best_loss,
-                wandb_id=wandb_id,
+                step=step, scaler=scaler.state_dict(), random=[], best_loss=best_loss, wandb_id=wandb_id
             ),
             best,
         )
@@ -148,17 +156,18 @@ def train(
         total=options.steps,
         initial=start,
         unit="step",
-        disable=None if progress else True,
+        disable=None if progress and rank() == 0 else True,
         dynamic_ncols=True,
     )
-    quiet = bool(bar.disable)
-    step = start
+    quiet = bool(bar.disable) and rank() == 0
+    step, signal_number = start, None
     with deferred_interrupt() as interrupt, bar:
-        while step < options.steps and interrupt.signal is None:
+        while step < options.steps and signal_number is None:
             before = time.perf_counter()
             optimizer.set_learning_rate(learning_rate_factor(config.optim, step, options.steps))
-            loss = _accumulate_gradients(model, config, data, device, step, cast, scaler)
-            norm = _update(model, optimizer, scaler, config, step, loss, last_checkpoint)
+            loss = _accumulate_gradients(parallel_loss, config, data, device, step, cast, scaler)
+            loss, signal_number = _agree(model, loss, interrupt.signal, device)
+            norm = _update(model, optimizer, scaler, config, step, loss, run)
             step += 1
             seconds = time.perf_counter() - before
             speeds.append(tokens_per_step / seconds)
@@ -191,15 +200,16 @@ def train(
             if due:
                 valid = evaluation("valid", options.eval_tokens)
                 log(step, {"valid/loss": valid.loss, "valid/ppl": valid.ppl})
-                bar.write(f"step {step}: validation loss {valid.loss:.3f}, perplexity {valid.ppl:.1f}")
+                if rank() == 0:
+                    bar.write(f"step {step}: validation loss {valid.loss:.3f}, perplexity {valid.ppl:.1f}")
                 best, best_loss = valid.loss < best_loss, min(best_loss, valid.loss)
             periodic = options.checkpoint_every and step % options.checkpoint_every == 0
             if (periodic or best) and step < options.steps:
-                last_checkpoint = save(step, best)
-        signal_number = interrupt.signal
+                save(step, best)
 
     # Before the evaluation, which may take long: a run that is killed in it goes on from here.
-    last_checkpoint = save(step, best=False)
+    save(step, best=False)
+    writer.finish()
     valid_end = test_end = None
     if signal_number is None:
         valid_end = evaluation("valid", 0)
@@ -214,17 +224,17 @@ def train(
         step=step,
         valid=valid_end,
         test=test_end,
-        parameters=count_parameters(model),
+        parameters=parameters,
         tokens=step * tokens_per_step,
         seconds=time.perf_counter() - began,
         tokens_per_second=sorted(speeds)[len(speeds) // 2] if speeds else 0.0,
-        checkpoint=last_checkpoint,
+        checkpoint=find_checkpoint(run),
         signal=signal_number,
     )
 
 
 def _accumulate_gradients(
-    model: LanguageModel,
+    parallel_loss: ParallelLoss,
     config: RunConfig,
     data: TokenData,
     device: torch.device,
@@ -232,19 +242,38 @@ def _accumulate_gradients(
     cast: torch.dtype | None,
     scaler: torch.amp.GradScaler,
 ) -> float:
-    """Leave the gradient of the mean loss of a step's micro-batches in the parameters; return that loss."""
-    model.zero_grad(set_to_none=True)
+    """Leave the gradient of the mean loss of a step's micro-batches in the parameters.
+
+    Returns:
+        That loss, over the windows of this rank.
+    """
+    parallel_loss.model.zero_grad(set_to_none=True)
     total = 0.0
-    pieces = config.optim.accumulation
+    pieces, size = config.optim.accumulation, config.train.batch_size
+    own = slice(rank() * size // ranks(), (rank() + 1) * size // ranks())
     for piece in range(pieces):
         inputs, targets = training_batch(
-            data.train, step * pieces + piece, config.train.batch_size, config.model.seq_len, config.seed
+            data.train, step * pieces + piece, size, config.model.seq_len, config.seed
         )
-        with torch.autocast(device.type, cast, enabled=cast is not None):
-            loss = model.loss(inputs.to(device), targets.to(device)) / pieces
-        scaler.scale(loss).backward()
+        with parallel_loss.gradients_summed(last=piece == pieces - 1):
+            with torch.autocast(device.type, cast, enabled=cast is not None):
+                loss = parallel_loss(inputs[own].to(device), targets[own].to(device)) / pieces
+            scaler.scale(loss).backward()
         total += loss.item()
     return total
+
+
+def _agree(
+    model: LanguageModel, loss: float, signal: int | None, device: torch.device
+) -> tuple[float, int | None]:
+    """The mean loss of all ranks, and the signal that one was sent: they stop after the same step."""
+    if ranks() == 1:
+        return loss, signal
+    agree_on_fallbacks(model)
+    losses, signals = torch.zeros(2, ranks(), dtype=torch.float64, device=device)
+    losses[rank()], signals[rank()] = loss / ranks(), signal or 0
+    losses, signals = summed(torch.stack((losses, signals))).cpu()
+    return losses.sum().item(), int(signals.max()) or None
 
 
 def _update(
@@ -254,7 +283,7 @@ def _update(
     config: RunConfig,
     step: int,
     loss: float,
-    last_checkpoint: Path | None,
+    run: Path,
 ) -> float:
     """Clip the gradients, update the parameters and return the norm before clipping.
 
@@ -271,16 +300,20 @@ def _update(
     overflowed = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
     if not finite and not overflowed:
         what = "loss" if not math.isfinite(loss) else "gradient norm"
+        last_checkpoint = find_checkpoint(run)
         kept = (
             f"the last good checkpoint is {last_checkpoint}"
             if last_checkpoint
             else "no checkpoint was written yet"
         )
-        raise RunError(
+        where = first_non_finite(model) or "the activations"
+        failure = RunError(
             f"the {what} is not finite in step {step + 1}; the first bad value is in "
-            f"{first_non_finite(model) or 'the activations'}; {kept}; a lower optim.lr, a longer "
+            f"{where}; {kept}; a lower optim.lr, a longer "
             "optim.warmup or stage.precision=fp32 may help"
         )
+        failure.everywhere = True
+        raise failure
     if finite:
         clip = config.optim.clip
         optimizer.step(step, min(1.0, clip / (norm + 1e-6)) if clip else 1.0)

@@ -1,0 +1,143 @@
+"""Ranks: the processes that torchrun started, and what they tell each other; without it there is one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from muse.errors import ConfigError, RunError
+
+T = TypeVar("T")
+
+
+def launched_ranks() -> int:
+    """Processes that torchrun started; 0 without it."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def launched_rank() -> int:
+    """Number of this process among those that torchrun started; 0 without it."""
+    return int(os.environ["RANK"]) if launched_ranks() else 0
+
+
+def check_launch(parallel: str) -> None:
+    """Whether ``hardware.parallel`` fits the way in which this process was started.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if parallel == "none" and launched_ranks() > 1:
+        raise ConfigError(
+            f"torchrun started {launched_ranks()} processes, but hardware.parallel=none; choose ddp or fsdp"
+        )
+    if parallel != "none" and not launched_ranks():
+        raise ConfigError(
+            f"hardware.parallel={parallel} needs torchrun --nproc-per-node=<processes> train.py ...; "
+            "hardware.parallel=none trains in one process"
+        )
+
+
+@contextmanager
+def joined_ranks(device: torch.device) -> Iterator[None]:
+    """Let the processes that torchrun started know each other; without torchrun nothing happens.
+
+    Collectives run over gloo on the CPU and over NCCL between GPUs.
+    """
+    if not launched_ranks():
+        yield
+        return
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    yield
+    # Not after an error: the other ranks wait in a collective that this one will never reach.
+    dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if ranks() > 1:
+        dist.barrier()
+
+
+def same(value: T) -> T:
+    """The value of rank 0, on every rank; it must be possible to pickle it."""
+    if ranks() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def first_rank_does(act: Callable[[], T]) -> T:
+    """What ``act`` returns on rank 0, on every rank; it must be possible to pickle it.
+
+    Raises:
+        ConfigError, RunError: where ``act`` did, on every rank.
+    """
+    found: tuple[T | None, ConfigError | RunError | None] = (None, None)
+    if rank() == 0:
+        try:
+            found = act(), None
+        except (ConfigError, RunError) as error:
+            found = None, error
+    value, failure = same(found)
+    if failure is not None:
+        failure.everywhere = True
+        raise failure
+    return cast(T, value)
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all ranks, on every rank."""
+    if ranks() == 1:
+        return [value]
+    values: list[Any] = [None] * ranks()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def summed(values: Tensor) -> Tensor:
+    """Sum over the ranks, in place."""
+    if ranks() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def largest(values: Tensor) -> Tensor:
+    """Maximum over the ranks, in place."""
+    if ranks() > 1:
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharing its storage."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, part: Tensor) -> Tensor:
+    """``part``, this rank's part, as a tensor that is distributed as ``tensor`` is."""
+    if not isinstance(tensor, DTensor):
+        return part
+    return DTensor.from_local(
+        part, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+    )

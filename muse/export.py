@@ -1,0 +1,113 @@
+"""One safetensors file with the weights of a run and its configuration, and back.
+
+python -m muse.export outputs/train/stage1-tiny/2026-01-31_12-00-00-123 stage1.safetensors
+python bench.py stage=1 benchmark=perplexity data=wikitext2 benchmark.checkpoint=stage1.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from muse.config import RunConfig
+from muse.errors import ConfigError, RunError
+from muse.files import replacement
+from muse.models import LanguageModel, build_model
+from muse.train_run import RUN_FILE
+from muse.training.checkpoint import (
+    find_checkpoint,
+    load_state,
+    load_tensors,
+    load_weights,
+    stored_tensors,
+)
+
+
+def export_run(run: Path, file: Path, which: str = "best") -> int:
+    """Write the weights of a run's checkpoint to one file, which appears only when it is complete.
+
+    Its metadata hold ``config`` (JSON, as in run.json) and ``step``.
+
+    Args:
+        run: folder of the run.
+        file: ends in ``.safetensors``; one that is there is replaced.
+        which: ``best`` or ``last``; a run without a best checkpoint has a last one.
+
+    Returns:
+        Finished steps of the checkpoint.
+
+    Raises:
+        ConfigError: when the folder holds no checkpoint or the file's name does not end as it should.
+        RunError: when the checkpoint is damaged or the file cannot be written.
+    """
+    if file.suffix != ".safetensors":
+        raise ConfigError(f"{file} is not a name for weights; give one that ends in .safetensors")
+    checkpoint = find_checkpoint(run, which) or find_checkpoint(run)
+    try:
+        config = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError):
+        config = None
+    if checkpoint is None or config is None:
+        raise ConfigError(f"{run} is not the folder of a run with a checkpoint; give one that train.py made")
+    step = load_state(checkpoint).step
+    weights = {
+        name.removeprefix("model."): torch.empty(size, dtype=dtype)
+        for name, (size, dtype) in stored_tensors(checkpoint).items()
+        if name.startswith("model.")
+    }
+    load_tensors(checkpoint, {"model": weights})
+    try:
+        with replacement(file) as temporary:
+            save_file(weights, temporary, {"config": json.dumps(config), "step": str(step)})
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{file} could not be written: {error}") from error
+    return step
+
+
+def load_exported(file: Path) -> tuple[RunConfig, LanguageModel]:
+    """The configuration and the model of a file that ``export_run`` wrote.
+
+    Raises:
+        RunError: when it is damaged or something else.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata: dict[str, Any] = opened.metadata() or {}
+            vocab_size = opened.get_slice("embedding.weight").get_shape()[0]
+        schema = OmegaConf.structured(RunConfig)
+        config: RunConfig = OmegaConf.to_object(OmegaConf.merge(schema, json.loads(metadata["config"])))  # type: ignore[assignment]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise RunError(f"{file} is no model that MUSE exported, or it is damaged: {error}") from error
+    model = build_model(config.stage, config.model, vocab_size, config.seed)
+    load_weights(file, model)
+    return config, model
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m muse.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="folder of a run of train.py")
+    parser.add_argument("file", type=Path, help="the file to write, *.safetensors")
+    parser.add_argument("--which", choices=("best", "last"), default="best", help="which checkpoint")
+    arguments = parser.parse_args()
+    try:
+        step = export_run(arguments.run, arguments.file, arguments.which)
+    except (ConfigError, RunError) as error:
+        sys.exit(f"error: {error}")
+    print(f"the weights after step {step} are in {arguments.file}")
+
+
+if __name__ == "__main__":
+    main()
