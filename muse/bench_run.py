@@ -85,9 +85,9 @@ def _measure(config: BenchConfig, run: Path) -> dict[str, Any]:
     for step, losses in _curves(report):
         log(step, losses)
     log.add_results(report.values, plots)
-    log.close()
     print(_tables(report))
     print(f"\neverything is in {run}")
+    log.close()
     return result
 
 

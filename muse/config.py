@@ -361,15 +361,29 @@ class LoggerConfig:
     Attributes:
         mode: W&B's ``offline``, ``online`` or ``disabled``.
         project: W&B project.
+        entity: W&B user or team; null for the account's own.
+        group: W&B group; null for that of the run that is continued, the folder of a sweep, or otherwise
+            stage and model.
+        tags: W&B tags beside stage, model and data.
         log_every: optimiser steps between two lines of metrics.
     """
 
     mode: str = "offline"
     project: str = "muse"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
     log_every: int = 10
 
     def __post_init__(self) -> None:
         _one_of("logger.mode", self.mode, ("offline", "online", "disabled"))
+        # W&B refuses longer ones, and then the whole run.
+        for option, text, longest in (
+            *(("logger.tags", tag, 64) for tag in self.tags),
+            *([("logger.group", self.group, 128)] if self.group is not None else []),
+        ):
+            if not 1 <= len(text) <= longest:
+                raise ConfigError(f"{option}={text} must have between 1 and {longest} characters")
         _at_least("logger.log_every", self.log_every, 1)
 
 

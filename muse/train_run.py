@@ -83,7 +83,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device) -> int:
         f"{f', {ranks()} ranks' if ranks() > 1 else ''}: "
         f"{len(data.train):,} training tokens of a vocabulary of {data.vocab_size:,}"
     )
-    log = MetricsLog(run, config, earlier, state.wandb_id if state else None)
+    log = MetricsLog(run, config, earlier, state.wandb_id if state else None, previous)
     failed = True
     try:
         model, result = train(config, data, device, run, log, checkpoint, log.wandb_id)

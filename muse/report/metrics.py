@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from muse.config import RunConfig
 from muse.files import finite
+from muse.report.wandb_run import STEP, start_wandb
 
 FILE = "metrics.jsonl"
 
@@ -18,11 +19,14 @@ FILE = "metrics.jsonl"
 class MetricsLog:
     """One JSON object a line in ``metrics.jsonl``, and the same to W&B.
 
+    Whatever W&B raises is one message on standard error, and the run goes on without it.
+
     Args:
         run: folder of the run.
-        config: configuration of the run; ``logger.mode`` decides about W&B.
+        config: configuration of the run; ``logger`` is about W&B.
         earlier: lines of the run that this one continues.
         wandb_id: W&B id of the run that this one continues.
+        previous: folder of the run that this one continues.
     """
 
     def __init__(
@@ -31,57 +35,58 @@ class MetricsLog:
         config: RunConfig,
         earlier: Sequence[dict[str, Any]] = (),
         wandb_id: str | None = None,
+        previous: Path | None = None,
     ) -> None:
         run.mkdir(parents=True, exist_ok=True)
-        self._file = open(run / FILE, "w", encoding="utf-8")  # noqa: SIM115
+        self._path = run / FILE
+        self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115
         for line in earlier:
             self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        self._wandb = _start_wandb(run, config, wandb_id)
-        self.wandb_id: str | None = self._wandb.id if self._wandb is not None else wandb_id
+        self._wandb: Any = None
+        self._offline: Path | None = None
+        self.wandb_id = wandb_id
+        if config.logger.mode != "disabled":
+            self._try(lambda: self._start(start_wandb(run, config, wandb_id, previous)))
+
+    def _start(self, wandb_run: Any) -> None:
+        self._wandb = wandb_run
+        self.wandb_id = wandb_run.id
+        if wandb_run.offline:
+            self._offline = Path(wandb_run.settings.sync_dir)
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
         self._file.write(json.dumps(finite({"step": step, **metrics})) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
+            self._try(lambda: self._wandb.log({STEP: step, **metrics}))
 
-    def add_results(self, values: dict[str, Any], images: list[Path]) -> None:
+    def add_results(self, values: dict[str, Any], images: Sequence[Path]) -> None:
         """Send final values and plots to W&B."""
-        if self._wandb is None:
-            return
+        if self._wandb is not None:
+            self._try(lambda: self._send(values, images))
+
+    def _send(self, values: dict[str, Any], images: Sequence[Path]) -> None:
         import wandb
 
         self._wandb.summary.update({k: v for k, v in values.items() if isinstance(v, int | float | str)})
         self._wandb.log({image.stem: wandb.Image(str(image)) for image in images if image.exists()})
 
     def close(self, failed: bool = False) -> None:
-        """Close the file and end the W&B run."""
+        """Close the file and end the W&B run; of an offline one print the command that uploads it."""
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=int(failed))
+            self._try(lambda: self._wandb.finish(exit_code=int(failed)))
+        if self._offline is not None and self._offline.is_dir():
+            print(f"wandb sync {shlex.quote(str(self._offline))}", flush=True)
 
-
-def _start_wandb(run: Path, config: RunConfig, wandb_id: str | None) -> Any:
-    if config.logger.mode == "disabled":
-        return None
-    try:
-        import wandb
-
-        return wandb.init(
-            project=config.logger.project,
-            name=run.name,
-            dir=run,
-            config=dataclasses.asdict(config),
-            mode=config.logger.mode,  # type: ignore[arg-type]
-            id=wandb_id,
-            resume="allow" if wandb_id and config.logger.mode == "online" else None,
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-        )
-    except Exception as error:  # noqa: BLE001 - training must not depend on a tracker
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        print(f"W&B is left out ({first}); metrics are in {run / FILE}", file=sys.stderr)
-        return None
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - training must not depend on a tracker
+            self._wandb = None
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            print(f"W&B is left out ({first}); metrics are in {self._path}", file=sys.stderr)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -94,33 +94,35 @@ def test_wandb_is_not_asked_when_it_is_disabled(tmp_path, monkeypatch):
     assert log.wandb_id == "abc"
 
 
-def test_wandb_gets_what_the_file_gets_and_goes_on_with_its_run(tmp_path, monkeypatch):
+def test_wandb_gets_what_the_file_gets(tmp_path, monkeypatch):
     import wandb
 
     calls = []
 
     class Run:
         id = "id-of-run"
+        offline = False
+        settings = wandb.Settings()
         summary: dict[str, object] = {}
 
-        def log(self, values: dict[str, object], step: int | None = None) -> None:
-            calls.append((step, values))
+        def define_metric(self, *_: object, **__: object) -> None: ...
+
+        def log(self, values: dict[str, object]) -> None:
+            calls.append(values)
 
         def finish(self, exit_code: int) -> None:
-            calls.append(("finish", exit_code))
+            calls.append({"finish": exit_code})
 
     options = {}
     monkeypatch.setattr(wandb, "init", lambda **given: options.update(given) or Run())
-    log = MetricsLog(tmp_path, config("online"), wandb_id="abc")
+    log = MetricsLog(tmp_path, config("online"))
     log(3, {"train/loss": 1.0})
     log.add_results({"loss": 0.5, "valid": {"nested": 1}}, [tmp_path / "missing.png"])
     log.close(failed=True)
-    assert options["id"] == "abc"
-    assert options["resume"] == "allow"
     assert options["mode"] == "online"
     assert options["config"]["train"]["steps"] == config().train.steps
-    assert calls[0] == (3, {"train/loss": 1.0})
-    assert calls[-1] == ("finish", 1)
+    assert calls[0] == {"train/step": 3, "train/loss": 1.0}
+    assert calls[-1] == {"finish": 1}
     assert Run.summary == {"loss": 0.5}
     assert log.wandb_id == "id-of-run"
 

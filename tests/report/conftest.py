@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass
+class Uploaded:
+    """What ``wandb sync`` would upload of an offline run."""
+
+    run: Any = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: list[Any] = field(default_factory=list)
+    exit_code: int | None = None
+
+
+@pytest.fixture
+def read_wandb(monkeypatch) -> Callable[[Path], Uploaded]:
+    """Read the one offline run in a folder back; the test sees no account and no network."""
+    for name in ("WANDB_DIR", "WANDB_API_KEY", "WANDB_RUN_GROUP", "WANDB_TAGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def read(run: Path) -> Uploaded:
+        (path,) = run.glob("wandb/offline-run-*/*.wandb")
+        # W&B's service may still be writing when finish returns.
+        deadline = time.monotonic() + 60
+        while (found := _parse(path.read_bytes())).exit_code is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return found
+
+    return read
+
+
+def _parse(data: bytes) -> Uploaded:
+    found = Uploaded()
+    for record in _records(data):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            found.run = record.run
+            found.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        elif kind == "history":
+            found.history.append(_items(record.history.item))
+        elif kind == "summary":
+            found.summary |= _items(record.summary.update)
+        elif kind == "metric":
+            found.metrics.append(record.metric)
+        elif kind == "exit":
+            found.exit_code = record.exit.exit_code
+    return found
+
+
+def _items(items: Any) -> dict[str, Any]:
+    return {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}
+
+
+def _records(data: bytes) -> Iterator[Any]:
+    """W&B's transaction log: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    whole, last = 1, 4
+    position, parts = 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        if left < 7 or kind == 0:
+            position += left
+            continue
+        if position + 7 + length > len(data):
+            return
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (whole, last):
+            record = Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
