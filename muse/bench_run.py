@@ -19,6 +19,7 @@ from muse.provenance import identity, provenance, source_hash
 from muse.report.metrics import MetricsLog
 from muse.report.plots import plot_lines, plot_ratios, plot_stacked
 from muse.report.table import show, table
+from muse.report.wandb_tables import HOLDERS, drift_lines, result_tables
 
 RESULT = "result.json"
 
@@ -84,7 +85,7 @@ def _measure(config: BenchConfig, run: Path) -> dict[str, Any]:
     log(0, {key: value for key, value in report.values.items() if isinstance(value, int | float)})
     for step, losses in _curves(report):
         log(step, losses)
-    log.add_results(report.values, plots)
+    log.add_results(report.values, plots, result_tables(report.details, report.criteria))
     print(_tables(report))
     print(f"\neverything is in {run}")
     log.close()
@@ -157,9 +158,6 @@ def _kernel_cells(row: dict[str, Any], others: list[str]) -> list[object]:
     ]
 
 
-HOLDERS = ("parameters", "optimiser", "activations", "gradients and temporaries")
-
-
 def _plots(report: Report, run: Path) -> list[Path]:
     plots = []
     if memory := report.details.get("vram"):
@@ -185,16 +183,8 @@ def _plots(report: Report, run: Path) -> list[Path]:
         plots.append(path)
     if energies := report.details.get("energy"):
         path = run / "energy.png"
-        lines = {
-            f"{name}, {scheme}": list(zip(values["times"][1:], values[key][1:], strict=True))
-            for name, values in energies.items()
-            for scheme, key in (
-                (values["integrator"], "drift_trajectory"),
-                ("leapfrog", "leapfrog_drift_trajectory"),
-            )
-        }
         title = "energy drift of the worst token of the worst layer"
-        plot_lines(path, title, "time", "|E - E0| / |E0|", lines, log=True)
+        plot_lines(path, title, "time", "|E - E0| / |E0|", drift_lines(energies), log=True)
         plots.append(path)
     if kernels := report.details.get("kernels"):
         path = run / "kernels.png"

@@ -12,6 +12,7 @@ from typing import Any
 from muse.config import RunConfig
 from muse.files import finite
 from muse.report.wandb_run import STEP, start_wandb
+from muse.report.wandb_tables import ResultTable, wandb_objects
 
 FILE = "metrics.jsonl"
 
@@ -61,16 +62,19 @@ class MetricsLog:
         if self._wandb is not None:
             self._try(lambda: self._wandb.log({STEP: step, **metrics}))
 
-    def add_results(self, values: dict[str, Any], images: Sequence[Path]) -> None:
-        """Send final values and plots to W&B."""
+    def add_results(
+        self, values: dict[str, Any], images: Sequence[Path], tables: Sequence[ResultTable] = ()
+    ) -> None:
+        """Send final values, plots and tables to W&B."""
         if self._wandb is not None:
-            self._try(lambda: self._send(values, images))
+            self._try(lambda: self._send(values, images, tables))
 
-    def _send(self, values: dict[str, Any], images: Sequence[Path]) -> None:
+    def _send(self, values: dict[str, Any], images: Sequence[Path], tables: Sequence[ResultTable]) -> None:
         import wandb
 
         self._wandb.summary.update({k: v for k, v in values.items() if isinstance(v, int | float | str)})
-        self._wandb.log({image.stem: wandb.Image(str(image)) for image in images if image.exists()})
+        pictures = {image.stem: wandb.Image(str(image)) for image in images if image.exists()}
+        self._wandb.log({**pictures, **wandb_objects(tables)})
 
     def close(self, failed: bool = False) -> None:
         """Close the file and end the W&B run; of an offline one print the command that uploads it."""
