@@ -118,11 +118,13 @@ class ProductRecorder(TorchDispatchMode):
         # scores and weights make some of them two.
         of_scores, of_weights = COMPLEX_PARTS[score]
         if backward:
-            counts = {scores: of_scores + of_weights, values: of_scores, keys: of_scores + of_weights}
+            counts = [(scores, of_scores + of_weights), (values, of_scores), (keys, of_scores + of_weights)]
             self.attention_calls[AttentionCall(tuple(query.shape), tuple(key.shape), query.dtype)] += 1
         else:
-            counts = {scores: of_scores, values: of_weights}
-        self.attention_products.update(counts)
+            counts = [(scores, of_scores), (values, of_weights)]
+        # Two of them are the same where half of the keys are as many as a head's channels.
+        for product, count in counts:
+            self.attention_products[product] += count
 
 
 def _product(left: Tensor, right: Tensor) -> Product:

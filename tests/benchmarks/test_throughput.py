@@ -33,9 +33,10 @@ def test_a_product_is_repeated_with_its_shapes_strides_and_dtype():
         assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
 
 
-def test_causal_attention_counts_half_of_its_keys_twice_forward_and_five_times_backward():
-    q, k, v = (torch.randn(2, 3, 64, 16, requires_grad=True) for _ in range(3))
-    product = 2 * 2 * 3 * 64 * 32 * 16
+@pytest.mark.parametrize("width", [16, 32])
+def test_causal_attention_counts_half_of_its_keys_twice_forward_and_five_times_backward(width):
+    q, k, v = (torch.randn(2, 3, 64, width, requires_grad=True) for _ in range(3))
+    product = 2 * 2 * 3 * 64 * 32 * width
 
     def attend():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
