@@ -550,6 +550,7 @@ class RunConfig:
         resume: ``never``, ``auto`` (continue the newest unfinished run of the same configuration)
             or the folder of a run.
         output_root: folder in which runs are written and looked for.
+        profile: whether the first steps are profiled (``train.py`` only); see docs/profiling.md.
     """
 
     stage: StageConfig = field(default_factory=StageConfig)
@@ -563,6 +564,7 @@ class RunConfig:
     seed: int = 0
     resume: str = "never"
     output_root: str = "outputs"
+    profile: bool = False
 
     def __post_init__(self) -> None:
         _at_least("seed", self.seed, 0)
@@ -594,6 +596,13 @@ class BenchConfig(RunConfig):
 
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     stack: StackConfig = field(default_factory=StackConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.profile:
+            raise ConfigError(
+                "profile=true is an option of train.py; bench.py has benchmark=throughput and vram"
+            )
 
 
 def register_schemas() -> None:

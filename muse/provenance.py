@@ -18,7 +18,7 @@ from muse.config import RunConfig
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "datasets", "hydra-core", "omegaconf", "wandb")
 # Options that change where a run writes or what it shows, but not a number in it.
-UNIDENTIFYING = ("resume", "logger", "hardware", "output_root")
+UNIDENTIFYING = ("resume", "logger", "hardware", "output_root", "profile")
 
 
 def _version(package: str) -> str | None:

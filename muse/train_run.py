@@ -21,6 +21,7 @@ from muse.report.metrics import MetricsLog, read_metrics
 from muse.report.plots import plot_loss_curve
 from muse.report.table import table
 from muse.training.checkpoint import adopt_checkpoints, find_checkpoint, find_sound_checkpoint, load_state
+from muse.training.profile import require_steps
 from muse.training.sample import sample_text
 from muse.training.trainer import TrainResult, train
 
@@ -56,6 +57,8 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device) -> int:
                 "afresh"
             )
         return 0
+    state = load_state(checkpoint) if checkpoint is not None else None
+    require_steps(config, state.step if state else 0)
     # The first rank fills data.cache, the others find everything there.
     first_rank_does(lambda: bool(_load_data(config)))
     data = _load_data(config)
@@ -64,7 +67,6 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device) -> int:
         if result.signal is None:
             _sample(config, model, data)
         return 128 + result.signal if result.signal is not None else 0
-    state = load_state(checkpoint) if checkpoint is not None else None
     write_json(
         run / RUN_FILE,
         {
@@ -178,7 +180,7 @@ def _run_to_resume(config: RunConfig) -> Path | None:
         if _identity_of(run) != wanted:
             raise ConfigError(
                 f"resume={config.resume} was trained with other options (see {run / RUN_FILE}); repeat its "
-                "options, only hardware, logger and output_root may differ"
+                "options, only hardware, logger, profile and output_root may differ"
             )
         return run
     candidates = [

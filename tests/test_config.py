@@ -158,6 +158,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (BenchmarkConfig, {"hidden": 0}, "benchmark.hidden"),
     (BenchmarkConfig, {"ode_steps": 0}, "benchmark.ode_steps"),
     (RunConfig, {"seed": -1}, "seed=-1"),
+    (BenchConfig, {"profile": True}, "profile=true is an option of train.py"),
     (RunConfig, {"train": TrainConfig(eval_stride=129)}, "train.eval_stride=129"),
 ]
 

@@ -216,6 +216,33 @@ def test_a_signal_ends_a_run_that_can_be_continued(place, undisturbed):
 
 
 @pytest.mark.slow
+def test_a_profiled_run_is_the_same_run(place):
+    arguments = [*options(place, "profiled"), "train.steps=13"]
+    status, _, err = run_cli(place, *arguments)
+    assert status == 0, err
+    status, out, err = run_cli(place, *arguments, "profile=true")
+    assert status == 0, err
+    plain, profiled = run_folders(place, "profiled")
+    assert weights(profiled) == weights(plain)
+    assert logged(profiled) == logged(plain)
+    assert read_json(profiled / "run.json")["identity"] == read_json(plain / "run.json")["identity"]
+    told = read_json(profiled / "profile.json")
+    assert told["files"] == ["memory.json", "trace.json.gz"]
+    assert all((profiled / name).stat().st_size for name in told["files"])
+    assert told["operations"][0]["name"] in out
+    assert "of the peak measured here" in out
+
+
+@pytest.mark.slow
+def test_a_run_too_short_to_be_profiled_is_refused_before_it_starts(place):
+    status, _, err = run_cli(place, *options(place, "too short"), "train.steps=5", "profile=true")
+    assert status == 1
+    (message,) = errors(err)
+    assert "train.steps=5 is too few; profile=true needs 12 steps" in message
+    assert run_folders(place, "too short") == []
+
+
+@pytest.mark.slow
 def test_a_finished_run_is_left_alone(place, undisturbed):
     status, out, err = run_cli(place, *options(place, "again"), f"resume={undisturbed}")
     assert status == 0, err

@@ -30,6 +30,7 @@ from muse.training.evaluate import Evaluation, evaluate
 from muse.training.interrupt import deferred_interrupt
 from muse.training.optim import ModelOptimizer, first_non_finite, gradient_norm
 from muse.training.parallel import ParallelLoss
+from muse.training.profile import profiled
 from muse.training.schedule import learning_rate_factor
 
 Log = Callable[[int, dict[str, float]], None]
@@ -161,7 +162,8 @@ def train(
     )
     quiet = bool(bar.disable) and rank() == 0
     step, signal_number = start, None
-    with deferred_interrupt() as interrupt, bar:
+    profiling = profiled(config, model, optimizer, data.vocab_size, device, run)
+    with deferred_interrupt() as interrupt, bar, profiling as profile_step:
         while step < options.steps and signal_number is None:
             before = time.perf_counter()
             optimizer.set_learning_rate(learning_rate_factor(config.optim, step, options.steps))
@@ -171,6 +173,7 @@ def train(
             step += 1
             seconds = time.perf_counter() - before
             speeds.append(tokens_per_step / seconds)
+            profile_step(seconds)
             bar.update()
             if step % config.logger.log_every == 0 or step == options.steps:
                 recent = sorted(speeds[-config.logger.log_every :])

@@ -18,6 +18,7 @@ from muse.benchmarks.kernels import product_rate
 from muse.benchmarks.operations import InsideOperations
 from muse.benchmarks.throughput import COMPLEX_ATTENTION, ProductRecorder, quantile
 from muse.config import RunConfig
+from muse.distributed import ranks
 from muse.hardware import autocast_dtype, describe
 from muse.models import build_model
 from muse.report.device_peaks import data_sheet
@@ -97,7 +98,7 @@ def utilisation(flops: dict[torch.dtype, int], peaks: dict[torch.dtype, float], 
 
 
 def model_flops(config: RunConfig, vocab_size: int, device: torch.device) -> dict[torch.dtype, int]:
-    """Model FLOPs of a training step by the dtype of the products' factors.
+    """Model FLOPs of a rank's training step by the dtype of the products' factors.
 
     They are counted on a model of its own and one window, so that the training notices nothing. Fused
     attention counts the half of its keys that a causal mask leaves.
@@ -112,7 +113,7 @@ def model_flops(config: RunConfig, vocab_size: int, device: torch.device) -> dic
         InsideOperations(closed=COMPLEX_ATTENTION),
     ):
         model.loss(tokens, tokens)
-    windows = config.train.batch_size * config.optim.accumulation
+    windows = config.train.batch_size * config.optim.accumulation // ranks()
     flops: Counter[torch.dtype] = Counter()
     for product, count in (recorder.products + recorder.attention_products).items():
         flops[product.dtype] += (1 + BACKWARD) * windows * count * product.flops()
