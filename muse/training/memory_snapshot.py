@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from muse.benchmarks.operations import InsideOperations
 from muse.files import write_json
@@ -61,10 +63,19 @@ def memory_snapshot(
     tracker = MemTracker()
     tracker.track_external(model, *optimizer.state_tensors())
     begun = _by_kind(tracker, "current")
+
+    def forget_modules(module: nn.Module, _: object) -> None:
+        outermost = set(tracker._mod_tracker.parents) == {"Global"} and not tracker._mod_tracker.is_bw
+        if outermost and module in tracker.memory_tracking:
+            tracker.reset_mod_stats()
+
+    # It follows each module once, and micro-batches call them again; what it has counted stays.
+    hook = register_module_forward_pre_hook(forget_modules)
     try:
         with tracker, InsideOperations():
             yield
     finally:
+        hook.remove()
         peak = _by_kind(tracker, "peak")
         write_json(path, {"unit": "bytes", "start of the step": begun, "peak": peak})
 
