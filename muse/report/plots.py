@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from muse.files import replacement
+
 
 def _axes(title: str, x_label: str, y_label: str, size: tuple[float, float] = (7, 4.2)) -> tuple[Any, Any]:
     import matplotlib
@@ -25,7 +27,8 @@ def _axes(title: str, x_label: str, y_label: str, size: tuple[float, float] = (7
 def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
-    figure.savefig(path, dpi=120)
+    with replacement(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     pyplot.close(figure)
 
 
@@ -36,15 +39,32 @@ def plot_lines(
     y_label: str,
     lines: Mapping[str, Sequence[tuple[float, float]]],
     log: bool = False,
+    log_x: bool = False,
+    names: Sequence[str] | None = None,
+    joined: bool = True,
 ) -> None:
-    """Write one line, as (x, y) points, for each name; ``log`` makes y logarithmic."""
+    """Write one line, as (x, y) points, for each name; ``log`` makes y logarithmic, ``log_x`` x.
+
+    ``names`` are shown at 0, 1, ... in place of numbers; ``joined=False`` leaves the points apart.
+    """
     figure, axes = _axes(title, x_label, y_label)
     if log:
         axes.set_yscale("log")
+    if log_x:
+        axes.set_xscale("log")
+    if names is not None:
+        axes.set_xticks(range(len(names)), names)
     for name, points in lines.items():
         if points:
             marker = "o" if len(points) < 30 else None
-            axes.plot([x for x, _ in points], [y for _, y in points], label=name, marker=marker, markersize=4)
+            axes.plot(
+                [x for x, _ in points],
+                [y for _, y in points],
+                label=name,
+                marker=marker if joined else "o",
+                linestyle="-" if joined else "",
+                markersize=4,
+            )
     if any(lines.values()):
         axes.legend()
     _save(figure, path)
