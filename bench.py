@@ -3,14 +3,14 @@
 import hydra
 from omegaconf import DictConfig
 
-from muse.bench_run import record_failure, run_benchmark
+from muse.bench_run import run_benchmark
 from muse.cli import finish, prepare, run_job
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="bench")
 def main(composed: DictConfig) -> None:
     """Run one benchmark."""
-    run_job(composed, run_benchmark, record_failure)
+    run_job(composed, run_benchmark)
 
 
 if __name__ == "__main__":

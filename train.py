@@ -4,13 +4,14 @@ import hydra
 from omegaconf import DictConfig
 
 from muse.cli import finish, prepare, run_job
-from muse.train_run import run_training
+from muse.train_cell import run_train, validation_loss
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(composed: DictConfig) -> None:
-    """Run one training."""
-    run_job(composed, run_training)
+def main(composed: DictConfig) -> float:
+    """Run one training; return its validation loss for a sweeper that searches."""
+    run_job(composed, run_train)
+    return validation_loss()
 
 
 if __name__ == "__main__":

@@ -6,11 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-
 from muse.benchmarks.suite import FLOW_VRAM_REDUCTION, VRAM_TARGET, Report, run_suite
-from muse.benchmarks.sweep import add_cell, swept_options
 from muse.config import BENCHMARKS, BenchConfig
 from muse.errors import ConfigError
 from muse.files import find_files, write_json
@@ -20,6 +16,7 @@ from muse.report.metrics import MetricsLog
 from muse.report.plots import plot_lines, plot_ratios, plot_stacked
 from muse.report.table import show, table
 from muse.report.wandb_tables import HOLDERS, drift_lines, result_tables
+from muse.sweep import record, sweep_folder
 
 RESULT = "result.json"
 
@@ -28,7 +25,7 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
     """Measure as configured, write the results into the folder ``run`` and return the exit status.
 
     In a multirun a cell that an earlier sweep has finished with the same options and the same code is
-    taken from there, and every cell, also one that fails, goes into the summary of the sweep.
+    taken from there, and goes into the summary of the sweep like every other.
     """
     if (
         (config.benchmark.seq_len or 0) > config.model.seq_len
@@ -49,24 +46,15 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
             "benchmark=speedup, and only stage=3a has it"
         )
     use_hardware(config.hardware)
-    sweep = _sweep_folder()
-    result = _finished(config) if sweep is not None and not config.benchmark.rerun else None
+    result = _finished(config) if sweep_folder() is not None and not config.benchmark.rerun else None
     status = "measured" if result is None else "reused"
     if result is None:
         result = _measure(config, run)
     else:
         print(f"already measured in {result['folder']}; benchmark.rerun=true measures again")
         write_json(run / RESULT, result)
-    if sweep is not None:
-        _show_sweep(sweep, add_cell(sweep, _overrides(), result["values"], status))
+    record(result["values"], status)
     return 0
-
-
-def record_failure(error: Exception) -> None:
-    """Put a cell that failed into the summary of its sweep."""
-    sweep = _sweep_folder()
-    if sweep is not None:
-        _show_sweep(sweep, add_cell(sweep, _overrides(), {"error": str(error)}, "failed"))
 
 
 def _measure(config: BenchConfig, run: Path) -> dict[str, Any]:
@@ -215,15 +203,6 @@ def _plots(report: Report, run: Path) -> list[Path]:
     return plots
 
 
-def _sweep_folder() -> Path | None:
-    hydra = HydraConfig.get()
-    return Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
-
-
-def _overrides() -> list[str]:
-    return list(HydraConfig.get().overrides.task)
-
-
 def _finished(config: BenchConfig) -> dict[str, Any] | None:
     """The newest finished result of the same options and code below ``output_root``."""
     wanted, source = identity(config), source_hash()
@@ -237,17 +216,3 @@ def _finished(config: BenchConfig) -> dict[str, Any] | None:
         if result.get("identity") == wanted and result.get("source") == source:
             return result
     return None
-
-
-def _show_sweep(sweep: Path, cells: list[dict[str, Any]]) -> None:
-    swept = swept_options(cells)
-    if not swept:
-        return
-    numbers = (key for cell in cells for key, value in cell.items() if isinstance(value, int | float))
-    keys = list(dict.fromkeys(numbers))
-    rows = [
-        [" ".join(str(cell["options"].get(name)) for name in swept), cell["status"], *map(cell.get, keys)]
-        for cell in cells
-    ]
-    print("\n" + table((" ".join(swept), "status", *keys), rows))
-    print(f"\nthe sweep so far is in {sweep}")

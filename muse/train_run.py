@@ -52,6 +52,8 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device) -> int:
     previous, checkpoint = first_rank_does(lambda: _found_to_resume(config))
     if previous is not None and (previous / RESULT_FILE).exists():
         if rank() == 0:
+            finished = json.loads((previous / RESULT_FILE).read_text(encoding="utf-8"))
+            write_json(run / RESULT_FILE, {"reused_from": str(previous), **finished})
             print(
                 f"{previous} is finished; its results are in {previous / RESULT_FILE}, resume=never starts "
                 "afresh"

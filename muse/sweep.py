@@ -1,0 +1,98 @@
+"""What Hydra knows of a multirun: this cell, the folder of all, and which plugins they need."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from muse.errors import ConfigError
+from muse.provenance import UNIDENTIFYING
+from muse.report.sweep import INCOMPLETE, record_cell, show_cells, swept_options, write_summary
+
+# Options that need a plugin of Hydra, the plugin, and the extra of MUSE that brings it.
+PLUGINS = {
+    "hydra/launcher=processes": ("hydra_joblib_launcher", "sweep"),
+    "hydra/launcher=slurm": ("hydra_submitit_launcher", "slurm"),
+    "hydra/launcher=ray_cluster": ("hydra_ray_launcher", "ray"),
+    "hydra/sweeper=search": ("hydra_optuna_sweeper", "sweep"),
+}
+
+_folder: Path | None = None
+
+
+class Sweep(Callback):
+    """Told by Hydra of the start of a multirun, in the process of the command."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remember where the cells will be, and make the folder that a search keeps its study in."""
+        global _folder
+        _folder = Path(config.hydra.sweep.dir)
+        Path(config.output_root).mkdir(parents=True, exist_ok=True)
+
+
+def started_sweep() -> Path | None:
+    """Folder of the multirun that this command has started."""
+    return _folder
+
+
+def finish_sweep() -> int:
+    """Show the summary of the multirun that this command has started; 1 where a cell did not end well."""
+    if _folder is None:
+        return 0
+    cells = write_summary(_folder)
+    if swept_options(cells):
+        print("\n" + show_cells(cells))
+        print(f"\nthe sweep is in {_folder}")
+    return int(any(cell["status"] in INCOMPLETE for cell in cells))
+
+
+def sweep_folder() -> Path | None:
+    """Folder of the multirun that this job is a cell of; None in a single run."""
+    hydra = HydraConfig.get()
+    return Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
+
+
+def record(values: dict[str, Any], status: str) -> None:
+    """Put this cell into the summary of its multirun; in a single run do nothing."""
+    sweep = sweep_folder()
+    if sweep is not None:
+        hydra = HydraConfig.get()
+        record_cell(sweep, hydra.job.num, list(hydra.overrides.task), values, status)
+
+
+def record_failure(error: Exception) -> None:
+    """Put this cell, which failed, into the summary of its multirun."""
+    record({"error": str(error)}, "failed")
+
+
+def digest(overrides: Sequence[str]) -> str:
+    """Short hash of the options that decide the numbers of a multirun."""
+    told = [item for item in overrides if item.split("=")[0].split(".")[0].strip("+~") not in UNIDENTIFYING]
+    return hashlib.sha256("\n".join(sorted(told)).encode()).hexdigest()[:8]
+
+
+def check_plugins(arguments: Sequence[str]) -> None:
+    """See that the plugins that the options ask for are there.
+
+    Raises:
+        ConfigError: where one is missing.
+    """
+    for argument in arguments:
+        plugin, extra = PLUGINS.get(argument, ("", ""))
+        if plugin and not _installed(plugin):
+            raise ConfigError(f'{argument} needs a plugin of Hydra; pip install -e ".[{extra}]" brings it')
+
+
+def _installed(plugin: str) -> bool:
+    try:
+        return find_spec(f"hydra_plugins.{plugin}") is not None
+    except ModuleNotFoundError:
+        return False

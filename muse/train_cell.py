@@ -1,0 +1,63 @@
+"""A training as a cell of a multirun: in a process of its own, and in the summary."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from muse.apart import run_apart
+from muse.config import RunConfig
+from muse.sweep import record, sweep_folder
+
+RESULT_FILE = "result.json"
+
+
+def run_train(config: RunConfig, run: Path) -> int:
+    """Train as configured and return the exit status; the results are in the folder ``run``."""
+    # submitit starts a process for each cell, and Slurm's signals reach all processes of a job by themselves.
+    if sweep_folder() is None or "submitit" in HydraConfig.get().launcher._target_:
+        status = _train(config, run)
+    else:
+        status = run_apart(_train, config, run)
+    if status == 0 and sweep_folder() is not None:
+        result = _result(run)
+        record(_values(result, run), "reused" if "reused_from" in result else "trained")
+    return status
+
+
+def validation_loss() -> float:
+    """Validation loss at the end of the job that Hydra is running; infinite where it did not get there."""
+    loss = (_result(Path(HydraConfig.get().runtime.output_dir)).get("valid") or {}).get("loss")
+    return math.inf if loss is None else float(loss)
+
+
+def _train(config: RunConfig, run: Path) -> int:
+    # A process that only waits for another one does not need torch.
+    from muse.train_run import run_training
+
+    return run_training(config, run)
+
+
+def _result(run: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return result
+
+
+def _values(result: dict[str, Any], run: Path) -> dict[str, Any]:
+    """What the summary of a multirun tells of a training."""
+    splits = {
+        f"{split}_{key}": (result[split] or {}).get(key)
+        for split in ("valid", "test")
+        for key in ("loss", "ppl")
+        if result[split]
+    }
+    keys = ("tokens_per_second", "seconds", "parameters", "steps")
+    folder = result.get("reused_from", str(run))
+    return {**splits, **{key: result[key] for key in keys}, "folder": folder}

@@ -1,0 +1,104 @@
+import csv
+import json
+import multiprocessing
+
+import pytest
+
+from muse.report import sweep
+from muse.report.sweep import read_cells, record_cell, show_cells, swept_options
+
+
+def test_every_cell_is_in_the_summary_also_one_that_failed(tmp_path):
+    record_cell(tmp_path, 0, ["stage='1'", "benchmark.seq_len=8"], {"vram_gb": 1.0}, "measured")
+    record_cell(tmp_path, 2, ["stage='1'", "benchmark.seq_len=32"], {"vram_gb": 2.0}, "reused")
+    cells = record_cell(
+        tmp_path, 1, ["stage='1'", "benchmark.seq_len=16"], {"error": "out of memory"}, "failed"
+    )
+    assert swept_options(cells) == ["benchmark.seq_len"]
+    assert json.loads((tmp_path / "summary.json").read_text()) == cells
+    rows = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
+    assert [(row["stage"], row["benchmark.seq_len"], row["status"], row["vram_gb"]) for row in rows] == [
+        ("1", "8", "measured", "1.0"),
+        ("1", "16", "failed", ""),
+        ("1", "32", "reused", "2.0"),
+    ]
+    assert rows[1]["error"] == "out of memory"
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert [line.split() for line in show_cells(cells).splitlines()[2:]] == [
+        ["8", "measured", "1"],
+        ["16", "failed", "-"],
+        ["32", "reused", "2"],
+        ["16:", "out", "of", "memory"],
+    ]
+
+
+def test_what_a_cell_ends_with_takes_the_place_of_what_it_began_with(tmp_path):
+    record_cell(tmp_path, 0, ["seed=0"], {}, "unfinished")
+    (cell,) = record_cell(tmp_path, 0, ["seed=0"], {"ppl": 2.0}, "trained")
+    assert (cell["status"], cell["ppl"]) == ("trained", 2.0)
+
+
+def record_many(folder, first, start):
+    start.wait()
+    for number in range(first, 24, 4):
+        record_cell(folder, number, [f"seed={number}"], {}, "trained")
+
+
+def test_no_cell_is_lost_when_processes_end_theirs_at_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(4)
+    processes = [context.Process(target=record_many, args=(tmp_path, first, start)) for first in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    cells = json.loads((tmp_path / "summary.json").read_text())
+    assert [cell["options"]["seed"] for cell in cells] == [str(number) for number in range(24)]
+    rows = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
+    assert [row["seed"] for row in rows] == [str(number) for number in range(24)]
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_cell_that_comes_while_the_summary_is_written_is_in_it(tmp_path, monkeypatch):
+    """What another process writes between this one's reading and its writing must not be overwritten."""
+    plain = sweep.write_json
+    others = iter([1])
+
+    def late(path, value):
+        if path.name == sweep.SUMMARY and next(others, None):
+            record_cell(tmp_path, 1, ["seed=1"], {}, "trained")
+        plain(path, value)
+
+    monkeypatch.setattr(sweep, "write_json", late)
+    record_cell(tmp_path, 0, ["seed=0"], {}, "trained")
+    assert json.loads((tmp_path / "summary.json").read_text()) == read_cells(tmp_path)
+    assert len(read_cells(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "names", "log_x"),
+    [
+        ("stage.norm", ["rms", "layer"], ["rms", "layer"], False),
+        ("optim.warmup", ["10", "20"], None, False),
+        ("optim.lr", ["0.001", "0.1"], None, True),
+        ("train.eval_stride", ["null", "4"], ["null", "4"], False),
+    ],
+)
+def test_any_option_is_plotted_words_by_name_and_decades_on_a_logarithmic_axis(
+    tmp_path, monkeypatch, option, values, names, log_x
+):
+    drawn = {}
+    monkeypatch.setattr(sweep, "plot_lines", lambda *args, **options: drawn.update(options, lines=args[4]))
+    for number, value in enumerate(values):
+        record_cell(tmp_path, number, [f"{option}={value}"], {"ppl": 2.0 - number}, "trained")
+    assert (drawn["names"], drawn["log_x"], drawn["joined"]) == (names, log_x, True)
+    places = [0, 1] if names else [float(value) for value in values]
+    assert drawn["lines"] == {"ppl": [(places[0], 2.0), (places[1], 1.0)]}
+
+
+def test_the_points_of_a_search_are_one_cloud(tmp_path):
+    for number in range(20):
+        overrides = [f"optim.lr={0.001 * (number + 1)}", f"optim.weight_decay={0.01 * number}"]
+        record_cell(tmp_path, number, overrides, {"valid_loss": 1.0}, "trained")
+    assert (tmp_path / "summary.png").exists()
