@@ -32,7 +32,10 @@ from muse.dynamics.potential import FORCE_DTYPES
 from muse.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+# What is below conf/hydra is about Hydra itself (tests/test_sweep.py).
+FILES = sorted(
+    path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.relative_to(CONF).parts[0] != "hydra"
+)
 GROUPS = sorted({path.parent.name for path in FILES if path.parent.name})
 
 

@@ -1,0 +1,341 @@
+"""Sweeps as a user runs them: through Hydra's launchers and sweepers, in processes of their own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from muse.files import find_files
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDTH = "{d_model:16,layers:2,heads:2,kv_heads:2,d_ff:32}"
+STEPS = 40
+# Seconds after which a process hangs rather than works.
+PATIENCE = 240
+# Of which a process and all that it starts can be told.
+MARK = "MUSE_TEST_SWEEP"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a text, a cache of its tokens, and room for sweeps."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    lines = (f"Line {n} says\n    that {n * n} is the square of {n}.\n" for n in range(200))
+    (folder / "text.txt").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def start(place: Path, root: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a sweep below the folder ``root``; its processes may be found by ``processes_of(root)``."""
+    options = [
+        "data=text",
+        f"data.path={place / 'text.txt'}",
+        f"data.cache={place / 'cache'}",
+        f"output_root={place / root}",
+        "logger=none",
+        "logger.log_every=1",
+        "hardware=cpu",
+        "model.vocab_size=300",
+        "model.seq_len=16",
+        f"model.real={WIDTH}",
+        f"model.complex={WIDTH}",
+        "stage.dropout=0.1",
+        "train.batch_size=2",
+        "train.eval_every=0",
+        "train.sample_tokens=0",
+    ]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "-m", *options, *arguments],
+        cwd=place,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            # submitit starts processes that know nothing of train.py's folder.
+            "PYTHONPATH": str(ROOT),
+            MARK: str(place / root),
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def sweep(place: Path, root: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a sweep; nothing may ever show a traceback."""
+    process = start(place, root, *arguments, **environment)
+    try:
+        out, err = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    assert "Traceback" not in out + err, err
+    return process.returncode, out, err
+
+
+def sweeps(place: Path, root: str) -> list[Path]:
+    """Folders of the sweeps below ``root``, the oldest first."""
+    found = (place / root / "train" / "sweep").glob("*/summary.json")
+    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
+
+
+def summary(folder: Path) -> list[dict[str, Any]]:
+    cells: list[dict[str, Any]] = json.loads((folder / "summary.json").read_text())
+    return cells
+
+
+def outcomes(folder: Path, option: str) -> list[tuple[str, str]]:
+    return [(cell["options"][option], cell["status"]) for cell in summary(folder)]
+
+
+def weights(cells: list[dict[str, Any]]) -> list[bytes]:
+    """Final weights of each cell."""
+    results = [json.loads((Path(cell["folder"]) / "result.json").read_text()) for cell in cells]
+    return [(Path(result["checkpoint"]) / "model.safetensors").read_bytes() for result in results]
+
+
+def processes_of(mark: Path) -> list[int]:
+    """Processes that a sweep below ``mark`` has started, and that still run."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{MARK}={mark}".encode() in entry.read_bytes().split(b"\0"):
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for_steps(process: subprocess.Popen[str], root: Path, steps: int, cells: int) -> None:
+    """Wait until so many cells have made so many steps."""
+
+    def count(path: Path) -> int:
+        return path.read_text(encoding="utf-8").count("\n")
+
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and process.poll() is None:
+        logs = find_files(root / "train", "metrics.jsonl")
+        if sum(count(log) >= steps for log in logs) >= cells:
+            return
+        time.sleep(0.02)
+    process.kill()
+    pytest.fail(f"the sweep ended too early or never started: {process.communicate()}")
+
+
+def wait_until_alone(root: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while processes_of(root) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_of(root) == []
+
+
+THREE = ["seed=0,1,2", f"train.steps={STEPS}", "train.checkpoint_every=4", "resume=auto"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> Path:
+    """A sweep of three cells, two at a time."""
+    status, out, err = sweep(place, "whole", *THREE, "hydra/launcher=processes")
+    assert status == 0, err
+    (folder,) = sweeps(place, "whole")
+    assert out.count("tokens_per_second") == 1
+    assert f"the sweep is in {folder}" in out
+    return folder
+
+
+@pytest.mark.slow
+def test_no_cell_of_a_parallel_sweep_is_lost(undisturbed):
+    cells = summary(undisturbed)
+    assert outcomes(undisturbed, "seed") == [(seed, "trained") for seed in ("0", "1", "2")]
+    for cell in cells:
+        result = json.loads((Path(cell["folder"]) / "result.json").read_text())
+        assert Path(cell["folder"]).parent == undisturbed
+        assert result["seed"] == int(cell["options"]["seed"])
+        assert cell["valid_loss"] == result["valid"]["loss"]
+        assert cell["valid_ppl"] == result["valid"]["ppl"]
+        assert cell["seconds"] == result["seconds"] > 0
+        assert cell["tokens_per_second"] > 0
+        assert cell["parameters"] == result["parameters"]
+        assert cell["steps"] == STEPS
+    rows = list(csv.DictReader((undisturbed / "summary.csv").read_text().splitlines()))
+    assert [(row["seed"], float(row["valid_loss"])) for row in rows] == [
+        (cell["options"]["seed"], cell["valid_loss"]) for cell in cells
+    ]
+    assert (undisturbed / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert len(set(weights(cells))) == 3
+
+
+@pytest.mark.slow
+def test_a_repeated_sweep_trains_nothing(place, undisturbed):
+    before = summary(undisturbed)
+    status, out, err = sweep(place, "whole", *THREE)
+    assert status == 0, err
+    again = sweeps(place, "whole")[-1]
+    assert again != undisturbed
+    assert out.count("is finished; its results are in") == 3
+    assert summary(again) == [{**cell, "status": "reused"} for cell in before]
+    assert find_files(again, "metrics.jsonl") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["processes", "basic"])
+def test_a_sweep_that_is_killed_and_repeated_ends_with_the_same_bits(place, undisturbed, launcher):
+    root = f"killed {launcher}"
+    process = start(place, root, *THREE, f"hydra/launcher={launcher}")
+    wait_for_steps(process, place / root, 6, 1)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    wait_until_alone(place / root)
+    assert {cell["status"] for cell in summary(sweeps(place, root)[-1])} <= {"unfinished", "interrupted"}
+    status, out, err = sweep(place, root, *THREE, f"hydra/launcher={launcher}")
+    assert status == 0, err
+    assert "resuming" in out
+    cells = summary(sweeps(place, root)[-1])
+    assert [cell["status"] for cell in cells] == ["trained"] * 3
+    assert weights(cells) == weights(summary(undisturbed))
+    assert [cell["valid_loss"] for cell in cells] == [cell["valid_loss"] for cell in summary(undisturbed)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "number", "at_once"),
+    [("processes", signal.SIGTERM, 2), ("basic", signal.SIGINT, 1)],
+)
+def test_a_signal_ends_the_workers_after_their_cells_have_saved(place, launcher, number, at_once):
+    root = f"stopped {launcher} {number}"
+    process = start(
+        place,
+        root,
+        "seed=0,1,2",
+        "train.steps=100000",
+        "train.checkpoint_every=0",
+        f"hydra/launcher={launcher}",
+    )
+    wait_for_steps(process, place / root, 2, at_once)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in out + err
+    assert out.count("is saved, resume=auto") == at_once
+    (folder,) = sweeps(place, root)
+    assert [cell["status"] for cell in summary(folder)] == ["interrupted"] * at_once
+    assert len(find_files(folder, "state.pt")) == at_once
+    wait_until_alone(place / root)
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_is_in_the_summary_and_the_others_run(place):
+    """One learning rate is refused before the cell's process starts, one makes its training diverge."""
+    arguments = ["optim.lr=-1,1e30,0.01", "optim.warmup=0", "train.steps=3", "hydra/launcher=processes"]
+    status, out, err = sweep(place, "failed", *arguments)
+    assert status == 1
+    (folder,) = sweeps(place, "failed")
+    assert outcomes(folder, "optim.lr") == [("-1", "failed"), ("1e+30", "failed"), ("0.01", "trained")]
+    refused, diverged, _ = summary(folder)
+    assert refused["error"].startswith("optim.lr=-1")
+    assert "is not finite in step 2" in diverged["error"]
+    for cell in (refused, diverged):
+        assert f"error: {cell['error']}\n" in err
+        assert f"{cell['options']['optim.lr']}: {cell['error']}\n" in out
+
+
+@pytest.mark.slow
+def test_optuna_finds_the_best_of_its_trials_and_goes_on_with_its_study(place):
+    """A trial that diverges counts as infinitely bad."""
+    arguments = ["hydra/sweeper=search", "optim.lr=choice(0.03,1e30)", "optim.warmup=0", "train.steps=3"]
+    trials = ["hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=2"]
+    status, _, err = sweep(place, "search", *arguments, *trials)
+    assert status == 1, err
+    (folder,) = sweeps(place, "search")
+    cells = summary(folder)
+    losses = {cell["options"]["optim.weight_decay"]: cell.get("valid_loss") for cell in cells}
+    found = [loss for loss in losses.values() if loss is not None]
+    assert 0 < len(found) < len(losses) == 3, "both learning rates must be tried"
+    assert {cell["status"] for cell in cells if "valid_loss" not in cell} == {"failed"}
+    storage = f"sqlite:///{place / 'search' / 'optuna.db'}"
+    (told,) = optuna.get_all_study_summaries(storage)
+    study = optuna.load_study(told.study_name, storage)
+    assert study.best_value == min(found)
+    assert losses[str(study.best_params["optim.weight_decay"])] == min(found)
+    assert sorted(trial.value for trial in study.trials)[-1] == float("inf")
+
+    # The same options search on in the same study, others have one of their own.
+    sweep(place, "search", *arguments, "hydra.sweeper.n_trials=1", "logger.log_every=2")
+    assert [len(known.trials) for known in studies(storage)] == [4]
+    status, _, err = sweep(
+        place, "search", "hydra/sweeper=search", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2",
+        "train.steps=2", "hydra/launcher=processes",
+    )  # fmt: skip
+    assert status == 0, err
+    last = summary(sweeps(place, "search")[-1])
+    (own,) = [known for known in studies(storage) if len(known.trials) == 2]
+    assert own.best_value == min(cell["valid_loss"] for cell in last)
+    assert set(own.best_params) == {"optim.lr", "optim.warmup", "optim.weight_decay"}
+    assert all(0.0003 <= float(cell["options"]["optim.lr"]) <= 0.03 for cell in last)
+
+
+def studies(storage: str) -> list[Any]:
+    return [optuna.load_study(told.study_name, storage) for told in optuna.get_all_study_summaries(storage)]
+
+
+@pytest.mark.slow
+def test_a_cell_runs_through_submitit(place):
+    status, _, err = sweep(
+        place, "submitit", "seed=3", "train.steps=2", "hydra/launcher=submitit_local",
+        "hydra.launcher.timeout_min=9",
+    )  # fmt: skip
+    assert status == 0, err
+    (folder,) = sweeps(place, "submitit")
+    assert outcomes(folder, "seed") == [("3", "trained")]
+
+
+SBATCH = """#!{python}
+# As Slurm's: takes a script, runs it for each task of its array, and tells the number of the job at once.
+import os, pathlib, re, subprocess, sys
+script = pathlib.Path(sys.argv[-1]).read_text()
+pathlib.Path("{folder}/script.sh").write_text(script)
+last = int(re.search(r"--array=0-(\\d+)", script)[1])
+for task in range(last + 1):
+    known = dict(SLURM_JOB_ID=str(8 + task), SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID=str(task),
+        SLURM_NTASKS="1", SLURM_JOB_NUM_NODES="1", SLURM_NODEID="0", SLURM_PROCID="0", SLURM_LOCALID="0",
+        SLURM_CPUS_PER_TASK="1", SLURM_JOB_NODELIST="here")
+    subprocess.Popen(["bash", sys.argv[-1]], env=dict(os.environ, **known), start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print("Submitted batch job 7")
+"""
+SRUN = """#!{python}
+# As Slurm's: runs what comes after the options.
+import os, sys
+command = sys.argv[next(n for n, word in enumerate(sys.argv) if "python" in os.path.basename(word) and n):]
+os.execv(command[0], command)
+"""
+
+
+@pytest.mark.slow
+def test_cells_run_through_slurm(place, tmp_path):
+    """Slurm itself is played by two scripts."""
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN)):
+        (tmp_path / name).write_text(text.format(python=sys.executable, folder=tmp_path))
+        (tmp_path / name).chmod(0o755)
+    status, _, err = sweep(
+        place, "slurm", "seed=0,1", "train.steps=2", "hydra/launcher=slurm", "hydra.launcher.partition=fast",
+        PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+    )  # fmt: skip
+    assert status == 0, err
+    (folder,) = sweeps(place, "slurm")
+    assert outcomes(folder, "seed") == [("0", "trained"), ("1", "trained")]
+    script = (tmp_path / "script.sh").read_text()
+    for line in ("--array=0-1%2", "--gpus-per-node=1", "--cpus-per-task=8", "--partition=fast", "--time=240"):
+        assert f"#SBATCH {line}\n" in script
+    assert "\nexport OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK\n" in script
