@@ -11,8 +11,8 @@ import torch
 
 from kernels.launch import use_eager
 from muse.config import HardwareConfig
-from muse.distributed import check_launch
 from muse.errors import ConfigError, RunError
+from muse.torchrun import check_launch
 
 
 def use_hardware(config: HardwareConfig) -> torch.device:

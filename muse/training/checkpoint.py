@@ -31,7 +31,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from muse.distributed import gathered, rank, ranks, same
+from muse.distributed import first_rank_does, gathered, rank, ranks, same
 from muse.errors import RunError
 from muse.files import write_atomically
 
@@ -330,7 +330,7 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
     Raises:
         RunError: when the files are damaged, or hold other tensors.
     """
-    damage = same(find_damage(checkpoint))
+    damage = first_rank_does(lambda: find_damage(checkpoint))
     if damage is not None:
         raise RunError(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")
     reason = None

@@ -75,7 +75,7 @@ class ParallelLoss:
 def shard(model: LanguageModel) -> None:
     """Shard the parameters over all ranks by FSDP2, block by block.
 
-    The planes of a complex parameter stay together where its next axis can be divided by the number of ranks.
+    The planes of a complex parameter stay together where another axis can be divided by the number of ranks.
     Gradients are summed in float32.
     """
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -87,6 +87,9 @@ def shard(model: LanguageModel) -> None:
 
 
 def _placement(parameter: nn.Parameter) -> Shard | None:
-    # Two planes would leave all ranks but two without work.
-    apart = parameter.dim() > 1 and parameter.shape[0] == 2 and parameter.shape[1] % ranks() == 0
-    return Shard(1) if apart else None
+    # Two planes would leave all ranks but two without work, and FSDP2 would pad each rank's part to a plane.
+    if parameter.shape[0] != 2:
+        return None
+    return next(
+        (Shard(axis) for axis in range(1, parameter.dim()) if parameter.shape[axis] % ranks() == 0), None
+    )
