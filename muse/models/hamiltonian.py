@@ -89,15 +89,9 @@ def flow_potential(width: WidthConfig, stage: StageConfig) -> Potential:
     channels = width.d_model
     if stage.potential == "duffing":
         return DuffingPotential(channels)
-    hidden = stage.potential_width
-    if hidden is None:
-        # Of a hidden unit: its row of W1, its b1 and w2, its weights of the context.
-        unit = channels + 2 + 2 * channels * stage.context
-        # As many parameters as the feed-forward block of stage 1 has.
-        hidden = max(1, round(4 * channels * width.d_ff / (stage.flows * unit)))
     return MLPPotential(
         channels,
-        hidden,
+        hidden_units(width, stage),
         stage.phi,
         stage.force_precision,
         # The spring is the greater part of what pulls back at the start.
@@ -105,3 +99,12 @@ def flow_potential(width: WidthConfig, stage: StageConfig) -> Potential:
         confinement=stage.confinement,
         with_context=stage.context,
     )
+
+
+def hidden_units(width: WidthConfig, stage: StageConfig) -> int:
+    """Of the MLP of one flow: by default as many parameters as the feed-forward block of stage 1 has."""
+    if stage.potential_width is not None:
+        return stage.potential_width
+    # Of a hidden unit: its row of W1, its b1 and w2, its weights of the context.
+    unit = width.d_model + 2 + 2 * width.d_model * stage.context
+    return max(1, round(4 * width.d_model * width.d_ff / (stage.flows * unit)))

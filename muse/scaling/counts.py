@@ -1,0 +1,204 @@
+"""Parameters and FLOPs of stages 0, 1 and 2, by their formulas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from muse.config import ModelConfig, StageConfig, WidthConfig
+from muse.dynamics.integrators import stages
+from muse.errors import ConfigError
+from muse.models.hamiltonian import hidden_units
+
+Shape = tuple[int, ...]
+# Real products that make one of the scores, and one of the weights, of complex attention.
+PARTS = {"real": (1, 1), "magnitude": (2, 1), "phase": (2, 2)}
+# What a learned gate of a hidden channel has.
+GATES = {"mod_relu": 1, "mod_swish": 2}
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Shapes of the parameters, as ``hardware.parallel=fsdp`` groups them.
+
+    Attributes:
+        block: of each of the blocks.
+        rest: embedding, last norm, and a head that is not shared with the embedding.
+        blocks: number of blocks.
+    """
+
+    block: list[Shape]
+    rest: list[Shape]
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of a token: multiplications and additions of matrix products, no others.
+
+    Attributes:
+        maps: of the linear maps of all blocks.
+        attention: of queries with keys and of weights with values.
+        forces: of the flows of stage 2, in ``stage.force_precision``; all others are in ``stage.precision``.
+        head: of the logits.
+    """
+
+    maps: float
+    attention: float
+    forces: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.maps + self.attention + self.forces + self.head
+
+
+def check_modelled(stage: StageConfig) -> None:
+    """Refuse what the formulas leave out.
+
+    Raises:
+        ConfigError: stage 3a.
+    """
+    if stage.number == "3a":
+        raise ConfigError("stage=3a has no cost model; choose stage=0, 1 or 2")
+
+
+def width_of(stage: StageConfig, model: ModelConfig) -> WidthConfig:
+    """The widths that a stage reads."""
+    return model.real if stage.number == "0" else model.complex
+
+
+def swiglu_units(width: WidthConfig) -> int:
+    """Hidden channels h of stage 0's SwiGLU: 8 ceil(d_ff / 12), two thirds of d_ff."""
+    return 8 * math.ceil(width.d_ff / 12)
+
+
+def shapes(stage: StageConfig, model: ModelConfig, vocab_size: int) -> Shapes:
+    """The parameters.
+
+    With C = (heads + 2 kv_heads) d_model / heads channels of queries, keys and values, a block has
+
+    - stage 0: d C + d^2 + 2 d, and 2 d F (GELU) or 3 d h (SwiGLU);
+    - stage 1: 2 D C + 2 D^2 + 4 D F, two norms of 2 D (rms) or 5 D (layer), gates of 0, F or 2 F;
+    - stage 1 with mixer=none: 2 D^2 + 2 D + D + 4 D;
+    - stage 2: as stage 1, but for 4 D F and the gates ``flows`` times U D + 2 U, and 2 U D with a context.
+
+    What is left is an embedding of V d or 2 V D, once more as much if ``tied`` is false, and a norm.
+    """
+    check_modelled(stage)
+    width = width_of(stage, model)
+    d, hidden = width.d_model, width.d_ff
+    channels = (width.heads + 2 * width.kv_heads) * d // width.heads
+    if stage.number == "0":
+        units = swiglu_units(width) if stage.activation == "swiglu" else hidden
+        up = 2 * units if stage.activation == "swiglu" else units
+        head: list[Shape] = [] if stage.tied else [(vocab_size, d)]
+        block: list[Shape] = [(d,), (channels, d), (d, d), (d,), (up, d), (d, units)]
+        return Shapes(block, [(vocab_size, d), (d,), *head], width.layers)
+    if stage.mixer == "none":
+        block = [(2, d), (2, d, d), (2, d), (d,), (2, d)]
+        rest: list[Shape] = [(vocab_size, 2, d), (model.seq_len, d), (2, d), (vocab_size, d), (vocab_size,)]
+        return Shapes(block, rest, width.layers)
+    norm: list[Shape] = [(2, d)] if stage.norm == "rms" else [(3, d), (2, d)]
+    block = [*norm, (2, channels, d), (2, d, d), *norm]
+    if stage.number == "1":
+        block += [(2, hidden, d), *[(hidden,)] * GATES.get(stage.activation, 0), (2, d, hidden)]
+    elif stage.potential == "duffing":
+        block += stage.flows * [(d,), (d,)]
+    else:
+        units = hidden_units(width, stage)
+        block += stage.flows * [(units, d), (units,), (units,), *([(units, 2 * d)] if stage.context else [])]
+    head = [] if stage.tied else [(vocab_size, 2 * d)]
+    return Shapes(block, [(vocab_size, 2, d), *norm, *head], width.layers)
+
+
+def numbers(of: Iterable[Shape]) -> int:
+    """Real numbers in tensors of these shapes."""
+    return sum(math.prod(shape) for shape in of)
+
+
+def parameters(stage: StageConfig, model: ModelConfig, vocab_size: int) -> int:
+    """What ``muse.models.count_parameters`` counts."""
+    found = shapes(stage, model, vocab_size)
+    return found.blocks * numbers(found.block) + numbers(found.rest)
+
+
+def forces(stage: StageConfig) -> int:
+    """Forces of one flow: 6 ode_steps + 1 by the default integrator, ode_steps + 1 by leapfrog."""
+    return stages(stage.integrator, stage.ode_steps, stage.dt).forces
+
+
+def segments(stage: StageConfig) -> int:
+    """Parts that ``gradient=checkpoint`` computes again, of isqrt(stages - 1) + 1 stages each."""
+    count = len(stages(stage.integrator, stage.ode_steps, stage.dt).kicks)
+    return math.ceil(count / (math.isqrt(count - 1) + 1))
+
+
+def forward_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_len: int) -> Flops:
+    """FLOPs of a token in a forward pass over windows of ``seq_len``.
+
+    A real map takes 2 in out, a complex one 8 in out. Attention takes 2 products of width d (2 D where
+    complex; 3 for magnitude, 4 for phase scores) over the causal half of the keys, 2 d seq_len / 2 each:
+    fused kernels skip the other half but for the blocks on the diagonal. On a CPU complex bfloat16 attention
+    of windows up to 256 tokens takes all keys.
+
+    A force of stage 2 is two products with the U x D matrix W1, 4 U D; the context, 2 D wide, takes one of
+    4 U D once a flow (once a segment with ``gradient=checkpoint``): 4 U D (forces + 1).
+    """
+    width = width_of(stage, model)
+    d = width.d_model
+    planes = 1 if stage.number == "0" else 2
+    found = shapes(stage, model, vocab_size)
+    # A complex map is a (2, out, in) weight: 8 in out = 4 a number. Stage 2's potentials have no such shape.
+    linear = numbers(shape for shape in found.block if len(shape) == (2 if planes == 1 else 3))
+    products = sum(PARTS[stage.score]) if planes == 2 else 2
+    mixes = stage.number == "0" or stage.mixer == "attention"
+    of_forces = 0.0
+    if stage.number == "2" and stage.potential == "mlp":
+        once = segments(stage) if stage.gradient == "checkpoint" else 1
+        count = forces(stage) + once * stage.context
+        of_forces = 4.0 * hidden_units(width, stage) * d * count * stage.flows
+    return Flops(
+        maps=2.0 * planes * linear * width.layers,
+        attention=float(mixes) * products * 2 * planes * d * (seq_len // 2) * width.layers,
+        forces=of_forces * width.layers,
+        head=2.0 * vocab_size * d * (planes if stage.mixer == "attention" else 1),
+    )
+
+
+def step_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_len: int) -> Flops:
+    """FLOPs of a token in a training step, as the code executes them.
+
+    Maps and head: three times the forward pass; what is computed again is the activation, no product.
+    Attention: two and five products, since the backward pass computes the scores again (3 and 8 for
+    magnitude, 4 and 10 for phase).
+
+    Forces, in units of 4 U D and n = forces of a flow, +1 for the context:
+
+    - ``backprop``: 1 forward, 2 backward: 3 (n + 1);
+    - ``exact`` and ``reversible``: the backward pass computes each force again (2 products), its
+      Hessian-vector product (2) and the gradients of both factors W1 (2); the context's product again, and
+      two for its gradients: 1 forward, 3 backward: 4 (n + 1);
+    - ``checkpoint``: as backprop, and segments once more but for the last product of each:
+      4 (n + g) - g / 2 with g segments.
+    """
+    forward = forward_flops(stage, model, vocab_size, seq_len)
+    of_scores, of_weights = PARTS[stage.score] if stage.number != "0" else (1, 1)
+    both = of_scores + of_weights
+    flow = forward.forces
+    if stage.gradient == "backprop":
+        flow *= 3
+    elif stage.gradient == "checkpoint":
+        parts = segments(stage)
+        units = forces(stage) + parts * stage.context
+        flow *= 4 - parts / 2 / units
+    else:
+        flow *= 4
+    return Flops(
+        maps=3 * forward.maps,
+        attention=forward.attention * (both + 2 * both + of_scores) / both,
+        forces=flow,
+        head=3 * forward.head,
+    )

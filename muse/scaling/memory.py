@@ -1,0 +1,261 @@
+"""Bytes that a training step takes on one rank, by what holds them, from formulas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from muse.config import ModelConfig, StageConfig
+from muse.dynamics.integrators import stages
+from muse.dynamics.potential import CHUNK
+from muse.errors import ConfigError
+from muse.models.hamiltonian import hidden_units
+from muse.models.loss import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS
+from muse.scaling.counts import (
+    check_modelled,
+    forces,
+    numbers,
+    segments,
+    shapes,
+    swiglu_units,
+    width_of,
+)
+from muse.scaling.ranks import padded
+from muse.training.optim import SLICE_ELEMENTS
+
+BYTES = {"fp32": 4, "bf16": 2}
+# Scores of a block that eager attention on a CPU holds at most, or those of 64 queries if these are more; and
+# how many tensors of them its backward pass holds at a time (kernels/complex_attention.py).
+EAGER_SCORES, EAGER_QUERIES, EAGER_TENSORS = 1 << 21, (64, 256), 4
+# Windows on a CPU that are short enough to keep all scores of (kernels/complex_attention.py).
+HELD_KEYS = 256
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that the forward pass keeps up to the loss.
+
+    Attributes:
+        layer: of a token and block.
+        end: of a token, behind the blocks: the last norm and the features.
+        table: of a block, whatever the number of windows: rotary angles.
+    """
+
+    layer: float
+    end: float
+    table: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank.
+
+    Attributes:
+        parameters: as the optimiser holds them, a part of each with ``fsdp``.
+        optimiser: AdamW's two moments, in the dtype of the parameters.
+        gradients: of all parameters held, when the backward pass has ended.
+        activations: what the forward pass keeps.
+        gathered: whole parameters of FSDP: what belongs to no block, and two blocks.
+        temporaries: what else is alive at the peak, gradients included as far as they are there by then.
+        peak: sum of all but ``gradients``.
+    """
+
+    parameters: float
+    optimiser: float
+    gradients: float
+    activations: float
+    gathered: float
+    temporaries: float
+
+    @property
+    def peak(self) -> float:
+        """Largest sum at any time of the step."""
+        return self.parameters + self.optimiser + self.activations + self.gathered + self.temporaries
+
+
+def element_bytes(stage: StageConfig) -> int:
+    """Bytes of a stored number.
+
+    Raises:
+        ConfigError: a mixed precision, whose activations have no single dtype, or mixer=none.
+    """
+    check_modelled(stage)
+    if stage.precision not in BYTES:
+        raise ConfigError(
+            f"stage.precision={stage.precision} has no memory model; choose one of {', '.join(BYTES)}"
+        )
+    if stage.mixer == "none":
+        raise ConfigError("stage.mixer=none has no memory model; choose stage.mixer=attention")
+    return BYTES[stage.precision]
+
+
+def activation_bytes(stage: StageConfig, model: ModelConfig, seq_len: int, device: str) -> Activations:
+    """What autograd keeps of a token, by the tensors that the backward pass of each operation asks for.
+
+    b bytes a number, k = kv_heads / heads, statistics of norms and softmax in float32.
+
+    - Stage 1, a block: the state before each norm, the norm before attention and that before the feed-forward
+      map, q, k, v and the attended values, each of 2 D numbers, and the hidden channels: 2 D (6 + 2 k) + 2 F.
+      Fused attention keeps its output a second time, (B, H, S, d): + 2 D, and 4 bytes a head.
+    - Stage 2, a block: 2 D (5 + 2 k), since a flow keeps no input, and of each flow 8 D bytes for its final
+      state (int32) and 8 D for the context (float32): independent of ode_steps. ``reversible`` and ``verify``
+      keep the initial state, too, 8 D; ``checkpoint`` 8 D a segment; ``backprop`` q (4 D) and what goes into
+      and comes out of the hidden units (8 U) of every force, and the first p, but also float32 copies of the
+      potential's weights, which are left out here.
+    - Stage 0, a block, plain PyTorch: norms keep their input and its quotient, in float32 on a CPU:
+      d (9 + 2 k) numbers, d (13 + 2 k) in bfloat16, and 4 h (SwiGLU) or 2 F.
+    - A CPU keeps the scores, heads x seq_len numbers, of complex bfloat16 attention of at most 256 tokens.
+
+    Dropout keeps its mask for both branches: a number each on a CPU, else a byte.
+    """
+    width, size = width_of(stage, model), element_bytes(stage)
+    d, heads = width.d_model, width.heads
+    keys = 2 * width.kv_heads / heads
+    dropped = 2.0 * d * (size if device == "cpu" else 1) * (stage.dropout > 0)
+    if stage.number == "0":
+        wide = 13 if size == 2 and device == "cpu" else 9
+        units = 4 * swiglu_units(width) if stage.activation == "swiglu" else 2 * width.d_ff
+        return Activations(
+            layer=size * (d * (wide + keys) + units) + 8 + 4 * heads + dropped,
+            end=size * d * (5 if wide == 13 else 3) + 4,
+            table=4.0 * seq_len * d / heads,
+        )
+    layer = size * 2 * d * (5 + keys) + 8 + 2 * dropped
+    if device != "cpu" or (size == 4 and stage.score == "real"):
+        layer += size * 2 * d + 4 * heads
+    elif seq_len <= HELD_KEYS:
+        if stage.score != "real":
+            raise ConfigError(
+                f"stage.score={stage.score} has no memory model for windows of {seq_len} tokens on a CPU; "
+                f"choose stage.score=real or more than {HELD_KEYS}"
+            )
+        layer += size * heads * seq_len
+    layer += size * 2 * (d + width.d_ff) if stage.number == "1" else stage.flows * _flow_bytes(stage, model)
+    return Activations(layer=layer, end=size * 4 * d + 4, table=8.0 * seq_len * d / heads)
+
+
+def _flow_bytes(stage: StageConfig, model: ModelConfig) -> float:
+    """Of a token and flow."""
+    d = model.complex.d_model
+    with_context = stage.potential == "mlp" and stage.context
+    kept = 8.0 * d * with_context
+    if stage.gradient == "backprop":
+        return kept + 4 * d + forces(stage) * (4 * d + 8 * hidden_units(model.complex, stage))
+    if stage.gradient == "checkpoint":
+        return kept + 8 * d * segments(stage)
+    compares = stage.gradient == "reversible" or stage.verify
+    return kept + 8 * d * (1 + compares)
+
+
+def memory(
+    stage: StageConfig,
+    model: ModelConfig,
+    vocab_size: int,
+    seq_len: int,
+    windows: int,
+    device: str = "cuda",
+    parallel: str = "none",
+    ranks: int = 1,
+    accumulation: int = 1,
+) -> Memory:
+    """The peak of a training step with AdamW, the largest of its phases.
+
+    b bytes a number, T = windows seq_len tokens, E = b V d or 2 b V D bytes of the embedding's gradient.
+
+    1. The loss: activations, logits of min(T, 2^25 / V) tokens, their softmax of 2^22 numbers, the features'
+       gradient, once more for a chunk, and E.
+    2. The backward pass of the last block, when all others still hold their activations: E, in stage 1 four
+       times the hidden channels, in stage 0 three times those of up and gate, in stage 2 64 D bytes a token
+       (states and gradients of a flow, in pieces and joined) and four times the hidden units of 1024 tokens.
+       What autograd frees meanwhile is not counted. Eager attention on a CPU holds scores of some queries.
+    3. Its end: all gradients, E once more for the lookup, and three states.
+    4. The update: all gradients; if they are bfloat16, float32 copies of parameter, gradient and moments of a
+       slice of 2^20 numbers, and 2^21 random int32.
+
+    ``ddp`` holds all gradients from the start, and so does a process that accumulates them. ``fsdp`` holds
+    whole parameters of what is in no block and of two blocks, and while the gradients of a group are summed,
+    these in b bytes and in float32; with accumulation all whole gradients, which are summed after the last
+    micro-batch only.
+
+    Args:
+        vocab_size: entries of the vocabulary.
+        seq_len: tokens in a window.
+        windows: on this rank, in a micro-batch.
+        device: ``cpu`` or ``cuda``: what attention keeps and takes.
+        parallel: ``none``, ``ddp`` or ``fsdp``.
+        ranks: how many share the model.
+        accumulation: micro-batches of a step.
+    """
+    width, size = width_of(stage, model), element_bytes(stage)
+    d = width.d_model * (1 if stage.number == "0" else 2)
+    tokens = windows * seq_len
+    found = shapes(stage, model, vocab_size)
+    sharded = parallel == "fsdp"
+    shards = ranks if sharded else 1
+    # What FSDP gathers of a block and of what is left; without shards the parameters.
+    block, rest = (sum(padded(shape, shards) for shape in group) for group in (found.block, found.rest))
+    whole = found.blocks * block + rest
+    held = size * whole / shards
+    kept = activation_bytes(stage, model, seq_len, device)
+    activations = tokens * (kept.layer * width.layers + kept.end) + kept.table * width.layers
+    early = 0.0
+    if parallel == "ddp" or accumulation > 1:
+        early = size * whole
+    gathered = summed_block = summed_rest = 0.0
+    if sharded:
+        gathered = size * (rest + min(2, found.blocks) * block)
+        summed_block, summed_rest = ((size + 4 + 4 / ranks) * group for group in (block, rest))
+    embedding = size * vocab_size * d
+    chunk = min(tokens, max(1, CHUNK_ELEMENTS // vocab_size))
+    softmax = min(max(1, SOFTMAX_ELEMENTS // vocab_size), chunk)
+    loss = early + embedding + size * ((chunk + softmax) * vocab_size + (tokens + chunk) * d)
+    second_half = _block_bytes(stage, model, tokens)
+    scores = _attention_bytes(stage, model, windows, seq_len, device)
+    last_block = early + embedding + max(second_half, scores) + summed_block
+    # Activations are gone from here on.
+    end = max(held, early) + embedding + 3 * size * tokens * d + summed_rest - activations
+    update = held - activations - gathered
+    if size == 2:
+        largest = max(numbers([shape]) for shape in (*found.block, *found.rest))
+        update += 16 * min(SLICE_ELEMENTS, largest) + 8 * SLICE_ELEMENTS
+    return Memory(
+        parameters=held,
+        optimiser=2 * held,
+        gradients=held,
+        activations=activations,
+        gathered=gathered,
+        temporaries=max(loss, last_block, end, update),
+    )
+
+
+def _block_bytes(stage: StageConfig, model: ModelConfig, tokens: int) -> float:
+    """Temporaries of the backward pass of the last block's second half."""
+    width, size = width_of(stage, model), element_bytes(stage)
+    if stage.number == "0":
+        return size * tokens * 6.0 * (swiglu_units(width) if stage.activation == "swiglu" else width.d_ff / 2)
+    if stage.number == "1":
+        return size * tokens * 4.0 * width.d_ff
+    units = hidden_units(width, stage) if stage.potential == "mlp" else width.d_model
+    if stage.gradient == "backprop":
+        return tokens * (size * 4 * width.d_model + 8.0 * units)
+    own = 64.0 * tokens * width.d_model + 16.0 * units * min(tokens, CHUNK)
+    if stage.gradient == "checkpoint":
+        kicks = stages(stage.integrator, stage.ode_steps, stage.dt).kicks
+        own = tokens * -(-len(kicks) // segments(stage)) * (4 * width.d_model + 8.0 * units)
+    return own
+
+
+def _attention_bytes(
+    stage: StageConfig, model: ModelConfig, windows: int, seq_len: int, device: str
+) -> float:
+    """What eager attention on a CPU takes in the last block, whose second half has let go what it kept."""
+    width, size = width_of(stage, model), element_bytes(stage)
+    if device != "cpu" or stage.number == "0" or size == 4 or seq_len <= HELD_KEYS:
+        return 0.0
+    rows = windows * width.heads
+    step = min(max(EAGER_SCORES // (rows * seq_len), EAGER_QUERIES[0]), EAGER_QUERIES[1])
+    # Queries of a block see the keys up to its end.
+    ends = [min(first + step, seq_len) for first in range(0, seq_len, step)]
+    scores = rows * max((end - first) * end for first, end in zip(range(0, seq_len, step), ends, strict=True))
+    second = 2 * width.d_ff if stage.number == "1" else 16.0 * width.d_model
+    tokens = windows * seq_len
+    return size * (EAGER_TENSORS * scores + tokens * (8 * width.d_model - second))

@@ -1,0 +1,132 @@
+"""How long a training step takes on many GPUs by the formulas, and which limit it meets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from muse.config import ModelConfig, StageConfig
+from muse.scaling.counts import numbers, shapes, step_flops
+from muse.scaling.memory import Memory, element_bytes, memory
+from muse.scaling.ranks import padded, traffic
+
+# Gathered numbers beyond the parameters from which on sharding is called uneven.
+UNEVEN = 1.1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs and what joins them.
+
+    Attributes:
+        memory: bytes of a card.
+        peak: FLOPs a second of bfloat16 products.
+        peak_fp32: of float32 products, as ``hardware=cuda`` takes them (TF32).
+        utilisation: share of both that the products of a step reach.
+        link: bytes a second that a card sends inside its node.
+        network: bytes a second for each card between nodes.
+        node: cards in a node.
+        latency: seconds of a message.
+    """
+
+    memory: float
+    peak: float
+    peak_fp32: float
+    utilisation: float
+    link: float
+    network: float
+    node: int
+    latency: float
+
+
+# From data sheets, dense products: NVIDIA H200 SXM, 141 GB, 989 TFLOPS bfloat16, 494 TFLOPS TF32, NVLink
+# 900 GB/s for both directions together.
+CARDS = {"h200": {"memory_gb": 141.0, "peak_tflops": 989.0, "peak_tflops_fp32": 494.0, "link_gbs": 450.0}}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A training step on a number of ranks.
+
+    Attributes:
+        ranks: how many.
+        windows: on each, in a micro-batch.
+        tokens: of the whole step.
+        memory: on a rank.
+        flops: of a rank.
+        sent: bytes that a rank sends.
+        compute: seconds of the products.
+        communication: seconds of what ranks send.
+        limits: what does not work, the worst first.
+    """
+
+    ranks: int
+    windows: float
+    tokens: int
+    memory: Memory
+    flops: float
+    sent: float
+    compute: float
+    communication: float
+    limits: tuple[str, ...]
+
+    @property
+    def hidden(self) -> float:
+        """Seconds of the step where all communication runs beside products."""
+        return max(self.compute, self.communication)
+
+    @property
+    def apart(self) -> float:
+        """Seconds of the step where none does."""
+        return self.compute + self.communication
+
+
+def predict(
+    stage: StageConfig,
+    model: ModelConfig,
+    batch_size: int,
+    accumulation: int,
+    parallel: str,
+    ranks: int,
+    machine: Machine,
+) -> Prediction:
+    """A training step of ``accumulation`` micro-batches of ``batch_size`` windows, shared by the ranks.
+
+    Compute: FLOPs of the products in each precision / (its peak x utilisation). Communication: bytes / the
+    slowest link of a ring, and its messages x latency. All that is no product is in the utilisation.
+    """
+    vocab, length = model.vocab_size, model.seq_len
+    parallel = parallel if ranks > 1 else "none"
+    windows = batch_size / ranks
+    shared = batch_size % ranks == 0
+    held = memory(stage, model, vocab, length, max(1, round(windows)), "cuda", parallel, ranks, accumulation)
+    flops = step_flops(stage, model, vocab, length)
+    tokens = windows * length * accumulation
+    forces = machine.peak_fp32 if stage.force_precision == "fp32" else machine.peak
+    others = machine.peak_fp32 if stage.precision == "fp32" else machine.peak
+    seconds = flops.forces / forces + (flops.total - flops.forces) / others
+    compute = tokens * seconds / machine.utilisation
+    found = shapes(stage, model, vocab)
+    sent = traffic(found, element_bytes(stage), parallel, ranks, accumulation)
+    bandwidth = machine.link if ranks <= machine.node else machine.network
+    communication = sent.sent / bandwidth + sent.hops * machine.latency
+    whole = found.blocks * numbers(found.block) + numbers(found.rest)
+    gathered = found.blocks * sum(padded(s, ranks) for s in found.block) + sum(
+        padded(s, ranks) for s in found.rest
+    )
+    limits = (
+        ("batch", not shared),
+        ("memory", held.peak > machine.memory),
+        ("uneven shards", parallel == "fsdp" and gathered > UNEVEN * whole),
+        ("communication", communication > compute),
+    )
+    return Prediction(
+        ranks,
+        windows,
+        batch_size * accumulation * length,
+        held,
+        tokens * flops.total,
+        sent.sent,
+        compute,
+        communication,
+        tuple(name for name, met in limits if met),
+    )
