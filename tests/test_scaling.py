@@ -137,8 +137,9 @@ def test_memory_is_within_a_tenth_of_what_is_measured(options):
     expected = memory(config.stage, config.model, config.model.vocab_size, *shape, device="cpu")
     for name in ("parameters", "optimiser", "gradients"):
         assert getattr(expected, name) == pytest.approx(measured[name], rel=1e-6)
-    # Copies of the potential's weights are left out of backprop, a mask of the scores of short windows.
-    assert expected.activations == pytest.approx(measured["activations"], rel=0.03)
+    # Copies of the potential's weights are left out of backprop.
+    tolerance = 0.03 if config.stage.gradient == "backprop" else 1e-3
+    assert expected.activations == pytest.approx(measured["activations"], rel=tolerance)
     assert expected.peak == pytest.approx(measured["peak"], rel=0.1)
 
 

@@ -53,6 +53,9 @@ def main() -> None:
         help="bandwidth for each card between nodes, one way [GB/s]",
     )
     parser.add_argument("--node", type=int, default=8, help="cards in a node, default %(default)s")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="whose attention, default %(default)s"
+    )
     parser.add_argument("--latency-us", type=float, default=0.0, help="of a message, default %(default)s")
     arguments = parser.parse_intermixed_args()
     try:
@@ -81,6 +84,7 @@ def report(arguments: argparse.Namespace) -> str:
             parallel,
             ranks,
             machine,
+            arguments.device,
         )
         for ranks in counts
     ]

@@ -37,7 +37,7 @@ class Activations:
     Attributes:
         layer: of a token and block.
         end: of a token, behind the blocks: the last norm and the features.
-        table: of a block, whatever the number of windows: rotary angles.
+        table: of a block, whatever the number of windows: rotary angles, a mask of scores.
     """
 
     layer: float
@@ -103,7 +103,8 @@ def activation_bytes(stage: StageConfig, model: ModelConfig, seq_len: int, devic
       potential's weights, which are left out here.
     - Stage 0, a block, plain PyTorch: norms keep their input and its quotient, in float32 on a CPU:
       d (9 + 2 k) numbers, d (13 + 2 k) in bfloat16, and 4 h (SwiGLU) or 2 F.
-    - A CPU keeps the scores, heads x seq_len numbers, of complex bfloat16 attention of at most 256 tokens.
+    - A CPU keeps the scores, heads x seq_len numbers, of complex bfloat16 attention of at most 256 tokens,
+      and their mask, seq_len^2 bytes a block.
 
     Dropout keeps its mask for both branches: a number each on a CPU, else a byte.
     """
@@ -120,6 +121,7 @@ def activation_bytes(stage: StageConfig, model: ModelConfig, seq_len: int, devic
             table=4.0 * seq_len * d / heads,
         )
     layer = size * 2 * d * (5 + keys) + 8 + 2 * dropped
+    table = 8.0 * seq_len * d / heads
     if device != "cpu" or (size == 4 and stage.score == "real"):
         layer += size * 2 * d + 4 * heads
     elif seq_len <= HELD_KEYS:
@@ -129,8 +131,9 @@ def activation_bytes(stage: StageConfig, model: ModelConfig, seq_len: int, devic
                 f"choose stage.score=real or more than {HELD_KEYS}"
             )
         layer += size * heads * seq_len
+        table += seq_len**2
     layer += size * 2 * (d + width.d_ff) if stage.number == "1" else stage.flows * _flow_bytes(stage, model)
-    return Activations(layer=layer, end=size * 4 * d + 4, table=8.0 * seq_len * d / heads)
+    return Activations(layer=layer, end=size * 4 * d + 4, table=table)
 
 
 def _flow_bytes(stage: StageConfig, model: ModelConfig) -> float:

@@ -88,6 +88,7 @@ def predict(
     parallel: str,
     ranks: int,
     machine: Machine,
+    device: str = "cuda",
 ) -> Prediction:
     """A training step of ``accumulation`` micro-batches of ``batch_size`` windows, shared by the ranks.
 
@@ -98,7 +99,7 @@ def predict(
     parallel = parallel if ranks > 1 else "none"
     windows = batch_size / ranks
     shared = batch_size % ranks == 0
-    held = memory(stage, model, vocab, length, max(1, round(windows)), "cuda", parallel, ranks, accumulation)
+    held = memory(stage, model, vocab, length, max(1, round(windows)), device, parallel, ranks, accumulation)
     flops = step_flops(stage, model, vocab, length)
     tokens = windows * length * accumulation
     forces = machine.peak_fp32 if stage.force_precision == "fp32" else machine.peak
