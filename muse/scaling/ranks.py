@@ -30,10 +30,11 @@ class Traffic:
 def padded(shape: Shape, ranks: int) -> int:
     """Numbers that FSDP gathers of a parameter: that many rows on each rank, the last ones empty.
 
-    A planar parameter (2, n, ...) is split along n where ranks divide n, else along its first axis as all
-    others are: two planes over 1,000 ranks are gathered as 1,000 planes.
+    A planar parameter (2, n, ...) is split along the first axis after that of the planes which ranks divide,
+    else along its first axis as all others are: two planes over 1,000 ranks are gathered as 1,000 planes.
     """
-    axis = int(len(shape) > 1 and shape[0] == 2 and shape[1] % ranks == 0)
+    divided = (axis for axis in range(1, len(shape)) if shape[0] == 2 and shape[axis] % ranks == 0)
+    axis = next(divided, 0)
     return ranks * math.ceil(shape[axis] / ranks) * (math.prod(shape) // shape[axis])
 
 
