@@ -12,7 +12,7 @@ import torch
 from kernels.launch import use_eager
 from muse.config import HardwareConfig
 from muse.errors import ConfigError, RunError
-from muse.torchrun import check_launch
+from muse.torchrun import check_launch, launched_ranks
 
 
 def use_hardware(config: HardwareConfig) -> torch.device:
@@ -35,13 +35,14 @@ def use_hardware(config: HardwareConfig) -> torch.device:
         return torch.device("cpu")
     if not has_cuda:
         raise ConfigError("hardware.device=cuda needs a CUDA device and none was found; use hardware=cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if device.index >= torch.cuda.device_count():
-        raise RunError(
-            f"torchrun started more processes than the {torch.cuda.device_count()} GPUs of this machine; "
-            "lower --nproc-per-node"
-        )
-    torch.cuda.set_device(device)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched_ranks() else 0)
+    if launched_ranks():
+        if device.index >= torch.cuda.device_count():
+            raise RunError(
+                f"torchrun started more processes than the {torch.cuda.device_count()} GPUs of this machine; "
+                "lower --nproc-per-node"
+            )
+        torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
     if config.memory_gb is not None:
         total = torch.cuda.get_device_properties(device).total_memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -19,11 +20,15 @@ RESULT_FILE = "result.json"
 def run_train(config: RunConfig, run: Path) -> int:
     """Train as configured and return the exit status; the results are in the folder ``run``."""
     # submitit starts a process for each cell, and Slurm's signals reach all processes of a job by themselves.
-    if sweep_folder() is None or "submitit" in HydraConfig.get().launcher._target_:
+    sweep = sweep_folder()
+    if sweep is not None and config.logger.group is None:
+        # The process of the cell knows nothing of Hydra.
+        config = dataclasses.replace(config, logger=dataclasses.replace(config.logger, group=sweep.name))
+    if sweep is None or "submitit" in HydraConfig.get().launcher._target_:
         status = _train(config, run)
     else:
         status = run_apart(_train, config, run)
-    if status == 0 and sweep_folder() is not None:
+    if status == 0 and sweep is not None:
         result = _result(run)
         record(_values(result, run), "reused" if "reused_from" in result else "trained")
     return status

@@ -21,7 +21,9 @@ def fake_cuda(monkeypatch) -> list[float]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     properties = type("Properties", (), {"total_memory": 80 * 10**9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: fractions.append(fraction)
+    )
     yield fractions
     torch.set_float32_matmul_precision(precision)
 

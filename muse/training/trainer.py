@@ -209,6 +209,9 @@ def train(
             periodic = options.checkpoint_every and step % options.checkpoint_every == 0
             if (periodic or best) and step < options.steps:
                 save(step, best)
+            if ranks() == 1:
+                # Several agree on it in their next step.
+                signal_number = interrupt.signal
 
     # Before the evaluation, which may take long: a run that is killed in it goes on from here.
     save(step, best=False)
@@ -271,7 +274,7 @@ def _agree(
 ) -> tuple[float, int | None]:
     """The mean loss of all ranks, and the signal that one was sent: they stop after the same step."""
     if ranks() == 1:
-        return loss, signal
+        return loss, None
     agree_on_fallbacks(model)
     losses, signals = torch.zeros(2, ranks(), dtype=torch.float64, device=device)
     losses[rank()], signals[rank()] = loss / ranks(), signal or 0

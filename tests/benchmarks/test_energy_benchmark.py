@@ -12,7 +12,6 @@ from muse.benchmarks.setting import settle
 from muse.benchmarks.step import benchmark_model
 from muse.config import DataConfig, TokenizerConfig
 from muse.errors import ConfigError, RunError
-from muse.training.checkpoint import WEIGHTS
 
 CPU = torch.device("cpu")
 LISTS = ("times", "energy_trajectory", "drift_trajectory", "leapfrog_drift_trajectory")
@@ -120,9 +119,10 @@ def test_a_checkpoint_is_measured_on_the_text(text_config, tmp_path):
     model = benchmark_model(vocabulary, CPU)
     for flow in (ode for block in model.blocks for ode in block.flow.odes):
         flow.potential.w2.data *= 4
-    save_file(model.state_dict(), tmp_path / WEIGHTS)
-    measured = measure_energy(text_config(checkpoint=str(tmp_path)), CPU)
-    assert measured["trained"] == f"checkpoint {tmp_path}"
+    file = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), file)
+    measured = measure_energy(text_config(checkpoint=str(file)), CPU)
+    assert measured["trained"] == f"checkpoint {file}"
     assert math.isfinite(measured["max_drift"])
     assert measured["curvature_max"] > 2 * trained["curvature_max"]
 
