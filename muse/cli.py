@@ -36,6 +36,8 @@ def prepare() -> None:
     stop.take_signals_of_command()
     sys.argv[1:] = quote_stage(sys.argv[1:])
     if launched_ranks() > 1 and {"-m", "--multirun"} & set(sys.argv):
+        if launched_rank() > 0:
+            sys.exit(0)
         sys.exit("error: a sweep (-m) starts a process for each cell; torchrun goes with a single run")
     if launched_rank() > 0:
         # The folder of the run is the first rank's; what Hydra writes here is of no use.

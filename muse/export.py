@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -24,6 +25,7 @@ from muse.models import LanguageModel, build_model
 from muse.train_run import RUN_FILE
 from muse.training.checkpoint import (
     find_checkpoint,
+    find_damage,
     load_state,
     load_tensors,
     load_weights,
@@ -57,6 +59,9 @@ def export_run(run: Path, file: Path, which: str = "best") -> int:
         config = None
     if checkpoint is None or config is None:
         raise ConfigError(f"{run} is not the folder of a run with a checkpoint; give one that train.py made")
+    damage = find_damage(checkpoint)
+    if damage is not None:
+        raise RunError(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")
     step = load_state(checkpoint).step
     weights = {
         name.removeprefix("model."): torch.empty(size, dtype=dtype)
@@ -84,8 +89,9 @@ def load_exported(file: Path) -> tuple[RunConfig, LanguageModel]:
             vocab_size = opened.get_slice("embedding.weight").get_shape()[0]
         schema = OmegaConf.structured(RunConfig)
         config: RunConfig = OmegaConf.to_object(OmegaConf.merge(schema, json.loads(metadata["config"])))  # type: ignore[assignment]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise RunError(f"{file} is no model that MUSE exported, or it is damaged: {error}") from error
+    except (OSError, SafetensorError, KeyError, ValueError, OmegaConfBaseException) as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"{file} is no model that MUSE exported, or it is damaged: {reason}") from error
     model = build_model(config.stage, config.model, vocab_size, config.seed)
     load_weights(file, model)
     return config, model

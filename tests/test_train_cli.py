@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from muse.export import load_exported
 from muse.files import find_files
+from muse.training.checkpoint import find_checkpoint, find_sound_checkpoint, load_tensors, stored_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 90
@@ -23,6 +28,30 @@ EVALUATIONS = [20, 40, 60, 80, 90]
 WIDTH = "{d_model:16,layers:2,heads:2,kv_heads:2,d_ff:32}"
 # Seconds after which a process hangs rather than works.
 PATIENCE = 240
+# train.py, but after so many of its own steps it tells its folder and waits until its standard input ends,
+# and it cannot write larger files than that; a shell's background job would ignore Ctrl-C.
+SPECIAL = """
+import resource, runpy, signal, sys
+from pathlib import Path
+from muse.report.metrics import MetricsLog
+
+_, script, steps, told, largest, *arguments = sys.argv
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if largest != "None":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(largest), int(largest)))
+log, made = MetricsLog.__call__, []
+
+def log_and_wait(self, step, metrics):
+    log(self, step, metrics)
+    made.append(step)
+    if "train/loss" in metrics and str(len(made)) == steps:
+        Path(told).write_text(str(Path(self._file.name).parent) + "\\n")
+        sys.stdin.read()
+
+MetricsLog.__call__ = log_and_wait
+sys.argv = [script, *arguments]
+runpy.run_path(script, run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -58,26 +87,67 @@ def options(place: Path, root: str) -> list[str]:
     ]
 
 
-def start(place: Path, arguments: list[str]) -> subprocess.Popen[str]:
+def start(
+    place: Path, arguments: list[str], hold: int | None = None, largest: int | None = None
+) -> subprocess.Popen[str]:
+    """Start train.py.
+
+    Args:
+        hold: steps of its own after which it waits, see ``held``.
+        largest: size of a file, in bytes, beyond which the disk is full.
+    """
+    script = str(ROOT / "train.py")
+    command = [sys.executable, script]
+    if hold is not None or largest is not None:
+        (place / "held").unlink(missing_ok=True)
+        command = [sys.executable, "-c", SPECIAL, script, str(hold), str(place / "held"), str(largest)]
+    return start_python(place, [*command, *arguments])
+
+
+def start_python(place: Path, command: list[str]) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(place / "hub"),
+        "PYTHONPATH": str(ROOT),
     }
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
+        command,
         cwd=place,
         env=environment,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
+def held(place: Path, arguments: list[str], steps: int) -> tuple[subprocess.Popen[str], Path]:
+    """A run that waits after so many steps of its own, and its folder; ``release`` or ``finish`` it."""
+    process = start(place, arguments, steps)
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and process.poll() is None:
+        told = (place / "held").read_text() if (place / "held").exists() else ""
+        if told.endswith("\n"):
+            return process, Path(told.strip())
+        time.sleep(0.01)
+    process.kill()
+    pytest.fail(f"the run ended too early or never started: {process.communicate()}")
+
+
+def release(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    process.stdin = None
+
+
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error; nothing may ever show a traceback."""
+    """Exit status, standard output and standard error; nothing may ever show a traceback.
+
+    A run that waits goes on.
+    """
     try:
         out, err = process.communicate(timeout=PATIENCE)
     finally:
@@ -114,33 +184,42 @@ def logged(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if "second" not in key} for line in metrics]
 
 
-def weights(run: Path) -> bytes:
-    return (Path(read_json(run / "result.json")["checkpoint"]) / "model.safetensors").read_bytes()
+def stored(checkpoint: Path, group: str) -> dict[str, bytes]:
+    """The tensors of a part of a checkpoint, with their dtypes and bits."""
+    tensors = {
+        name.removeprefix(f"{group}."): torch.empty(size, dtype=dtype)
+        for name, (size, dtype) in stored_tensors(checkpoint).items()
+        if name.startswith(f"{group}.")
+    }
+    load_tensors(checkpoint, {group: tensors})
+    return {f"{name} {value.dtype}": bits(value) for name, value in tensors.items()}
 
 
-def wait_for_step(process: subprocess.Popen[str], place: Path, root: str, count: int, steps: int) -> Path:
-    """Wait until the run number ``count`` has made ``steps`` steps of its own; return its folder."""
-    deadline = time.monotonic() + PATIENCE
-    first = None
-    while time.monotonic() < deadline and process.poll() is None:
-        folders = run_folders(place, root)
-        if len(folders) >= count and (folders[count - 1] / "metrics.jsonl").exists():
-            lines = (folders[count - 1] / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
-            first = lines if first is None else first
-            if lines >= first + steps:
-                return folders[count - 1]
-        time.sleep(0.002)
-    process.kill()
-    pytest.fail(f"the run ended too early or never started: {process.communicate()}")
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def weights(run: Path) -> list[dict[str, bytes]]:
+    """Parameters and moments at the end of a run, bit for bit."""
+    checkpoint = Path(read_json(run / "result.json")["checkpoint"])
+    return [stored(checkpoint, group) for group in ("model", "optimizer")]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Path) -> Path:
     status, out, err = run_cli(place, *options(place, "whole"))
     assert status == 0, err
+    assert "torch.distributed" not in err
     (run,) = run_folders(place, "whole")
     assert f"everything is in {run}" in out
     return run
+
+
+def unfinished(run: Path, folder: Path) -> Path:
+    """A copy of a finished run that has not yet said so."""
+    shutil.copytree(run, folder)
+    (folder / "result.json").unlink()
+    return folder
 
 
 @pytest.mark.slow
@@ -170,19 +249,26 @@ def test_a_run_leaves_everything_in_its_folder(place, undisturbed):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(place, undisturbed):
+@pytest.mark.parametrize(
+    ("root", "kills", "extra"),
+    [("killed", 3, []), ("killed in the background", 1, ["train.async_checkpoint=true"])],
+    ids=["at once", "in the background"],
+)
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(place, undisturbed, root, kills, extra):
     generator = random.Random(7)
-    for count in (1, 2, 3):
-        process = start(place, [*options(place, "killed"), "resume=auto"])
-        wait_for_step(process, place, "killed", count, generator.randint(3, 8))
+    arguments = [*options(place, root), *extra, "resume=auto"]
+    for _ in range(kills):
+        process, _ = held(place, arguments, generator.randint(5, 9))
+        release(process)
         time.sleep(generator.uniform(0, 0.05))
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    status, out, err = run_cli(place, *options(place, "killed"), "resume=auto")
+    status, out, err = run_cli(place, *arguments)
     assert status == 0, err
-    folders = run_folders(place, "killed")
-    assert len(folders) == 4
+    assert "torch.distributed" not in err
+    folders = run_folders(place, root)
+    assert len(folders) == kills + 1
     assert "resuming" in out
     assert weights(folders[-1]) == weights(undisturbed)
     assert logged(folders[-1]) == logged(undisturbed)
@@ -193,9 +279,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(place, und
 @pytest.mark.slow
 def test_a_signal_ends_a_run_that_can_be_continued(place, undisturbed):
     resume = "auto"
-    for count, number in ((1, signal.SIGTERM), (2, signal.SIGINT)):
-        process = start(place, [*options(place, "stopped"), f"resume={resume}"])
-        run = wait_for_step(process, place, "stopped", count, 5)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process, run = held(place, [*options(place, "stopped"), f"resume={resume}"], 5)
         process.send_signal(number)
         status, out, err = finish(process)
         assert status == 128 + number
@@ -213,6 +298,72 @@ def test_a_signal_ends_a_run_that_can_be_continued(place, undisturbed):
     assert f"resuming {run} after step {steps[-1]}" in out
     assert weights(last) == weights(undisturbed)
     assert logged(last) == logged(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_run_that_can_be_continued(place, undisturbed):
+    previous = unfinished(undisturbed, place / "full" / "previous")
+    shutil.rmtree(previous / "checkpoints" / f"step_{STEPS:08d}")
+    good = find_sound_checkpoint(previous)
+    (previous / "checkpoints" / "last").write_text(good.name)
+    process = start(place, [*options(place, "full"), f"resume={previous}"], largest=65536)
+    status, _, err = finish(process)
+    assert status == 1
+    (message,) = errors(err)
+    assert f"the checkpoint of step {STEPS} could not be written" in message
+    assert "File too large" in message
+    (run,) = run_folders(place, "full")
+    assert not (run / "result.json").exists()
+    left = find_sound_checkpoint(run)
+    assert left.name == good.name < f"step_{STEPS:08d}"
+    assert not list((run / "checkpoints").glob(".step*"))
+    status, out, err = run_cli(place, *options(place, "full"), f"resume={run}")
+    assert status == 0, err
+    assert f"resuming {run} after step {int(good.name[5:])}" in out
+    last = run_folders(place, "full")[-1]
+    assert weights(last) == weights(undisturbed)
+    assert logged(last) == logged(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(place, undisturbed):
+    one, every = (unfinished(undisturbed, place / "damaged" / name) for name in ("one", "every"))
+    before, *_, newest = sorted(path.name for path in (one / "checkpoints").glob("step_*"))[-2:]
+    spoiled = [one / "checkpoints" / newest, *(every / "checkpoints").glob("step_*")]
+    for checkpoint in spoiled:
+        with open(checkpoint / "__0_0.distcp", "r+b") as file:
+            file.seek(10_000)
+            byte = file.read(1)
+            file.seek(10_000)
+            file.write(bytes([byte[0] ^ 1]))
+    status, out, err = run_cli(place, "-m", *options(place, "damaged"), f"resume={one},{every}")
+    assert status == 1
+    (message,) = errors(err)
+    assert f"every checkpoint of {every} is damaged" in message
+    for checkpoint in spoiled:
+        assert f"the checkpoint {checkpoint} is damaged" in err
+    assert f"resuming {one} after step {int(before[5:])}" in out
+    (last,) = run_folders(place, "damaged")
+    assert weights(last) == weights(undisturbed)
+    assert logged(last) == logged(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_is_exported_into_one_file(place, undisturbed):
+    file = place / "exported.safetensors"
+    process = start_python(place, [sys.executable, "-m", "muse.export", str(undisturbed), str(file)])
+    status, out, err = finish(process)
+    assert status == 0, err
+    best = find_checkpoint(undisturbed, "best")
+    assert out == f"the weights after step {int(best.name[5:])} are in {file}\n"
+    config, model = load_exported(file)
+    assert dataclasses.asdict(config) == read_json(undisturbed / "run.json")["config"]
+    exported = {f"{name} {value.dtype}": bits(value) for name, value in model.state_dict().items()}
+    assert exported == stored(best, "model")
+    process = start_python(place, [sys.executable, "-m", "muse.export", str(place), str(file)])
+    status, _, err = finish(process)
+    assert status == 1
+    assert errors(err) == [err.strip()]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import random
@@ -136,7 +137,10 @@ class CheckpointWriter:
             if rank() == 0 and not exists:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
-                torch.save({**vars(state), "random": randoms}, temporary / STATE)
+                # Written to a file torch.save does not say that a disk is full.
+                buffer = io.BytesIO()
+                torch.save({**vars(state), "random": randoms}, buffer)
+                (temporary / STATE).write_bytes(buffer.getvalue())
                 _sync(temporary / STATE)
 
         self._together(state.step, start)
@@ -215,9 +219,7 @@ class CheckpointWriter:
             act()
         # CheckpointException is no Exception.
         except (OSError, RuntimeError, CheckpointException) as error:
-            text = " ".join(str(error).split())
-            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            reason = "no space is left on the disk" if full or "No space left" in text else text[:300]
+            reason = _why_not_written(error)
         reason = next((found for found in gathered(reason) if found is not None), None)
         if reason is not None:
             if rank() == 0:
@@ -228,6 +230,20 @@ class CheckpointWriter:
             )
             failure.everywhere = True
             raise failure
+
+
+def _why_not_written(error: BaseException | None) -> str:
+    """What went wrong below what torch.distributed.checkpoint says of it."""
+    first: BaseException | None = None
+    while error is not None:
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+            continue
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return "no space is left on the disk"
+        first = first or error
+        error = error.__cause__ or error.__context__
+    return " ".join(str(first).split())[:300] or type(first).__name__
 
 
 @contextmanager
@@ -335,12 +351,16 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
         raise RunError(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")
     reason = None
     try:
-        stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-        wanted = [f"{group}.{name}" for group, values in tensors.items() for name in values]
-        unknown = [name for name in stored if name.startswith(tuple(f"{group}." for group in tensors))]
-        left = [name for name in unknown if not any(f"{name}.".startswith(f"{key}.") for key in wanted)]
-        if left:
-            reason = f"it holds {left[0]}, which this model lacks"
+        groups = tuple(f"{group}." for group in tensors)
+        stored = {name: kept for name, kept in stored_tensors(checkpoint).items() if name.startswith(groups)}
+        wanted = {name: tensor.shape for name, tensor in _flat(tensors)}
+        differing = [
+            name
+            for name in (*stored, *wanted)
+            if name not in stored or name not in wanted or stored[name][0] != wanted[name]
+        ]
+        if differing:
+            reason = f"{differing[0]} is not in both, or not of one size"
         else:
             with _without_warnings():
                 dcp.load(tensors, checkpoint_id=checkpoint, no_dist=ranks() == 1)
@@ -349,6 +369,15 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
         reason = str(error)
     if reason is not None:
         raise _of_another_model(checkpoint, reason)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of nested state dicts under the names that torch.distributed.checkpoint gives them."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _of_another_model(checkpoint: Path, reason: str) -> RunError:

@@ -290,11 +290,9 @@ def first_non_finite(model: nn.Module) -> str | None:
 
     One bad parameter makes nearly every gradient bad, so parameters come first. Every rank must ask.
     """
-    own = None
-    for name, parameter in model.named_parameters():
-        if not local(parameter.detach()).isfinite().all():
-            own = own or name
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not local(parameter.grad).isfinite().all():
-            own = own or f"the gradient of {name}"
-    return next((found for found in gathered(own) if found is not None), None)
+    parameters = list(model.named_parameters())
+    tensors = [(name, parameter.detach()) for name, parameter in parameters]
+    tensors += [(f"the gradient of {name}", p.grad) for name, p in parameters if p.grad is not None]
+    bad = (place for place, (_, tensor) in enumerate(tensors) if not local(tensor).isfinite().all())
+    first = min(gathered(next(bad, len(tensors))))
+    return tensors[first][0] if first < len(tensors) else None

@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 from torch import nn
+from training_helpers import same
 
 from muse.config import ModelConfig, OptimConfig, StageConfig, WidthConfig
 from muse.layers import ComplexEmbedding, ComplexLinear, ComplexRMSNorm
 from muse.models import build_model
 from muse.training import optim
+from muse.training.checkpoint import CheckpointWriter, TrainingState, find_checkpoint, load_tensors
 from muse.training.optim import ModelOptimizer, first_non_finite, gradient_norm
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -290,6 +292,63 @@ def test_state_round_trip(dtype, name, second_moment, tmp_path, monkeypatch):
         advance(fresh_model, fresh, step)
     assert all_equal(model, twin)
     assert not all_equal(model, fresh_model)  # the state matters
+
+
+def through_a_checkpoint(model, optimizer, config, run):
+    """The model and the optimiser that a process which continues the training has."""
+    writer = CheckpointWriter(run / "checkpoints")
+    tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    writer.save(tensors, TrainingState(optimizer.updates, {}, [], math.inf, None), best=False)
+    other = language_model(next(model.parameters()).dtype, number=1)
+    restored = ModelOptimizer(other, config, seed=2)
+    tensors = {"model": other.state_dict(), "optimizer": restored.state_dict()}
+    load_tensors(find_checkpoint(run), tensors)
+    other.load_state_dict(tensors["model"])
+    restored.load_state_dict(tensors["optimizer"])
+    return other, restored
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("second_moment", ["modulus", "plane"])
+def test_a_training_continued_from_checkpoints_again_and_again_is_one_training(
+    dtype, name, second_moment, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(optim, "SLICE_ELEMENTS", 50)
+    config = OptimConfig(name=name, second_moment=second_moment)
+    model, twin = language_model(dtype, number=1), language_model(dtype, number=1)
+    optimizer, restored = (ModelOptimizer(m, config, seed=2) for m in (model, twin))
+    for step in range(6):
+        advance(model, optimizer, step)
+        advance(twin, restored, step)
+        if step % 2:
+            twin, restored = through_a_checkpoint(twin, restored, config, tmp_path)
+        assert all_equal(model, twin)
+        assert same(optimizer.state_dict(), restored.state_dict())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_state_is_by_parameter_and_knows_no_slices(dtype, name, monkeypatch):
+    config = OptimConfig(name=name)
+    model = language_model(dtype, number=1)
+    monkeypatch.setattr(optim, "SLICE_ELEMENTS", 50)
+    optimizer = ModelOptimizer(model, config)
+    for step in range(2):
+        advance(model, optimizer, step)
+    state = optimizer.state_dict()
+    assert int(state["updates"]) == 2
+    assert state["moments"].keys() == dict(model.named_parameters()).keys()
+    for label, parameter in model.named_parameters():
+        for moment in state["moments"][label].values():
+            assert moment.shape == parameter.shape
+            assert moment.dtype == parameter.dtype
+            assert moment.abs().max() > 0
+    monkeypatch.setattr(optim, "SLICE_ELEMENTS", 2**20)
+    whole = ModelOptimizer(copy.deepcopy(model), config)
+    assert (len(whole.slices) < len(optimizer.slices)) == (dtype == torch.bfloat16)
+    whole.load_state_dict(copy.deepcopy(state))
+    assert same(whole.state_dict(), state)
 
 
 @pytest.mark.parametrize(

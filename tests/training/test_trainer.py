@@ -2,30 +2,48 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import os
+import random
 import re
+import shutil
 import signal
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from training_helpers import (
+    SEQ_LEN,
+    TRAIN_TOKENS,
     VOCAB,
     CrashError,
     Recorder,
+    contents,
     crash_at,
     prepare_model,
     run_config,
     run_train,
     same,
     snapshot,
+    stored,
     token_data,
 )
 
 from muse.dynamics import MLPPotential
 from muse.errors import RunError
 from muse.training import trainer
-from muse.training.checkpoint import STATE, WEIGHTS, find_checkpoint, load_state
+from muse.training.checkpoint import (
+    HASHES,
+    STATE,
+    adopt_checkpoints,
+    find_checkpoint,
+    find_sound_checkpoint,
+    load_state,
+)
 from muse.training.trainer import TrainResult
 
 
@@ -33,9 +51,28 @@ def assert_same_end(first: TrainResult, second: TrainResult) -> None:
     """Both runs ended with the same weights and the same state of everything else, to the last bit."""
     assert first.checkpoint is not None
     assert second.checkpoint is not None
-    assert (first.checkpoint / WEIGHTS).read_bytes() == (second.checkpoint / WEIGHTS).read_bytes()
-    assert same(vars(load_state(first.checkpoint)), vars(load_state(second.checkpoint)))
+    assert same(contents(first.checkpoint), contents(second.checkpoint))
     assert first.valid == second.valid
+
+
+@dataclasses.dataclass
+class DrawingRecorder(Recorder):
+    """A log that draws from the generators of Python and NumPy as well, and keeps what it drew."""
+
+    drawn: dict[int, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        if "train/loss" in metrics:
+            self.drawn[step] = (random.random(), random.gauss(0, 1), np.random.rand(), np.random.normal())
+        super().__call__(step, metrics)
+
+
+def run_in_fresh_process(*arguments: Any, seed: int = 0, **options: Any) -> Any:
+    """``run_train`` with the random states of a process that has just begun."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return run_train(*arguments, wandb_id="muse123", **options)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -46,27 +83,75 @@ def assert_same_end(first: TrainResult, second: TrainResult) -> None:
 )
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, number, precision, optim, accumulation):
     steps = 12 if accumulation == 1 else 6
+    # The second epoch begins in the second half.
+    windows, epoch = 2 * accumulation * steps, (TRAIN_TOKENS - 1) // SEQ_LEN - 1
+    assert windows / 2 < epoch < windows
     options = {"name": optim, "accumulation": accumulation}
     config = run_config(
         number, precision, options, steps=steps, checkpoint_every=steps // 2, eval_every=steps // 3
     )
-    whole = Recorder()
-    _, undisturbed = run_train(config, tmp_path / "whole", whole)
+    whole = DrawingRecorder()
+    _, undisturbed = run_in_fresh_process(config, tmp_path / "whole", whole)
 
     # The process dies some steps after its last checkpoint.
-    first = Recorder(react=crash_at(steps // 2 + 1))
+    first = DrawingRecorder(react=crash_at(steps // 2 + 1))
     with pytest.raises(CrashError):
-        run_train(config, tmp_path / "first", first)
+        run_in_fresh_process(config, tmp_path / "first", first)
     checkpoint = find_checkpoint(tmp_path / "first")
     assert load_state(checkpoint).step == steps // 2
-    torch.rand(7)
-    rest = Recorder()
-    _, resumed = run_train(config, tmp_path / "rest", rest, checkpoint)
+    rest = DrawingRecorder()
+    _, resumed = run_in_fresh_process(config, tmp_path / "rest", rest, checkpoint, seed=7)
 
     assert_same_end(undisturbed, resumed)
     later = {step: loss for step, loss in whole.losses().items() if step > steps // 2}
     assert rest.losses() == later
     assert len(later) == steps - steps // 2
+    assert rest.drawn == {step: whole.drawn[step] for step in later}
+    assert load_state(resumed.checkpoint).wandb_id == "muse123"
+
+
+@pytest.mark.parametrize(
+    ("precision", "optim"), [("fp32", "adamw"), ("bf16", "muon"), ("fp16-mixed", "adamw")]
+)
+def test_a_run_that_writes_in_the_background_equals_one_that_does_not(tmp_path, precision, optim):
+    config = run_config(1, precision, {"name": optim}, steps=8, checkpoint_every=2, eval_every=3)
+    _, undisturbed = run_train(config, tmp_path / "whole")
+    config.train.async_checkpoint = True
+    _, background = run_train(config, tmp_path / "background")
+    assert_same_end(undisturbed, background)
+    for which in ("last", "best"):
+        pair = [find_checkpoint(tmp_path / name, which) for name in ("whole", "background")]
+        assert pair[0].name == pair[1].name
+        assert same(*map(contents, pair))
+
+    # The checkpoint of step 6 does not count before the next one begins.
+    with pytest.raises(CrashError):
+        run_train(config, tmp_path / "first", Recorder(react=crash_at(7)))
+    checkpoint = find_sound_checkpoint(tmp_path / "first")
+    assert load_state(checkpoint).step == 4
+    _, resumed = run_train(config, tmp_path / "rest", resume_from=checkpoint)
+    assert_same_end(undisturbed, resumed)
+
+
+def test_a_run_continued_before_a_damaged_checkpoint_equals_an_undisturbed_one(tmp_path):
+    config = run_config(1, "bf16", {"name": "muon"}, steps=8, checkpoint_every=2, eval_every=2)
+    _, undisturbed = run_train(config, tmp_path / "whole")
+    with pytest.raises(CrashError):
+        run_train(config, tmp_path / "first", Recorder(react=crash_at(7)))
+    # The process died while it wrote another one.
+    checkpoints = tmp_path / "first" / "checkpoints"
+    shutil.copytree(checkpoints / "step_00000006", checkpoints / ".step_00000007.tmp")
+    for file in sorted((checkpoints / "step_00000006").iterdir()):
+        previous, run = tmp_path / f"damaged {file.name}", tmp_path / f"rest {file.name}"
+        shutil.copytree(tmp_path / "first", previous)
+        damaged = previous / "checkpoints" / "step_00000006" / file.name
+        os.truncate(damaged, file.stat().st_size // 2)
+        with pytest.warns(UserWarning, match=f"step_00000006 is damaged: .*{re.escape(file.name)}"):
+            checkpoint = find_sound_checkpoint(previous)
+        assert load_state(checkpoint).step == 4
+        adopt_checkpoints(previous, checkpoint, run)
+        _, resumed = run_train(config, run, resume_from=checkpoint)
+        assert_same_end(undisturbed, resumed)
 
 
 @pytest.mark.parametrize("modulus", [True, False])
@@ -84,21 +169,22 @@ def test_every_step_may_be_the_last_one_of_a_process(tmp_path, modulus):
     assert_same_end(undisturbed, resumed)
 
 
+@pytest.mark.parametrize("at", [3, 8])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, number):
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, number, at):
     config = run_config(steps=8)
     _, undisturbed = run_train(config, tmp_path / "whole")
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
     def send(step: int) -> None:
-        if step == 3:
+        if step == at:
             os.kill(os.getpid(), number)
 
     log = Recorder(react=send)
     _, stopped = run_train(config, tmp_path / "stopped", log)
     assert stopped.signal == number
-    assert stopped.step == 3
-    assert max(log.losses()) == 3
+    assert stopped.step == at
+    assert max(log.losses()) == at
     assert stopped.valid is None
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     _, resumed = run_train(config, tmp_path / "rest", resume_from=stopped.checkpoint)
@@ -123,8 +209,7 @@ def test_evaluations_logging_and_checkpoints_do_not_change_the_training(tmp_path
     busy = run_config(1, "bf16", steps=6, eval_every=2, checkpoint_every=1, test=True, eval_tokens=16)
     busy.logger.log_every = 4
     results = [run_train(config, tmp_path / str(i))[1] for i, config in enumerate((plain, busy))]
-    weights = [(result.checkpoint / WEIGHTS).read_bytes() for result in results]
-    assert weights[0] == weights[1]
+    assert same(*(stored(result.checkpoint) for result in results))
     assert results[0].valid == results[1].valid
     assert results[0].test is None
     assert results[1].test is not None
@@ -137,7 +222,7 @@ def test_a_run_killed_in_its_last_evaluation_is_only_evaluated_again(tmp_path):
     _, again = run_train(config, tmp_path / "again", log, finished.checkpoint)
     assert again.valid == finished.valid
     assert not log.losses()
-    assert (again.checkpoint / WEIGHTS).read_bytes() == (finished.checkpoint / WEIGHTS).read_bytes()
+    assert_same_end(again, finished)
 
 
 def test_the_seed_decides_the_run(tmp_path):
@@ -289,14 +374,19 @@ def test_best_is_the_checkpoint_of_the_lowest_validation_loss(tmp_path):
     assert load_state(find_checkpoint(tmp_path, "last")).step == 30
 
 
+def rewrite_state(checkpoint: Path, **changed: Any) -> None:
+    torch.save({**vars(load_state(checkpoint)), **changed}, checkpoint / STATE)
+    hashes = json.loads((checkpoint / HASHES).read_text())
+    hashes[STATE] = hashlib.sha256((checkpoint / STATE).read_bytes()).hexdigest()
+    (checkpoint / HASHES).write_text(json.dumps(hashes))
+
+
 def test_a_resumed_run_knows_its_lowest_validation_loss(tmp_path):
     config = run_config(steps=4, checkpoint_every=2, eval_every=3)
     with pytest.raises(CrashError):
         run_train(config, tmp_path / "first", Recorder(react=crash_at(3)))
     checkpoint = find_checkpoint(tmp_path / "first")
-    state = load_state(checkpoint)
-    state.best_loss = 0.0
-    torch.save(vars(state), checkpoint / STATE)
+    rewrite_state(checkpoint, best_loss=0.0)
     _, result = run_train(config, tmp_path / "rest", resume_from=checkpoint)
     assert load_state(result.checkpoint).best_loss == 0.0
     assert find_checkpoint(tmp_path / "rest", "best") is None

@@ -27,6 +27,7 @@ from muse.config import (
 from muse.data import Counts, TokenData
 from muse.models import LanguageModel
 from muse.training import trainer
+from muse.training.checkpoint import load_state, load_tensors, stored_tensors
 
 VOCAB = 13
 SEQ_LEN = 8
@@ -96,10 +97,11 @@ def run_train(
     log: Callable[[int, dict[str, float]], None] | None = None,
     resume_from: Path | None = None,
     data: TokenData | None = None,
+    wandb_id: str | None = None,
 ) -> tuple[LanguageModel, trainer.TrainResult]:
     log = log if log is not None else Recorder()
     data = data if data is not None else token_data()
-    return trainer.train(config, data, torch.device("cpu"), run, log, resume_from, progress=False)
+    return trainer.train(config, data, torch.device("cpu"), run, log, resume_from, wandb_id, progress=False)
 
 
 def crash_at(step: int) -> Callable[[int], None]:
@@ -129,15 +131,45 @@ def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
 def same(first: Any, second: Any) -> bool:
     """Equality to the last bit through dicts, lists and tensors."""
     if isinstance(first, torch.Tensor):
-        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+        alike = isinstance(second, torch.Tensor) and first.dtype == second.dtype
+        return alike and first.shape == second.shape and torch.equal(bits(first), bits(second))
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
     if isinstance(first, list | tuple):
         return len(first) == len(second) and all(map(same, first, second))
     return first == second
+
+
+def stored(checkpoint: Path, *groups: str) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, or of some of its groups, by their names in it."""
+    tensors = {
+        name: torch.empty(size, dtype=dtype)
+        for name, (size, dtype) in stored_tensors(checkpoint).items()
+        if not groups or name.startswith(tuple(f"{group}." for group in groups))
+    }
+    nested: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition(".")
+        nested.setdefault(group, {})[rest] = tensor
+    load_tensors(checkpoint, nested)
+    return tensors
+
+
+def contents(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Everything in a checkpoint: its tensors and the rest of the state."""
+    return stored(checkpoint), vars(load_state(checkpoint))
+
+
+def assert_one_sentence(error: BaseException) -> None:
+    assert "\n" not in str(error)
+    assert "Traceback" not in str(error)
 
 
 def read_json(path: Path) -> Any:

@@ -1,0 +1,257 @@
+"""What ranks tell each other, and what they find out together."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections import Counter
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed_helpers import (
+    SEQ_LEN,
+    VOCAB,
+    run_config,
+    run_ranks,
+    run_train,
+    stage_config,
+    token_data,
+)
+from torch import nn
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.tensor import distribute_tensor
+
+from muse.data import Counts
+from muse.distributed import barrier, first_rank_does, gathered, largest, rank, ranks, same, summed
+from muse.errors import ConfigError, RunError
+from muse.models import build_model
+from muse.training import trainer
+from muse.training.checkpoint import find_checkpoint, find_damage
+from muse.training.evaluate import evaluate
+from muse.training.optim import first_non_finite, gradient_norm
+from muse.training.parallel import ParallelLoss
+
+
+def told() -> dict[str, Any]:
+    barrier()
+    return {
+        "rank": (rank(), ranks()),
+        "same": same(f"from rank {rank()}"),
+        "gathered": gathered({"rank": rank()}),
+        "first": first_rank_does(lambda: os.getpid()) == same(os.getpid()),
+        "summed": summed(torch.tensor([1.0, rank()])).tolist(),
+        "largest": largest(torch.tensor([rank(), -rank()])).tolist(),
+    }
+
+
+def test_three_ranks_know_the_same():
+    found = run_ranks(3, told)
+    assert [values.pop("rank") for values in found] == [(0, 3), (1, 3), (2, 3)]
+    everywhere = {
+        "same": "from rank 0",
+        "gathered": [{"rank": 0}, {"rank": 1}, {"rank": 2}],
+        "first": True,
+        "summed": [3.0, 3.0],
+        "largest": [2, 0],
+    }
+    assert found == [everywhere] * 3
+
+
+def test_a_process_without_torchrun_is_the_only_rank():
+    (found,) = run_ranks(1, told)
+    assert found == {
+        "rank": (0, 1),
+        "same": "from rank 0",
+        "gathered": [{"rank": 0}],
+        "first": True,
+        "summed": [1.0, 0.0],
+        "largest": [0, 0],
+    }
+
+
+def first_rank_fails(kind: type[Exception]) -> tuple[str, bool, int, list[int]]:
+    acted = []
+
+    def act() -> None:
+        acted.append(rank())
+        raise kind("it cannot be done")
+
+    try:
+        first_rank_does(act)
+    except (ConfigError, RunError) as error:
+        return str(error), error.everywhere, len(acted), gathered(rank())
+    return "", False, len(acted), []
+
+
+@pytest.mark.parametrize("kind", [ConfigError, RunError])
+def test_an_error_of_the_first_rank_is_raised_on_every_rank(kind):
+    first, second = run_ranks(2, first_rank_fails, kind)
+    assert first == ("it cannot be done", True, 1, [0, 1])
+    assert second == ("it cannot be done", True, 0, [0, 1])
+
+
+def stopped(folder: Path, together: str) -> tuple[int, int | None, list[float]]:
+    """Train until the second rank gets a signal after its second step."""
+
+    def react(step: int) -> None:
+        if rank() == 1 and step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    training = run_train(run_config(stage_config(), together, steps=8), folder, react=react)
+    assert training.result is not None
+    return training.result.step, training.result.signal, training.series("train/loss")
+
+
+@pytest.mark.parametrize("together", ["ddp", "fsdp"])
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path, together):
+    first, second = run_ranks(2, stopped, tmp_path, together)
+    assert first == second
+    assert first[:2] == (3, signal.SIGTERM)
+    assert len(first[2]) == 3
+    assert find_checkpoint(tmp_path).name == "step_00000003"
+
+
+def exchanges(together: str, pieces: int) -> dict[str, int]:
+    """How often a step exchanges gradients, by the name of the operation."""
+    config = run_config(stage_config(), together, {"accumulation": pieces})
+    model = build_model(config.stage, config.model, VOCAB)
+    parallel_loss, data = ParallelLoss(model, together), token_data()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    device = torch.device("cpu")
+    # The first backward pass of DDP arranges its buckets.
+    trainer._accumulate_gradients(parallel_loss, config, data, device, 0, None, scaler)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        trainer._accumulate_gradients(parallel_loss, config, data, device, 1, None, scaler)
+    names = [event.name for event in profile.events()]
+    return dict(Counter(name for name in names if "reduce" in name and name.startswith("c10d::")))
+
+
+@pytest.mark.parametrize("together", ["ddp", "fsdp"])
+def test_accumulation_exchanges_gradients_after_its_last_micro_batch_alone(together):
+    whole, accumulated = (run_ranks(2, exchanges, together, pieces) for pieces in (1, 3))
+    assert whole[0]
+    assert accumulated == whole
+
+
+def spoiled(together: str, places: list[tuple[str, bool, int]]) -> tuple[str | None, float, float]:
+    """Names of what is not finite, and the norm of the gradients before, of a model with such values.
+
+    Args:
+        together: how the model is shared by the ranks.
+        places: name of a parameter, whether the bad value is in its gradient, and where.
+    """
+    config = run_config(stage_config("2"))
+    model = build_model(config.stage, config.model, VOCAB)
+    values = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+    bad = {name: value.clone() for name, value in values.items()}
+    for name, in_gradient, index in places:
+        target = bad[name] if in_gradient else dict(model.named_parameters())[name].detach()
+        target.view(-1)[index] = float("nan")
+    ParallelLoss(model, together)
+    norms = []
+    for gradients in (values, bad):
+        set_gradients(model, gradients)
+        norms.append(gradient_norm(model).item())
+    return first_non_finite(model), *norms
+
+
+def set_gradients(model: nn.Module, gradients: dict[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        whole = gradients[name]
+        mesh = getattr(parameter, "device_mesh", None)
+        parameter.grad = whole if mesh is None else distribute_tensor(whole, mesh, parameter.placements)
+
+
+GRADIENT, VALUE = True, False
+
+
+@pytest.mark.parametrize(
+    ("places", "told"),
+    [
+        ([], None),
+        ([("blocks.1.attention_norm.gain", GRADIENT, -1)], "the gradient of blocks.1.attention_norm.gain"),
+        ([("norm.gain", VALUE, -1)], "norm.gain"),
+        # A bad value of the last rank makes gradients of all ranks bad.
+        ([("norm.gain", VALUE, -1), ("embedding.weight", GRADIENT, 0)], "norm.gain"),
+        # The first in the order of the model, whichever rank has it.
+        (
+            [("norm.gain", GRADIENT, 0), ("embedding.weight", GRADIENT, -1)],
+            "the gradient of embedding.weight",
+        ),
+    ],
+)
+@pytest.mark.parametrize(("count", "together"), [(2, "ddp"), (2, "fsdp"), (3, "fsdp")])
+def test_ranks_find_the_norm_and_the_bad_value_that_one_rank_finds(count, together, places, told):
+    (one,) = run_ranks(1, spoiled, "none", places)
+    assert one[0] == told
+    for found in run_ranks(count, spoiled, together, places):
+        assert found[0] == told
+        assert found[1:] == pytest.approx(one[1:], rel=1e-6, nan_ok=True)
+
+
+# Tokens of a split: one window of 8, a last batch of 6 with one window or two, a full one, and one cut short.
+SIZES = [2, 9, 57, 65, 97, 103]
+
+
+def evaluated(together: str, stride: int | None) -> list[float]:
+    config = run_config(stage_config("2", dropout=0.5))
+    model = build_model(config.stage, config.model, VOCAB).double()
+    ParallelLoss(model, together)
+    found: list[float] = []
+    for size in SIZES:
+        tokens = (np.arange(size) ** 2 % VOCAB).astype(np.uint16)
+        for limit in (0, 7):
+            counts = Counts(size, size // 3 + 1, 2 * size)
+            result = evaluate(model, tokens, counts, SEQ_LEN, 6, stride, limit)
+            found += [float("nan") if value is None else value for value in astuple(result)]
+    assert model.training
+    return found
+
+
+@pytest.mark.parametrize("stride", [None, 3])
+@pytest.mark.parametrize(("count", "together"), [(2, "ddp"), (2, "fsdp"), (3, "fsdp")])
+def test_ranks_evaluate_as_one_rank_does(count, together, stride):
+    (one,) = run_ranks(1, evaluated, "none", stride)
+    for found in run_ranks(count, evaluated, together, stride):
+        assert found == pytest.approx(one, rel=1e-12, nan_ok=True)
+
+
+def full_disk(folder: Path, together: str, asynchronous: bool) -> tuple[str, bool]:
+    """Train until the disk of the second rank is full: its second checkpoint fails."""
+    write, calls = FileSystemWriter.write_data, []
+
+    def failing(self: FileSystemWriter, *arguments: Any) -> Any:
+        calls.append(1)
+        if rank() == 1 and len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, *arguments)
+
+    FileSystemWriter.write_data = failing
+    config = run_config(stage_config(), together, steps=8, checkpoint_every=2, async_checkpoint=asynchronous)
+    try:
+        run_train(config, folder)
+    except RunError as error:
+        return str(error), error.everywhere
+    return "", False
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("together", ["ddp", "fsdp"])
+def test_a_checkpoint_that_one_rank_cannot_write_ends_all_and_leaves_the_one_before(
+    tmp_path, together, asynchronous
+):
+    first, second = run_ranks(2, full_disk, tmp_path, together, asynchronous)
+    assert first == second
+    message, everywhere = first
+    assert everywhere
+    assert "the checkpoint of step 4 could not be written" in message
+    assert "no space is left on the disk" in message
+    assert "\n" not in message
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["last", "step_00000002"]
+    assert find_damage(find_checkpoint(tmp_path)) is None

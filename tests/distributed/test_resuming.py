@@ -1,0 +1,100 @@
+"""A run on several ranks that is interrupted ends where an undisturbed one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_helpers import (
+    Training,
+    crash_at,
+    go_on,
+    run_config,
+    run_ranks,
+    run_train,
+    same_bits,
+    stage_config,
+    stored,
+)
+
+from muse.config import RunConfig
+from muse.training.checkpoint import find_damage, find_sound_checkpoint, load_state
+
+STEPS = 6
+
+
+def checkpointed(together: str, **stage: Any) -> RunConfig:
+    flow = stage_config("2", integrator="leapfrog", **stage)
+    return run_config(flow, together, steps=STEPS, eval_every=3, checkpoint_every=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("together", "asynchronous", "precision"),
+    [("ddp", False, "fp32"), ("ddp", True, "bf16"), ("fsdp", False, "bf16"), ("fsdp", True, "fp32")],
+)
+def test_two_parts_of_a_run_end_with_the_bits_of_a_whole_one(tmp_path, together, asynchronous, precision):
+    config = checkpointed(together, dropout=0.2, precision=precision)
+    whole = run_ranks(2, run_train, config, tmp_path / "whole")
+    config.train.async_checkpoint = asynchronous
+    run_ranks(2, run_train, config, tmp_path / "part", None, crash_at(5))
+    checkpoint = find_sound_checkpoint(tmp_path / "part")
+    # An asynchronous checkpoint counts when the next one begins, here that of the best step so far.
+    assert load_state(checkpoint).step == (3 if asynchronous else 4)
+    rest = run_ranks(2, run_train, config, tmp_path / "rest", checkpoint)
+    for first, second in zip(whole, rest, strict=True):
+        assert same_bits(first.weights, second.weights)
+        assert second.series("train/loss") == first.series("train/loss")[checkpoint_step(checkpoint) :]
+        assert second.result.valid == first.result.valid
+    assert_same_checkpoints(tmp_path / "whole", tmp_path / "rest", 2 if asynchronous else 1)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def assert_same_checkpoints(first: Path, second: Path, count: int) -> None:
+    """At least the last ``count`` checkpoints of a run are those of the other one, state and all."""
+    kept = sorted((second / "checkpoints").glob("step_*"))
+    assert len(kept) >= count
+    for path in kept[-count:]:
+        other = first / "checkpoints" / path.name
+        assert find_damage(path) is None
+        assert same_bits(stored(path), stored(other))
+        own, others = load_state(path), load_state(other)
+        assert (own.step, own.best_loss) == (others.step, others.best_loss)
+        for a, b in zip(own.random, others.random, strict=True):
+            assert torch.equal(a["cpu"], b["cpu"])
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory) -> Training:
+    """The undisturbed run on one rank."""
+    config = checkpointed("none", gradient="reversible")
+    return run_ranks(1, run_train, config, tmp_path_factory.mktemp("whole"), None, go_on, True)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, "ddp"), (1, "none")),
+        ((2, "fsdp"), (1, "none")),
+        ((1, "none"), (2, "ddp")),
+        ((1, "none"), (2, "fsdp")),
+        ((3, "fsdp"), (2, "ddp")),
+        ((2, "ddp"), (3, "fsdp")),
+    ],
+)
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, one_rank, before, after):
+    config = checkpointed(before[1], gradient="reversible")
+    run_ranks(before[0], run_train, config, tmp_path / "part", None, crash_at(5), True)
+    checkpoint = find_sound_checkpoint(tmp_path / "part")
+    assert (load_state(checkpoint).step, len(load_state(checkpoint).random)) == (4, before[0])
+    config.hardware.parallel = after[1]
+    for rest in run_ranks(after[0], run_train, config, tmp_path / "rest", checkpoint, go_on, True):
+        assert rest.series("train/loss") == pytest.approx(one_rank.series("train/loss")[4:], rel=1e-12)
+        torch.testing.assert_close(rest.flat(), one_rank.flat(), rtol=1e-12, atol=1e-12)
+    assert len(load_state(find_sound_checkpoint(tmp_path / "rest")).random) == after[0]

@@ -1,0 +1,271 @@
+"""train.py on two ranks: under torchrun, and in processes as torchrun starts them."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed_helpers import (
+    ROOT,
+    Job,
+    logged,
+    options,
+    read_json,
+    run_folders,
+    same_bits,
+    stored,
+    train_py,
+    wait_for_step,
+)
+
+from muse.dynamics import HamiltonianNeuralODE
+from muse.errors import RunError
+from muse.torchrun import launched_rank
+from muse.training.checkpoint import find_checkpoint
+
+STEPS = 40
+
+
+def run_options(place: Path, root: str, together: str, *more: str, stage: str = "2") -> list[str]:
+    periods = [f"train.steps={STEPS}", "train.eval_every=20", "train.checkpoint_every=10"]
+    return options(place, root, together, *periods, *more, stage=stage)
+
+
+def errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def assert_same_end(first: Path, second: Path) -> None:
+    assert same_bits(stored(find_checkpoint(first)), stored(find_checkpoint(second)))
+    assert logged(first) == logged(second)
+    one, other = (read_json(run / "result.json") for run in (first, second))
+    assert (one["valid"], one["steps"]) == (other["valid"], other["steps"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> dict[str, Path]:
+    """A finished run of each way to train together."""
+    runs = {}
+    for together in ("ddp", "fsdp"):
+        ranks = train_py(2, place, run_options(place, together, together))
+        assert ranks.wait() == [0, 0], ranks.err()
+        (runs[together],) = run_folders(place / together)
+    return runs
+
+
+@pytest.mark.slow
+def test_the_first_rank_alone_prints_and_writes(place, undisturbed):
+    job = Job(place, run_options(place, "torchrun", "ddp"))
+    status, out, err = job.finish()
+    assert status == 0, err
+    (run,) = run_folders(place / "torchrun")
+    assert_same_end(run, undisturbed["ddp"])
+    for once in ("2 ranks", "validation loss", "split  loss", "sample, after", f"everything is in {run}"):
+        assert (out + err).count(once) == 1
+    assert sorted(path.name for path in run.iterdir()) == [
+        ".hydra",
+        "checkpoints",
+        "loss.png",
+        "metrics.jsonl",
+        "result.json",
+        "run.json",
+        "sample.txt",
+        "train.log",
+    ]
+    steps = [line["step"] for line in logged(run) if "train/loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    assert [line["step"] for line in logged(run) if "valid/loss" in line] == [20, 40]
+    # Hydra made no other folder, neither there nor where train.py was started.
+    assert [path.name for path in (place / "torchrun").rglob(".hydra")] == [".hydra"]
+    assert not (place / "outputs").exists()
+    left = [path.name for path in (place / "temporary").iterdir()]
+    assert not [name for name in left if not name.startswith("torchelastic_")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", ["ddp", "fsdp"])
+def test_other_ranks_print_nothing(place, together):
+    arguments = run_options(place, f"quiet {together}", together, "train.steps=2", "train.eval_every=1")
+    ranks = train_py(2, place, arguments)
+    assert ranks.wait() == [0, 0]
+    assert "validation loss" in "".join(ranks.out() + ranks.err())
+    assert ranks.out()[1] + ranks.err()[1] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", ["ddp", "fsdp"])
+def test_a_run_stopped_by_a_signal_to_torchrun_goes_on_with_the_same_bits(place, undisturbed, together):
+    root = f"stopped {together}"
+    arguments = run_options(place, root, together, "resume=auto")
+    job = Job(place, arguments)
+    try:
+        run = wait_for_step(lambda: job.process.poll() is None, place / root, 3)
+        job.process.send_signal(signal.SIGTERM)
+    finally:
+        status, out, err = job.finish()
+    assert status != 0
+    assert errors(err) == []
+    steps = [line["step"] for line in logged(run) if "train/loss" in line]
+    assert steps == list(range(1, steps[-1] + 1))
+    assert out.count(f"step {steps[-1]} is saved, resume=auto") == 1
+    assert find_checkpoint(run).name == f"step_{steps[-1]:08d}"
+    ranks = train_py(2, place, arguments)
+    assert ranks.wait() == [0, 0], ranks.err()
+    assert f"resuming {run} after step {steps[-1]}" in ranks.out()[0]
+    assert_same_end(run_folders(place / root)[-1], undisturbed[together])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", ["ddp", "fsdp"])
+def test_a_damaged_file_of_one_rank_makes_all_take_the_checkpoint_before(place, undisturbed, together):
+    root = place / f"damaged {together}"
+    shutil.copytree(place / together, root)
+    (run,) = run_folders(root)
+    (run / "result.json").unlink()
+    (damaged,) = find_checkpoint(run).glob("__1_*.distcp")
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    ranks = train_py(2, place, run_options(place, root.name, together, "resume=auto"))
+    assert ranks.wait() == [0, 0], ranks.err()
+    assert ranks.err()[0].count(f"{damaged.parent} is damaged: {damaged.name} is not what was written") == 1
+    assert ranks.err()[1] == ""
+    assert f"resuming {run} after step 30" in ranks.out()[0]
+    assert_same_end(run_folders(root)[-1], undisturbed[together])
+
+
+@pytest.mark.slow
+def test_one_process_under_torchrun_is_a_run_without_it(place):
+    runs = []
+    for root, together, torchrun in (
+        ("plain", "none", False),
+        ("one", "none", True),
+        ("one ddp", "ddp", True),
+    ):
+        ranks = train_py(1, place, run_options(place, root, together, "train.steps=4"), torchrun)
+        assert ranks.wait() == [0], ranks.err()
+        runs += run_folders(place / root)
+    assert_same_end(runs[0], runs[1])
+    assert_same_end(runs[0], runs[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize("together", ["ddp", "fsdp"])
+def test_a_rank_that_is_killed_ends_the_other(place, together, asynchronous):
+    root = f"killed {together} {asynchronous}"
+    frequent = ["train.steps=2000", "train.checkpoint_every=1", f"train.async_checkpoint={asynchronous}"]
+    ranks = train_py(2, place, run_options(place, root, together, *frequent))
+    try:
+        wait_for_step(ranks.processes[0].is_alive, place / root, 3)
+    finally:
+        ranks.processes[1].kill()
+        statuses = ranks.wait()
+    assert statuses == [1, -signal.SIGKILL]
+    assert errors(ranks.err()[0]) == ["error: another rank ended, which said why"]
+    assert "Traceback" not in ranks.err()[0]
+
+
+def break_second_rank() -> None:
+    """Let the flows of the second rank refuse their tenth state."""
+    forward, calls = HamiltonianNeuralODE.forward, []
+
+    def refuse(self: HamiltonianNeuralODE, *arguments: Any) -> Any:
+        calls.append(1)
+        if launched_rank() == 1 and len(calls) == 10:
+            raise RunError(f"{self.name}: this state cannot be")
+        return forward(self, *arguments)
+
+    HamiltonianNeuralODE.forward = refuse
+
+
+REFUSED = "error: rank 1: blocks.0.flow.1: this state cannot be"
+LOST = "error: another rank ended, which said why"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", ["ddp", "fsdp"])
+def test_a_rank_that_fails_alone_says_why_and_ends_the_other(place, together):
+    ranks = train_py(2, place, run_options(place, f"alone {together}", together), prepare=break_second_rank)
+    assert ranks.wait() == [1, 1]
+    assert errors(ranks.err()[1]) == [REFUSED]
+    assert errors(ranks.err()[0]) == [LOST]
+    assert "Traceback" not in "".join(ranks.err())
+
+
+@pytest.mark.slow
+def test_torchrun_ends_with_a_rank_that_fails_alone(place):
+    folders = [str(ROOT), str(Path(__file__).parent)]
+    script = place / "broken.py"
+    script.write_text(
+        f"""import sys
+sys.path[:0] = {folders}
+from pathlib import Path
+from distributed_helpers import be_train_py
+from test_torchrun import break_second_rank
+be_train_py(sys.argv[1:], Path.cwd(), break_second_rank)
+""",
+        encoding="utf-8",
+    )
+    status, _, err = Job(place, run_options(place, "broken", "ddp"), script).finish()
+    assert status != 0
+    assert errors(err).count(REFUSED) == 1
+    assert set(errors(err)) <= {REFUSED, LOST}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", ["ddp", "fsdp"])
+def test_what_fails_on_all_ranks_is_said_once(place, together):
+    diverging = ["optim.lr=1e30", "optim.warmup=0", "train.checkpoint_every=1"]
+    arguments = run_options(place, f"diverging {together}", together, *diverging, stage="1")
+    ranks = train_py(2, place, arguments)
+    assert ranks.wait()[0] == 1
+    (message,) = errors("".join(ranks.err()))
+    assert "is not finite in step 2" in message
+    assert message.count("step_00000001") == 1
+    assert ranks.out()[1] + ranks.err()[1] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "together", "more", "told"),
+    [
+        (2, "none", [], "torchrun started 2 processes, but hardware.parallel=none; choose ddp or fsdp"),
+        (0, "ddp", [], "hardware.parallel=ddp needs torchrun"),
+        (0, "fsdp", [], "hardware.parallel=fsdp needs torchrun"),
+        (2, "fsdp", ["optim=muon"], "optim=muon does not go with hardware.parallel=fsdp"),
+        (2, "fsdp", ["stage.precision=fp16-mixed"], "stage.precision=fp16-mixed does not go with"),
+        (
+            2,
+            "fsdp",
+            ["hardware.compile=true"],
+            "hardware.compile=true does not go with hardware.parallel=fsdp",
+        ),
+        (2, "ddp", ["train.batch_size=3"], "train.batch_size=3 windows cannot be shared by 2 processes"),
+        (3, "fsdp", ["train.batch_size=3", "optim.second_moment=modulus"], "needs both; choose plane"),
+        (2, "ddp", ["data.path=missing.txt"], "data.path=missing.txt"),
+        (2, "ddp", ["resume=nowhere"], "resume=nowhere holds no checkpoint"),
+        (2, "ddp", ["-m"], "a sweep (-m) starts a process for each cell; torchrun goes with a single run"),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_one_sentence_of_one_rank(place, count, together, more, told):
+    arguments = run_options(place, "refused", together, *more)
+    ranks = train_py(count or 1, place, arguments, torchrun=count > 0)
+    statuses = ranks.wait()
+    assert statuses[0] == 1
+    err = ranks.err()
+    assert err[0].count(told) == 1, err[0]
+    assert "".join(err[1:] + ranks.out()[1:]) == ""
+    assert "Traceback" not in err[0]
+    assert not list((place / "refused").rglob("checkpoints"))
+
+
+@pytest.mark.slow
+def test_torchrun_ends_with_an_option_that_cannot_be_used(place):
+    status, _, err = Job(place, run_options(place, "refused", "none")).finish()
+    assert status != 0
+    assert len(errors(err)) == 1
+    assert "hardware.parallel=none; choose ddp or fsdp" in errors(err)[0]
