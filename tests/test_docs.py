@@ -28,7 +28,7 @@ from muse.hardware import describe, use_hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = ("python train.py", "python bench.py", "python -m muse.", "torchrun")
+COMMANDS = ("python train.py", "python bench.py", "python -m muse.", "torchrun ")
 # Only these are composed and not run, and why.
 COMPOSED_ONLY = {
     "benchmark=speedup": "measures for a minute at any size; tests/test_bench_cli.py runs it",
@@ -36,6 +36,10 @@ COMPOSED_ONLY = {
     "stage=3a": "chooses what is faster on this machine for half a minute; tests/test_bench_cli.py runs it",
     "tokenizer=gpt2": "needs its files or the network",
     "logger.mode=online": "needs an account",
+    "muse.report.dashboard": "needs an account; tests/report/test_dashboard.py builds it",
+    "hydra/launcher=": "starts workers for each cell; tests/test_sweep_cli.py runs it",
+    "hydra/sweeper=": "trains several times; tests/test_sweep_cli.py runs it",
+    "train.py -m": "starts a process for each cell; tests/test_sweep_cli.py runs it",
 }
 # What a reader puts in place of, by what stands there.
 PLACEHOLDERS = {
@@ -44,6 +48,8 @@ PLACEHOLDERS = {
     r"data\.path=(<[^>]*>|\.\.\.)": "data.path={corpus}",
     r"=<n>": "=1",
     r"=<s>": "=0",
+    r" \.\.\.(?= |$)": "",
+    r"=<user[^>]*>": "=someone",
     r"<\w*>?\.safetensors": "{place}/weights.safetensors",
 }
 WIDTH = "{d_model:16,layers:2,heads:2,kv_heads:2,d_ff:32}"
@@ -70,7 +76,7 @@ BENCH_DEFAULTS = {
 }
 # The largest values that run, and what a sweep over several becomes.
 LARGEST = {
-    "train.steps": (4, (2, 4)),
+    "train.steps": (12, (2, 4)),
     "train.batch_size": (4, (2, 4)),
     "benchmark.batch_size": (2, (1, 2)),
     "benchmark.seq_len": (16, (8, 16)),

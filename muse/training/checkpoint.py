@@ -17,7 +17,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,9 @@ from muse.files import write_atomically
 STATE = "state.pt"
 HASHES = "hashes.json"
 FOLDERS = "step_*"
+
+# torch.distributed.checkpoint warns of a single process that it was told about, also from its own threads.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
 @dataclass
@@ -152,14 +154,12 @@ class CheckpointWriter:
 
         def write() -> None:
             if not self.asynchronous:
-                with _without_warnings():
-                    dcp.save(tensors, checkpoint_id=temporary, no_dist=alone)
+                dcp.save(tensors, checkpoint_id=temporary, no_dist=alone)
                 written.set_result(None)
                 return
-            with _without_warnings():
-                saving = dcp.async_save(
-                    tensors, checkpoint_id=temporary, process_group=self._group, no_dist=alone
-                )
+            saving = dcp.async_save(
+                tensors, checkpoint_id=temporary, process_group=self._group, no_dist=alone
+            )
             assert isinstance(saving, Future)
             self._pending = _Pending(saving, temporary, state.step, best)
 
@@ -244,14 +244,6 @@ def _why_not_written(error: BaseException | None) -> str:
         first = first or error
         error = error.__cause__ or error.__context__
     return " ".join(str(first).split())[:300] or type(first).__name__
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """torch.distributed.checkpoint warns of a single process that it was told about."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
 
 
 def _sync(path: Path) -> None:
@@ -362,8 +354,7 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
         if differing:
             reason = f"{differing[0]} is not in both, or not of one size"
         else:
-            with _without_warnings():
-                dcp.load(tensors, checkpoint_id=checkpoint, no_dist=ranks() == 1)
+            dcp.load(tensors, checkpoint_id=checkpoint, no_dist=ranks() == 1)
     # CheckpointException is no Exception.
     except (RuntimeError, ValueError, CheckpointException) as error:
         reason = str(error)
