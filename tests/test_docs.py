@@ -43,8 +43,9 @@ COMPOSED_ONLY = {
 }
 # What a reader puts in place of, by what stands there.
 PLACEHOLDERS = {
-    r"<run folder>": "{run}",
+    # First, because the folder of a run has such a name.
     r"outputs/(train|bench)/\S+": "{run}",
+    r"<run folder>": "{run}",
     r"data\.path=(<[^>]*>|\.\.\.)": "data.path={corpus}",
     r"=<n>": "=1",
     r"=<s>": "=0",
@@ -270,6 +271,8 @@ def run_here(script: str, arguments: list[str]) -> int:
             else:
                 runpy.run_module(script, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     finally:
         sys.argv = before[0]
@@ -289,8 +292,8 @@ def measured_here(measurement: str, config: BenchConfig) -> dict:
 def finished_run(place) -> Path:
     """A run of stage 1, for commands that need one."""
     assert run_here("train.py", in_small("train.py", ["stage=1"], place)) == 0
-    (run,) = (place / "outputs" / "train").glob("stage1-*/*")
-    return run
+    # Other commands leave runs there, too.
+    return max((place / "outputs" / "train").glob("stage1-*/*"), key=lambda run: run.stat().st_mtime_ns)
 
 
 @pytest.mark.slow
