@@ -243,7 +243,11 @@ def _why_not_written(error: BaseException | None) -> str:
             return "no space is left on the disk"
         first = first or error
         error = error.__cause__ or error.__context__
-    return " ".join(str(first).split())[:300] or type(first).__name__
+    text = " ".join(str(first).split())[:300]
+    # PyTorch's writer of tensors hides the error of the system.
+    if "unexpected pos" in text:
+        return "a file ended early, because no space is left on the disk or by a limit (File too large)"
+    return text or type(first).__name__
 
 
 def _sync(path: Path) -> None:
