@@ -1,8 +1,11 @@
-"""Hamiltonian flow of every token, undone by its backward pass: H = |p|^2/2 + V(q), V = w2 . phi(W1 q + b1).
+"""Hamiltonian flow of every token, undone by its backward pass.
+
+H = |p|^2/2 + V(q) with V(q) = w2 . phi(W1 q + b1) + c |q|^2/2, where b1 is the same for all tokens or a row
+for each of them, and c, the stiffness of a spring, may be 0.
 
 A splitting scheme is a list of stages. Stage k is a kick and a drift,
 
-    p += kicks[k] F(q)         F(q) = -W1^T (w2 * phi'(W1 q + b1))
+    p += kicks[k] F(q)         F(q) = -W1^T (w2 * phi'(W1 q + b1)) - c q
     q += drifts[k] p
 
 and a coefficient of exactly 0 leaves its half out. T leapfrog steps of dt are T + 1 stages: kicks
@@ -111,9 +114,15 @@ class _Weights(NamedTuple):
     """The parameters of the potential."""
 
     w1: Tensor  # (hidden, D)
-    b1: Tensor  # (hidden,)
+    b1: Tensor  # (hidden,), or (tokens, hidden) for one of each token
     w2: Tensor  # (hidden,)
     phi: str
+    confinement: float  # c, stiffness of the spring
+
+    @property
+    def biased_by_token(self) -> bool:
+        """Whether every token has a b1 of its own."""
+        return self.b1.dim() > 1
 
 
 class _Scheme(NamedTuple):
@@ -133,9 +142,14 @@ class _Field(NamedTuple):
     """What a force needs. ``inward`` is W1, ``outward`` is -w2 W1: w2 then costs no pass over the tokens."""
 
     inward: Tensor  # (hidden, D)
-    bias: Tensor  # (hidden,)
+    bias: Tensor  # (hidden,) or (tokens, hidden)
     outward: Tensor  # (hidden, D)
     phi: str
+    confinement: float
+
+    def of(self, chunk: slice) -> _Field:
+        """What the force needs of some tokens."""
+        return self._replace(bias=self.bias[chunk]) if self.bias.dim() > 1 else self
 
 
 class _Rows(NamedTuple):
@@ -162,8 +176,12 @@ class _Sums(NamedTuple):
 
     slope: Tensor  # (hidden, D), of phi'(a) y
     curved: Tensor  # (hidden, D), of phi''(a) (W1 y) q
-    bias: Tensor  # (hidden,), of phi''(a) (W1 y)
+    bias: Tensor  # (hidden,), of phi''(a) (W1 y); (tokens, hidden), over stages only, if b1 has such rows
     product: Tensor  # (hidden, D), one term, where products are in half precision; else empty
+
+    def of(self, chunk: slice) -> _Sums:
+        """What some tokens add to."""
+        return self._replace(bias=self.bias[chunk]) if self.bias.dim() > 1 else self
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -173,11 +191,12 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _field(weights: _Weights) -> _Field:
-    w1, b1, w2, phi = weights
+    w1, b1, w2, phi, confinement = weights
     # Products in float16 are slow on the CPU.
     dtype = torch.float32 if w1.dtype == torch.float16 and w1.device.type == "cpu" else w1.dtype
     outward = -(_wide(w2).unsqueeze(1) * _wide(w1))
-    return _Field(_aligned(w1.to(dtype)), _aligned(b1.to(dtype)), _aligned(outward.to(dtype)), phi)
+    inward, bias, outward = (_aligned(x.to(dtype)) for x in (w1, b1, outward))
+    return _Field(inward, bias, outward, phi, confinement)
 
 
 def _state_dtype(w1: Tensor) -> torch.dtype:
@@ -226,9 +245,12 @@ def _activate(q: Tensor, field: _Field, unit: float, rows: _Rows) -> None:
     _slope(rows.a, field.phi, rows.slope)
 
 
-def _activated_force(field: _Field, rows: _Rows) -> Tensor:
-    """F(q) in rows.f, after _activate."""
-    return torch.mm(rows.slope, field.outward, out=rows.f)
+def _activated_force(q: Tensor, field: _Field, unit: float, rows: _Rows) -> Tensor:
+    """F(q) in rows.f, or with a spring in rows.change, after _activate."""
+    f = torch.mm(rows.slope, field.outward, out=rows.f)
+    if not field.confinement:
+        return f
+    return torch.mul(q, -field.confinement / unit, out=rows.change).add_(f)
 
 
 def _add(state: Tensor, change: Tensor, rate: float, rows: _Rows) -> float:
@@ -261,7 +283,8 @@ def _run(q: Tensor, p: Tensor, field: _Field, scheme: _Scheme, rows: _Rows) -> f
     for kick, drift in zip(scheme.kicks, scheme.drifts, strict=True):
         if kick:
             _activate(q, field, scheme.unit, rows)
-            peak = max(peak, _add(p, _activated_force(field, rows), kick * scheme.unit, rows))
+            force = _activated_force(q, field, scheme.unit, rows)
+            peak = max(peak, _add(p, force, kick * scheme.unit, rows))
         if drift:
             peak = max(peak, _add(q, p, drift, rows))
     return peak
@@ -290,7 +313,7 @@ def _flow_eager(q: Tensor, p: Tensor, weights: _Weights, scheme: _Scheme) -> tup
                 peak = max(peak, largest.item())
             else:
                 end[chunk] = start[chunk]
-        peak = max(peak, _run(end_q[chunk], end_p[chunk], field, scheme, rows))
+        peak = max(peak, _run(end_q[chunk], end_p[chunk], field.of(chunk), scheme, rows))
     return end_q, end_p, q.new_tensor(peak, dtype=torch.float32)
 
 
@@ -308,13 +331,15 @@ def _adjoint_kick(
     torch.mm(more.y, field.inward.t(), out=more.b)
     _curved(more.b, rows.a, field.phi)
     grad_q.add_(rows.change.copy_(torch.mm(more.b, field.outward, out=more.g)))
+    if field.confinement:
+        grad_q.add_(grad_p, alpha=-kick * field.confinement)
     if sums is not None:
         for total, left, right in ((sums.slope, rows.slope, more.y), (sums.curved, more.b, rows.x)):
             if total.dtype == left.dtype:
                 total.addmm_(left.t(), right)
             else:
                 total.add_(torch.mm(left.t(), right, out=sums.product))
-        sums.bias.add_(more.b.sum(0, dtype=sums.bias.dtype))
+        sums.bias.add_(more.b if sums.bias.dim() > 1 else more.b.sum(0, dtype=sums.bias.dtype))
 
 
 def _flow_backward_eager(
@@ -342,16 +367,17 @@ def _flow_backward_eager(
         rows, more = (_first(buffers, chunk.stop - chunk.start) for buffers in (work, more_work))
         q, p = start_q[chunk], start_p[chunk]
         adjoint_q, adjoint_p = grad_q[chunk], grad_p[chunk]
+        here, totals = field.of(chunk), sums.of(chunk) if sums else None
         for stage in reversed(range(len(scheme.kicks))):
             kick, drift = scheme.kicks[stage], scheme.drifts[stage]
             if drift:
                 _add(q, p, -drift, rows)
                 adjoint_p.add_(adjoint_q, alpha=drift)
             if kick:
-                _activate(q, field, scheme.unit, rows)
-                _adjoint_kick(adjoint_q, adjoint_p, kick, field, rows, more, sums)
+                _activate(q, here, scheme.unit, rows)
+                _adjoint_kick(adjoint_q, adjoint_p, kick, here, rows, more, totals)
                 if rebuild or any(scheme.kicks[:stage]):
-                    _add(p, _activated_force(field, rows), -kick * scheme.unit, rows)
+                    _add(p, _activated_force(q, here, scheme.unit, rows), -kick * scheme.unit, rows)
     return start_q, start_p, grad_q, grad_p, *_parameter_gradients(sums, weights)
 
 
@@ -360,17 +386,17 @@ def _sums(field: _Field) -> _Sums:
     dtype = _state_dtype(field.inward)
     zeros = functools.partial(field.inward.new_zeros, dtype=dtype)
     product = field.inward.new_empty((hidden, width) if field.inward.dtype != dtype else 0)
-    return _Sums(zeros((hidden, width)), zeros((hidden, width)), zeros(hidden), product)
+    return _Sums(zeros((hidden, width)), zeros((hidden, width)), zeros(field.bias.shape), product)
 
 
 def _parameter_gradients(sums: _Sums | None, weights: _Weights) -> tuple[Tensor, Tensor, Tensor]:
-    w1, b1, w2, _ = weights
+    w1, b1, w2 = weights[:3]
     if sums is None:
         return w1.new_empty(0), b1.new_empty(0), w2.new_empty(0)
     minus_w2 = -_wide(w2)
     # The sum over tokens of phi'(a) (W1 y) is the row of W1 times the row of sums.slope.
     grad_w2 = -(_wide(w1) * sums.slope).sum(1)
-    grad_b1 = minus_w2 * sums.bias
+    grad_b1 = sums.bias.mul_(minus_w2)
     grad_w1 = sums.slope.add_(sums.curved).mul_(minus_w2.unsqueeze(1))
     return grad_w1.to(w1.dtype), grad_b1.to(b1.dtype), grad_w2.to(w2.dtype)
 
@@ -385,8 +411,8 @@ def _force_eager(q: Tensor, weights: _Weights) -> Tensor:
     f = torch.empty_like(q)
     for chunk in _chunks(len(q)):
         rows = _first(work, chunk.stop - chunk.start)
-        _activate(q[chunk], field, 1.0, rows)
-        f[chunk] = _activated_force(field, rows)
+        _activate(q[chunk], field.of(chunk), 1.0, rows)
+        f[chunk] = _activated_force(q[chunk], field, 1.0, rows)
     return f
 
 
@@ -489,11 +515,27 @@ def _tile(pointer, row, rows, column, columns):
 
 
 @jit
-def _operand(x, inverse, EXACT: tl.constexpr, dtype: tl.constexpr):
-    """A tile of q as an operand of the products."""
+def _value(x, inverse, EXACT: tl.constexpr):
+    """A tile of q as a number, whatever it is held as."""
     if EXACT:
         x = x.to(tl.float32) * inverse
-    return x.to(dtype)
+    return x
+
+
+@jit
+def _operand(x, inverse, EXACT: tl.constexpr, dtype: tl.constexpr):
+    """A tile of q as an operand of the products."""
+    return _value(x, inverse, EXACT).to(dtype)
+
+
+@jit
+def _bias(pointer, row, rows, unit, hidden, BY_TOKEN: tl.constexpr):
+    """b1 of these hidden units as a tile of one row, or of a row for each of these tokens."""
+    if BY_TOKEN:
+        b1 = _tile(pointer, row, rows, unit, hidden).to(tl.float32)
+    else:
+        b1 = tl.load(pointer + unit, mask=unit < hidden, other=0)[None, :]
+    return b1
 
 
 @jit
@@ -514,7 +556,7 @@ def _inner(
 @jit
 def _minus_force(
     x, q_ptr, row, tokens, w1_ptr, b1_ptr, w2_ptr, width, units, hidden, inverse,
-    PHI: tl.constexpr, EXACT: tl.constexpr,
+    PHI: tl.constexpr, EXACT: tl.constexpr, BY_TOKEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """W1^T (w2 * phi'(W1 q + b1)) over the first ``units`` hidden units: all of them, or none."""
@@ -522,7 +564,7 @@ def _minus_force(
     minus_f = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     for start in range(0, units, BLOCK_H):
         unit = start + tl.arange(0, BLOCK_H)
-        b1 = tl.load(b1_ptr + unit, mask=unit < hidden, other=0)
+        b1 = _bias(b1_ptr, row, tokens, unit, hidden, BY_TOKEN)
         w2 = tl.load(w2_ptr + unit, mask=unit < hidden, other=0)
         w1 = _tile(w1_ptr, unit, hidden, column, width)
         if BLOCK_K == BLOCK_D:
@@ -531,7 +573,7 @@ def _minus_force(
             a = _inner(
                 q_ptr, row, tokens, w1_ptr, unit, hidden, width, inverse, EXACT, BLOCK_M, BLOCK_H, BLOCK_K
             )
-        g = (_slope_of(a + b1[None, :], PHI) * w2[None, :]).to(w1.dtype)
+        g = (_slope_of(a + b1, PHI) * w2[None, :]).to(w1.dtype)
         minus_f = tl.dot(g, w1, minus_f, input_precision="ieee")
     return minus_f
 
@@ -539,15 +581,16 @@ def _minus_force(
 @_jit_unspecialised("first", "last")
 def _flow_kernel(
     q_ptr, p_ptr, w1_ptr, b1_ptr, w2_ptr, stages_ptr, peak_ptr,
-    first, last, tokens, width, hidden, scale, inverse,
-    PHI: tl.constexpr, EXACT: tl.constexpr, RESIDENT: tl.constexpr,
+    first, last, tokens, width, hidden, confinement, scale, inverse,
+    PHI: tl.constexpr, EXACT: tl.constexpr, BY_TOKEN: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Stages first to last - 1 of BLOCK_M tokens, in place. RESIDENT holds q and p on chip all the time.
 
     Memory traffic of a launch: 16 tokens D bytes for the state, 4 tokens D more where it is not resident, and
     W1 once a program and force, from the caches (where BLOCK_K < BLOCK_D twice, and q once for every BLOCK_H
-    hidden units). Arithmetic: 4 tokens D hidden FLOPs a force.
+    hidden units). BY_TOKEN the rows of b1, tokens hidden numbers a force. Arithmetic: 4 tokens D hidden FLOPs
+    a force.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_D)
@@ -563,8 +606,9 @@ def _flow_kernel(
             x = _operand(q, inverse, EXACT, w1_ptr.dtype.element_ty)
             minus_f = _minus_force(
                 x, q_ptr, row, tokens, w1_ptr, b1_ptr, w2_ptr, width, tl.where(kick != 0, hidden, 0), hidden,
-                inverse, PHI, EXACT, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_K,
+                inverse, PHI, EXACT, BY_TOKEN, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_K,
             )  # fmt: skip
+            minus_f += confinement * _value(q, inverse, EXACT)
             moved = _where_moved(kick, row, tokens, column, width)
             p, size = _moved(p, (-kick * scale) * minus_f, moved, EXACT)
             peak = tl.maximum(peak, size)
@@ -581,8 +625,9 @@ def _flow_kernel(
             x = _operand(tl.load(q_ptr + at, mask=inside, other=0), inverse, EXACT, w1_ptr.dtype.element_ty)
         minus_f = _minus_force(
             x, q_ptr, row, tokens, w1_ptr, b1_ptr, w2_ptr, width, tl.where(kick != 0, hidden, 0), hidden,
-            inverse, PHI, EXACT, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_K,
+            inverse, PHI, EXACT, BY_TOKEN, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_K,
         )  # fmt: skip
+        minus_f += confinement * _value(tl.load(q_ptr + at, mask=inside, other=0), inverse, EXACT)
         # Every thread has read its pieces of q before any of them is overwritten.
         tl.debug_barrier()
         p = tl.load(p_ptr + at, mask=inside, other=0)
@@ -602,14 +647,18 @@ def _flow_kernel(
 
 @jit
 def _adjoint_kernel(
-    q_ptr, grad_q_ptr, grad_p_ptr, w1_ptr, b1_ptr, w2_ptr, kick, tokens, width, hidden, inverse,
-    PHI: tl.constexpr, EXACT: tl.constexpr,
+    q_ptr, grad_q_ptr, grad_p_ptr, w1_ptr, b1_ptr, w2_ptr, grad_b1_ptr,
+    kick, tokens, width, hidden, confinement, inverse,
+    PHI: tl.constexpr, EXACT: tl.constexpr, BY_TOKEN: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """grad_q -= kick W1^T (w2 phi''(W1 q + b1) (W1 grad_p)) of BLOCK_M tokens, in place.
+    """grad_q -= kick (W1^T (w2 phi''(W1 q + b1) (W1 grad_p)) + c grad_p) of BLOCK_M tokens, in place.
+
+    With BIAS_GRADIENT what the kick adds to the gradient of the rows of b1 is added to grad_b1.
 
     Memory traffic: 16 tokens D bytes, and W1 once a program, from the caches (where BLOCK_K < BLOCK_D three
-    times, and q and grad_p once for every BLOCK_H hidden units). Arithmetic: 6 tokens D hidden FLOPs.
+    times, and q and grad_p once for every BLOCK_H hidden units). BY_TOKEN the rows of b1, tokens hidden
+    numbers, and 8 tokens hidden bytes for their gradient. Arithmetic: 6 tokens D hidden FLOPs.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_D)
@@ -620,7 +669,7 @@ def _adjoint_kernel(
     product = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     for start in range(0, hidden, BLOCK_H):
         unit = start + tl.arange(0, BLOCK_H)
-        b1 = tl.load(b1_ptr + unit, mask=unit < hidden, other=0)
+        b1 = _bias(b1_ptr, row, tokens, unit, hidden, BY_TOKEN)
         w2 = tl.load(w2_ptr + unit, mask=unit < hidden, other=0)
         w1 = _tile(w1_ptr, unit, hidden, column, width)
         if BLOCK_K == BLOCK_D:
@@ -633,10 +682,16 @@ def _adjoint_kernel(
             b = _inner(
                 grad_p_ptr, row, tokens, w1_ptr, unit, hidden, width, 1.0, False, BLOCK_M, BLOCK_H, BLOCK_K
             )
-        h = (_curvature_of(a + b1[None, :], PHI) * w2[None, :] * b).to(dtype)
-        product = tl.dot(h, w1, product, input_precision="ieee")
+        h = _curvature_of(a + b1, PHI) * w2[None, :] * b
+        if BIAS_GRADIENT:
+            at = row.to(tl.int64)[:, None] * hidden + unit[None, :]
+            valid = (row[:, None] < tokens) & (unit[None, :] < hidden)
+            before = tl.load(grad_b1_ptr + at, mask=valid, other=0)
+            tl.store(grad_b1_ptr + at, before - kick * h, mask=valid)
+        product = tl.dot(h.to(dtype), w1, product, input_precision="ieee")
     at = row.to(tl.int64)[:, None] * width + column[None, :]
     inside = (row[:, None] < tokens) & (column[None, :] < width)
+    product += confinement * tl.load(grad_p_ptr + at, mask=inside, other=0)
     grad_q = tl.load(grad_q_ptr + at, mask=inside, other=0)
     tl.store(grad_q_ptr + at, grad_q - kick * product, mask=inside)
 
@@ -645,22 +700,22 @@ def _adjoint_kernel(
 def _parameter_kernel(
     q_ptr, grad_p_ptr, w1_ptr, b1_ptr, w2_ptr, grad_w1_ptr, grad_b1_ptr, grad_w2_ptr,
     kick, tokens, share, width, hidden, inverse,
-    PHI: tl.constexpr, EXACT: tl.constexpr,
+    PHI: tl.constexpr, EXACT: tl.constexpr, BY_TOKEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """What a kick adds to the parameter gradients, of BLOCK_H hidden units and ``share`` tokens.
 
     It is added to the program's own part of grad_w1 (splits, hidden, D), grad_b1 and grad_w2, both
-    (splits, hidden).
+    (splits, hidden). BY_TOKEN grad_b1 is left to the adjoint kernel.
 
     Memory traffic: 8 tokens D bytes for every BLOCK_H hidden units (twice that where BLOCK_K < BLOCK_D), and
-    8 splits hidden D bytes for the sums. Arithmetic: 8 tokens D hidden FLOPs.
+    8 splits hidden D bytes for the sums. BY_TOKEN the rows of b1, tokens hidden numbers. Arithmetic: 8 tokens
+    D hidden FLOPs.
     """
     unit = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     column = tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
     dtype: tl.constexpr = w1_ptr.dtype.element_ty
-    b1 = tl.load(b1_ptr + unit, mask=unit < hidden, other=0)
     w2 = tl.load(w2_ptr + unit, mask=unit < hidden, other=0)
     if BLOCK_K == BLOCK_D:
         w1 = _tile(w1_ptr, unit, hidden, column, width)
@@ -682,11 +737,12 @@ def _parameter_kernel(
             b = _inner(
                 grad_p_ptr, row, end, w1_ptr, unit, hidden, width, 1.0, False, BLOCK_M, BLOCK_H, BLOCK_K
             )
-        a += b1[None, :]
+        a += _bias(b1_ptr, row, end, unit, hidden, BY_TOKEN)
         slope = _slope_of(a, PHI)
         h = _curvature_of(a, PHI) * w2[None, :] * b
         grad_w2 += tl.sum(slope * b, 0)
-        grad_b1 += tl.sum(h, 0)
+        if not BY_TOKEN:
+            grad_b1 += tl.sum(h, 0)
         # Rows outside have y = 0 and, by b = 0, h = 0.
         grad_w1 = tl.dot(tl.trans((slope * w2[None, :]).to(dtype)), y, grad_w1, input_precision="ieee")
         grad_w1 = tl.dot(tl.trans(h.to(dtype)), x, grad_w1, input_precision="ieee")
@@ -696,8 +752,9 @@ def _parameter_kernel(
     inside = valid[:, None] & (column[None, :] < width)
     before = tl.load(grad_w1_ptr + at, mask=inside, other=0)
     tl.store(grad_w1_ptr + at, before - kick * grad_w1, mask=inside)
-    before = tl.load(grad_b1_ptr + units, mask=valid, other=0)
-    tl.store(grad_b1_ptr + units, before - kick * grad_b1, mask=valid)
+    if not BY_TOKEN:
+        before = tl.load(grad_b1_ptr + units, mask=valid, other=0)
+        tl.store(grad_b1_ptr + units, before - kick * grad_b1, mask=valid)
     before = tl.load(grad_w2_ptr + units, mask=valid, other=0)
     tl.store(grad_w2_ptr + units, before - kick * grad_w2, mask=valid)
 
@@ -707,8 +764,18 @@ def _parameter_kernel(
 
 def _operands(weights: _Weights) -> _Weights:
     """The weights as the kernels read them."""
-    w1, b1, w2, phi = weights
-    return _Weights(w1.contiguous(), b1.float().contiguous(), w2.float().contiguous(), phi)
+    w1, b1, w2 = weights[:3]
+    b1 = b1 if weights.biased_by_token else b1.float()
+    return weights._replace(w1=w1.contiguous(), b1=b1.contiguous(), w2=w2.float().contiguous())
+
+
+def _constants(weights: _Weights, scheme: _Scheme) -> dict[str, Any]:
+    """What every kernel is compiled for."""
+    return {
+        "PHI": POTENTIALS.index(weights.phi),
+        "EXACT": scheme.scale > 0,
+        "BY_TOKEN": weights.biased_by_token,
+    }
 
 
 def _options(kernel: str, w1: Tensor) -> dict[str, int]:
@@ -739,8 +806,8 @@ def _launch_stages(
         launch(
             _flow_kernel, (programs,),
             q, p, *weights[:3], coefficients, peaks, first, first + step,
-            tokens, width, len(weights.b1), scheme.unit, 1 / scheme.unit,
-            PHI=POTENTIALS.index(weights.phi), EXACT=scheme.scale > 0, **options,
+            tokens, width, len(weights.w1), weights.confinement, scheme.unit, 1 / scheme.unit,
+            **_constants(weights, scheme), **options,
         )  # fmt: skip
     return peaks
 
@@ -762,16 +829,18 @@ class _Partial(NamedTuple):
     """Parameter gradients by shares of the tokens."""
 
     w1: Tensor  # (splits, hidden, D)
-    b1: Tensor  # (splits, hidden)
+    b1: Tensor  # (splits, hidden), or (1, tokens, hidden) of rows for each token
     w2: Tensor  # (splits, hidden)
 
 
-def _partial(tokens: int, w1: Tensor, options: Options) -> _Partial:
-    hidden, width = w1.shape
+def _partial(tokens: int, weights: _Weights) -> _Partial:
+    options = _options("parameters", weights.w1)
+    hidden, width = weights.w1.shape
     wanted = ceil_div(PROGRAMS, ceil_div(hidden, options["BLOCK_H"]))
     splits = max(1, min(wanted, ceil_div(tokens, options["BLOCK_M"])))
-    zeros = functools.partial(torch.zeros, dtype=torch.float32, device=w1.device)
-    return _Partial(zeros((splits, hidden, width)), zeros((splits, hidden)), zeros((splits, hidden)))
+    zeros = functools.partial(torch.zeros, dtype=torch.float32, device=weights.w1.device)
+    bias = (1, tokens, hidden) if weights.biased_by_token else (splits, hidden)
+    return _Partial(zeros((splits, hidden, width)), zeros(bias), zeros((splits, hidden)))
 
 
 def _launch_adjoint(
@@ -785,12 +854,15 @@ def _launch_adjoint(
 ) -> None:
     """grad_q becomes that before a kick at q, and the partial sums take in what the kick adds."""
     tokens, width = q.shape
-    hidden = len(weights.b1)
-    constants = {"PHI": POTENTIALS.index(weights.phi), "EXACT": scheme.scale > 0}
+    hidden = len(weights.w1)
+    constants = _constants(weights, scheme)
     options = _options("adjoint", weights.w1)
+    bias_gradient = weights.biased_by_token and partial is not None
     launch(
         _adjoint_kernel, (ceil_div(tokens, options["BLOCK_M"]),),
-        q, grad_q, grad_p, *weights[:3], kick, tokens, width, hidden, 1 / scheme.unit, **constants, **options,
+        q, grad_q, grad_p, *weights[:3], partial.b1 if partial else weights.w2,
+        kick, tokens, width, hidden, weights.confinement, 1 / scheme.unit,
+        BIAS_GRADIENT=bias_gradient, **constants, **options,
     )  # fmt: skip
     if partial is None:
         return
@@ -805,7 +877,7 @@ def _launch_adjoint(
 
 
 def _summed(partial: _Partial | None, weights: _Weights) -> tuple[Tensor, Tensor, Tensor]:
-    w1, b1, w2, _ = weights
+    w1, b1, w2 = weights[:3]
     if partial is None:
         return w1.new_empty(0), b1.new_empty(0), w2.new_empty(0)
     return partial.w1.sum(0).to(w1.dtype), partial.b1.sum(0).to(b1.dtype), partial.w2.sum(0).to(w2.dtype)
@@ -824,7 +896,7 @@ def _flow_backward_triton(
     grad_q, grad_p, q, p = grad_q.clone(), grad_p.clone(), end_q.clone(), end_p.clone()
     operands = _operands(weights)
     options = _options("flow", weights.w1)
-    partial = _partial(len(q), weights.w1, _options("parameters", weights.w1)) if parameters else None
+    partial = _partial(len(q), weights) if parameters else None
     # Its stage k undoes the drift of the kth last stage, and before that the kick of the stage after it.
     undo = _reversed(scheme)
     for back in range(len(undo.kicks)):
@@ -852,7 +924,7 @@ def _force_backward_triton(
     grad: Tensor, q: Tensor, weights: _Weights, parameters: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As _force_backward_eager."""
-    partial = _partial(len(q), weights.w1, _options("parameters", weights.w1)) if parameters else None
+    partial = _partial(len(q), weights) if parameters else None
     grad_q = torch.zeros_like(q)
     _launch_adjoint(q, grad_q, grad, _operands(weights), partial, 1.0, _KICK)
     return grad_q, *_summed(partial, weights)
@@ -871,10 +943,13 @@ def _symplectic_flow(
     kicks: list[float],
     drifts: list[float],
     phi: str,
+    confinement: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Final q and p, the peak, and the int32 state of a fixed-point flow, else two empty tensors."""
-    end_q, end_p, peak = _run_flow(q, p, _Weights(w1, b1, w2, phi), _Scheme(kicks, drifts, scale))
+    end_q, end_p, peak = _run_flow(
+        q, p, _weights(w1, b1, w2, phi, confinement), _Scheme(kicks, drifts, scale)
+    )
     if scale:
         return end_q.to(q.dtype).mul_(1 / scale), end_p.to(p.dtype).mul_(1 / scale), peak, end_q, end_p
     return end_q, end_p, peak, q.new_empty(0), p.new_empty(0)
@@ -890,6 +965,7 @@ def _(
     kicks: list[float],
     drifts: list[float],
     phi: str,
+    confinement: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     whole_q, whole_p = (x.new_empty(x.shape, dtype=torch.int32) if scale else x.new_empty(0) for x in (q, p))
@@ -908,6 +984,7 @@ def _symplectic_flow_backward(
     kicks: list[float],
     drifts: list[float],
     phi: str,
+    confinement: float,
     scale: float,
     parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -916,13 +993,13 @@ def _symplectic_flow_backward(
     The gradients of the parameters are empty if not wanted.
     """
     run = _flow_backward_triton if use_triton(w1) else _flow_backward_eager
-    weights, scheme = _Weights(w1, b1, w2, phi), _Scheme(kicks, drifts, scale)
+    weights, scheme = _weights(w1, b1, w2, phi, confinement), _Scheme(kicks, drifts, scale)
     with torch.autocast(grad_q.device.type, enabled=False):
         *states, grad_w1, grad_b1, grad_w2 = run(
             _flat(grad_q), _flat(grad_p), _flat(end_q), _flat(end_p), weights, scheme, parameters
         )
     start_q, start_p, grad_q, grad_p = (x.view(grad_q.shape) for x in states)
-    return start_q, start_p, grad_q, grad_p, grad_w1, grad_b1, grad_w2
+    return start_q, start_p, grad_q, grad_p, grad_w1, grad_b1.view(b1.shape if parameters else 0), grad_w2
 
 
 @_symplectic_flow_backward.register_fake
@@ -937,6 +1014,7 @@ def _(
     kicks: list[float],
     drifts: list[float],
     phi: str,
+    confinement: float,
     scale: float,
     parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -946,62 +1024,79 @@ def _(
 
 
 def _save_flow(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, w1, b1, w2, ctx.kicks, ctx.drifts, ctx.phi, ctx.scale = inputs
-    ctx.save_for_backward(*(output[3:] if ctx.scale else output[:2]), w1, b1, w2)
+    _, _, w1, b1, w2, *ctx.settings = inputs
+    scale = inputs[-1]
+    ctx.save_for_backward(*(output[3:] if scale else output[:2]), w1, b1, w2)
 
 
 def _differentiate_flow(ctx: Any, grad_q: Tensor, grad_p: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     parameters = any(ctx.needs_input_grad[2:5])
     _, _, start_q, start_p, *rest = _symplectic_flow_backward(
-        grad_q, grad_p, *ctx.saved_tensors, ctx.kicks, ctx.drifts, ctx.phi, ctx.scale, parameters
+        grad_q, grad_p, *ctx.saved_tensors, *ctx.settings, parameters
     )
-    return start_q, start_p, *(rest if parameters else (None, None, None)), None, None, None, None
+    return start_q, start_p, *(rest if parameters else (None,) * 3), *(None for _ in ctx.settings)
 
 
 _symplectic_flow.register_autograd(_differentiate_flow, setup_context=_save_flow)
 
 
 @operator
-def _symplectic_force(q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str) -> Tensor:
+def _symplectic_force(q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str, confinement: float) -> Tensor:
     """F(q)."""
     run = _force_triton if use_triton(w1) else _force_eager
     with torch.autocast(q.device.type, enabled=False):
-        return run(_flat(q), _Weights(w1, b1, w2, phi)).view(q.shape)
+        return run(_flat(q), _weights(w1, b1, w2, phi, confinement)).view(q.shape)
 
 
 @_symplectic_force.register_fake
-def _(q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str) -> Tensor:
+def _(q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str, confinement: float) -> Tensor:
     return q.new_empty(q.shape)
 
 
 @operator
 def _symplectic_force_backward(
-    grad: Tensor, q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str, parameters: bool
+    grad: Tensor,
+    q: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    phi: str,
+    confinement: float,
+    parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, w1, b1 and w2; empty for parameters if not wanted."""
     run = _force_backward_triton if use_triton(w1) else _force_backward_eager
     with torch.autocast(q.device.type, enabled=False):
-        grad_q, grad_w1, grad_b1, grad_w2 = run(_flat(grad), _flat(q), _Weights(w1, b1, w2, phi), parameters)
-    return grad_q.view(q.shape), grad_w1, grad_b1, grad_w2
+        grad_q, grad_w1, grad_b1, grad_w2 = run(
+            _flat(grad), _flat(q), _weights(w1, b1, w2, phi, confinement), parameters
+        )
+    return grad_q.view(q.shape), grad_w1, grad_b1.view(b1.shape if parameters else 0), grad_w2
 
 
 @_symplectic_force_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str, parameters: bool
+    grad: Tensor,
+    q: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    phi: str,
+    confinement: float,
+    parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_w1, grad_b1, grad_w2 = (x.new_empty(x.shape if parameters else 0) for x in (w1, b1, w2))
     return q.new_empty(q.shape), grad_w1, grad_b1, grad_w2
 
 
 def _save_force(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.phi = inputs
+    *tensors, ctx.phi, ctx.confinement = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate_force(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     parameters = any(ctx.needs_input_grad[1:4])
-    grad_q, *rest = _symplectic_force_backward(grad, *ctx.saved_tensors, ctx.phi, parameters)
-    return grad_q, *(rest if parameters else (None, None, None)), None
+    grad_q, *rest = _symplectic_force_backward(grad, *ctx.saved_tensors, ctx.phi, ctx.confinement, parameters)
+    return grad_q, *(rest if parameters else (None, None, None)), None, None
 
 
 _symplectic_force.register_autograd(_differentiate_force, setup_context=_save_force)
@@ -1010,6 +1105,10 @@ _symplectic_force.register_autograd(_differentiate_force, setup_context=_save_fo
 def _flat(x: Tensor) -> Tensor:
     """(tokens, D)."""
     return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _weights(w1: Tensor, b1: Tensor, w2: Tensor, phi: str, confinement: float) -> _Weights:
+    return _Weights(w1, _flat(b1) if b1.dim() > 1 else b1, w2, phi, confinement)
 
 
 def _run_flow(q: Tensor, p: Tensor, weights: _Weights, scheme: _Scheme) -> tuple[Tensor, Tensor, Tensor]:
@@ -1025,11 +1124,13 @@ def _run_flow(q: Tensor, p: Tensor, weights: _Weights, scheme: _Scheme) -> tuple
 def _check(q: Tensor, p: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str) -> None:
     if phi not in POTENTIALS:
         raise ValueError(f"phi={phi} is not known; choose one of {', '.join(POTENTIALS)}")
-    if w1.ndim != 2 or b1.shape != w1.shape[:1] or w2.shape != w1.shape[:1]:
+    if w1.ndim != 2 or b1.shape[-1:] != w1.shape[:1] or w2.shape != w1.shape[:1]:
         shapes = f"{tuple(w1.shape)}, {tuple(b1.shape)}, {tuple(w2.shape)}"
         raise ValueError(f"w1, b1, w2 must be (hidden, D), (hidden,), (hidden,), not {shapes}")
     if q.shape != p.shape or q.shape[-1:] != w1.shape[1:]:
         raise ValueError(f"q {tuple(q.shape)} and p {tuple(p.shape)} must both be (..., {w1.shape[1]})")
+    if b1.ndim > 1 and b1.shape[:-1] != q.shape[:-1]:
+        raise ValueError(f"b1 {tuple(b1.shape)} must have a row for each token of q {tuple(q.shape)}")
     if q.dtype != p.dtype:
         raise TypeError(f"q is {q.dtype}, p is {p.dtype}")
     weights = {w1.dtype, b1.dtype, w2.dtype}
@@ -1046,8 +1147,15 @@ def _check_stages(kicks: Sequence[float], drifts: Sequence[float], scale: float)
         raise ValueError(f"scale={scale} must be 0 or a power of two")
 
 
-def potential(q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str = "gelu_integral") -> Tensor:
-    """V(q) = w2 . phi(W1 q + b1) by plain PyTorch, in the dtype of q.
+def potential(
+    q: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    phi: str = "gelu_integral",
+    confinement: float = 0.0,
+) -> Tensor:
+    """V(q) = w2 . phi(W1 q + b1) + c |q|^2 / 2 by plain PyTorch, in the dtype of q.
 
     Args:
         q: (..., D).
@@ -1055,25 +1163,35 @@ def potential(q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str = "gelu_in
         b1: (hidden,), or (..., hidden) for one of each token.
         w2: (hidden,).
         phi: ``gelu_integral``, whose derivative is GELU, ``silu``, ``gelu`` or ``softplus``.
+        confinement: c.
 
     Returns:
         (...,).
     """
-    _check(q, q, w1, w2 if b1.dim() > 1 else b1, w2, phi)
-    return _phi(F.linear(q, w1.to(q.dtype)) + b1.to(q.dtype), phi) @ w2.to(q.dtype)
+    _check(q, q, w1, b1, w2, phi)
+    hidden = _phi(F.linear(q, w1.to(q.dtype)) + b1.to(q.dtype), phi) @ w2.to(q.dtype)
+    return hidden + confinement / 2 * q.square().sum(-1) if confinement else hidden
 
 
-def force(q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str = "gelu_integral") -> Tensor:
-    """F(q) = -grad V(q) = -W1^T (w2 * phi'(W1 q + b1)), differentiable once.
+def force(
+    q: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    phi: str = "gelu_integral",
+    confinement: float = 0.0,
+) -> Tensor:
+    """F(q) = -grad V(q) = -W1^T (w2 * phi'(W1 q + b1)) - c q, differentiable once.
 
     The products run in the dtype of w1, to which q is rounded.
 
     Args:
         q: (..., D), float32 (float64 in the eager implementation).
         w1: (hidden, D), float32, bfloat16 or float16 (float64 if q is).
-        b1: (hidden,), as w1.
+        b1: (hidden,) or (..., hidden), as w1.
         w2: (hidden,), as w1.
         phi: as for ``potential``.
+        confinement: c.
 
     Returns:
         As q.
@@ -1084,7 +1202,7 @@ def force(q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str = "gelu_integr
     """
     _check(q, q, w1, b1, w2, phi)
     _check_state(q.dtype, torch.float32, torch.float64)
-    return _symplectic_force(q, w1, b1, w2, phi)
+    return _symplectic_force(q, w1, b1, w2, phi, confinement)
 
 
 def _check_state(dtype: torch.dtype, *allowed: torch.dtype) -> None:
@@ -1102,6 +1220,7 @@ def symplectic_flow(
     drifts: Sequence[float],
     *,
     phi: str = "gelu_integral",
+    confinement: float = 0.0,
     scale: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run all stages of a splitting scheme; the backward pass undoes them, so nothing on the way is kept.
@@ -1113,11 +1232,12 @@ def symplectic_flow(
         q: (..., D), float32 (float64 in the eager implementation).
         p: as q.
         w1: (hidden, D), float32, bfloat16 or float16 (float64 if q is); the products run in its dtype.
-        b1: (hidden,), as w1.
+        b1: (hidden,), or (..., hidden) for one of each token, as w1.
         w2: (hidden,), as w1.
         kicks: coefficients of the kicks.
         drifts: coefficients of the drifts, as many.
         phi: as for ``potential``.
+        confinement: c, stiffness of the spring.
         scale: units of the fixed-point state, a power of two; 0 for a floating-point state.
 
     Returns:
@@ -1133,7 +1253,8 @@ def symplectic_flow(
     _check(q, p, w1, b1, w2, phi)
     _check_stages(kicks, drifts, scale)
     _check_state(q.dtype, torch.float32, torch.float64)
-    end_q, end_p, peak, _, _ = _symplectic_flow(q, p, w1, b1, w2, list(kicks), list(drifts), phi, scale)
+    stages = list(kicks), list(drifts)
+    end_q, end_p, peak, _, _ = _symplectic_flow(q, p, w1, b1, w2, *stages, phi, confinement, scale)
     return end_q, end_p, peak.detach()
 
 
@@ -1148,6 +1269,7 @@ def advance(
     drifts: Sequence[float],
     *,
     phi: str = "gelu_integral",
+    confinement: float = 0.0,
     scale: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As symplectic_flow without gradients, but the state is returned as it is held: int32 if scale > 0.
@@ -1157,7 +1279,7 @@ def advance(
     _check(q, p, w1, b1, w2, phi)
     _check_stages(kicks, drifts, scale)
     _check_state(q.dtype, torch.float32, torch.float64, *([torch.int32] if scale else []))
-    return _run_flow(q, p, _Weights(w1, b1, w2, phi), _Scheme(kicks, drifts, scale))
+    return _run_flow(q, p, _weights(w1, b1, w2, phi, confinement), _Scheme(kicks, drifts, scale))
 
 
 def reconstruct(
@@ -1170,13 +1292,16 @@ def reconstruct(
     drifts: Sequence[float],
     *,
     phi: str = "gelu_integral",
+    confinement: float = 0.0,
     scale: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The state before all stages from that after them, as ``advance`` returns it; exact if scale > 0."""
     _check_stages(kicks, drifts, scale)
     _check_state(q.dtype, *((torch.int32,) if scale else (torch.float32, torch.float64)))
     undo = _reversed(_Scheme(kicks, drifts, scale))
-    start_q, start_p, _ = advance(q, p, w1, b1, w2, undo.kicks, undo.drifts, phi=phi, scale=scale)
+    start_q, start_p, _ = advance(
+        q, p, w1, b1, w2, undo.kicks, undo.drifts, phi=phi, confinement=confinement, scale=scale
+    )
     return start_q, start_p
 
 
@@ -1193,6 +1318,7 @@ def undo(
     drifts: Sequence[float],
     *,
     phi: str = "gelu_integral",
+    confinement: float = 0.0,
     scale: float = 0.0,
     parameters: bool = True,
 ) -> tuple[Tensor, ...]:
@@ -1213,7 +1339,7 @@ def undo(
     _check(grad_q, grad_p, w1, b1, w2, phi)
     stages = list(kicks), list(drifts)
     return _symplectic_flow_backward(
-        grad_q, grad_p, end_q, end_p, w1, b1, w2, *stages, phi, scale, parameters
+        grad_q, grad_p, end_q, end_p, w1, b1, w2, *stages, phi, confinement, scale, parameters
     )
 
 
@@ -1225,9 +1351,13 @@ def fixed_point(x: Tensor, scale: float) -> Tensor:
 def compile_cases() -> dict[str, Callable[[], object]]:
     """Every pinned configuration, with tensors on the default device."""
 
-    def make_weights(dtype: torch.dtype, width: int, phi: str) -> _Weights:
+    tokens = 4096
+
+    def make_weights(dtype: torch.dtype, width: int, phi: str, by_token: bool = False) -> _Weights:
         make = functools.partial(torch.empty, dtype=dtype)
-        return _Weights(make(4 * width, width), make(4 * width), make(4 * width), phi)
+        hidden = 4 * width
+        b1 = make(tokens, hidden) if by_token else make(hidden)
+        return _Weights(make(hidden, width), b1, make(hidden), phi, 0.0)
 
     def flow(
         dtype: torch.dtype,
@@ -1235,10 +1365,11 @@ def compile_cases() -> dict[str, Callable[[], object]]:
         phi: str = "gelu_integral",
         scale: float = 2.0**20,
         backward: bool = True,
+        by_token: bool = False,
     ) -> None:
-        grad = torch.empty(4096, width)
-        end = torch.empty(4096, width, dtype=torch.int32 if scale else torch.float32)
-        weights = make_weights(dtype, width, phi)
+        grad = torch.empty(tokens, width)
+        end = torch.empty(tokens, width, dtype=torch.int32 if scale else torch.float32)
+        weights = make_weights(dtype, width, phi, by_token)
         # A single kick: whatever the stages, the launches compile to the same.
         scheme = _KICK._replace(scale=scale)
         _flow_triton(end, end, weights, scheme)
@@ -1246,7 +1377,7 @@ def compile_cases() -> dict[str, Callable[[], object]]:
             _flow_backward_triton(grad, grad, end, end, weights, scheme, True)
 
     def forces(dtype: torch.dtype, width: int) -> None:
-        q = torch.empty(4096, width)
+        q = torch.empty(tokens, width)
         weights = make_weights(dtype, width, "gelu_integral")
         _force_triton(q, weights)
         _force_backward_triton(q, q, weights, True)
@@ -1256,6 +1387,7 @@ def compile_cases() -> dict[str, Callable[[], object]]:
         name = str(dtype).removeprefix("torch.")
         for width in (64, 128, 256, 512, 1024):
             cases[f"{name} {width} exact"] = functools.partial(flow, dtype, width)
+            cases[f"{name} {width} exact, b1 by token"] = functools.partial(flow, dtype, width, by_token=True)
     for phi in ("silu", "gelu"):
         cases[f"bfloat16 64 {phi}"] = functools.partial(flow, torch.bfloat16, 64, phi)
     cases["bfloat16 128 float"] = functools.partial(flow, torch.bfloat16, 128, scale=0.0, backward=False)

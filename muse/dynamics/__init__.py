@@ -1,5 +1,6 @@
 """Hamiltonian dynamics of the hidden state."""
 
+from muse.dynamics.energy import Trajectory, drift, energy, monotone_share, trajectory
 from muse.dynamics.hamiltonian_ode import HamiltonianNeuralODE, agree_on_fallbacks, flow_metrics
 from muse.dynamics.integrators import INTEGRATORS, Splitting, Stages, stages
 from muse.dynamics.potential import DuffingPotential, MLPPotential, Potential
@@ -12,7 +13,12 @@ __all__ = [
     "Potential",
     "Splitting",
     "Stages",
+    "Trajectory",
     "agree_on_fallbacks",
+    "drift",
+    "energy",
     "flow_metrics",
+    "monotone_share",
     "stages",
+    "trajectory",
 ]

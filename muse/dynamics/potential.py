@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from muse.dynamics.integrators import Stages
 # The lowest value of phi, from which V is measured: energies are then no differences of large numbers, and
 # relative drifts mean something. Forces do not depend on it.
 LOWEST = {"gelu_integral": -0.25, "silu": -0.27846454276107379, "gelu": -0.16997120747990369, "softplus": 0.0}
-# Tokens whose hidden activations stay in the last-level cache.
+# Tokens that have their rows of b1 at a time on a CPU.
 CHUNK = 1024
 FORCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -146,8 +147,6 @@ class MLPPotential(Potential):
     leave along them and cross the bends of hidden units within a step of 0.1: energies drift by 9e-5 instead
     of 6e-7.
 
-    A flow with a context or a spring runs in plain PyTorch, one with neither in a kernel.
-
     Args:
         features: D, channels of q.
         hidden: hidden units.
@@ -201,8 +200,7 @@ class MLPPotential(Potential):
 
     def value(self, q: Tensor, *coefficients: Tensor) -> Tensor:
         w1, b1, w2 = (x.to(q.dtype) for x in self._operands(*coefficients))
-        hidden = symplectic.potential(q, w1, b1, w2, self.phi) - LOWEST[self.phi] * w2.sum()
-        return hidden + self.confinement / 2 * q.square().sum(-1) if self.confinement else hidden
+        return symplectic.potential(q, w1, b1, w2, self.phi, self.confinement) - LOWEST[self.phi] * w2.sum()
 
     def force(self, q: Tensor, *coefficients: Tensor) -> Tensor:
         return self.field(*coefficients)(q)
@@ -220,15 +218,19 @@ class MLPPotential(Potential):
 
         return force
 
+    @torch.no_grad()
     def advance(
         self, q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...], stages: Stages, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.with_context or self.confinement:
-            return self._advance_in_chunks(q, p, coefficients, stages, scale)
-        with torch.no_grad():
-            weights = self._operands(*coefficients)
-        return symplectic.advance(q, p, *weights, stages.kicks, stages.drifts, phi=self.phi, scale=scale)
+        weights, context = self._parted(coefficients)
+        ends = [
+            symplectic.advance(some_q, some_p, *self._operands(*weights, *given), **self._flow(stages, scale))
+            for some_q, some_p, *given in self._chunks(q, p, *context)
+        ]
+        end_q, end_p, peaks = zip(*ends, strict=True)
+        return _joined(end_q, q), _joined(end_p, p), torch.stack(peaks).amax()
 
+    @torch.no_grad()
     def undo(
         self,
         grad_q: Tensor,
@@ -239,91 +241,69 @@ class MLPPotential(Potential):
         stages: Stages,
         scale: float,
     ) -> tuple[Tensor, ...]:
-        if self.with_context or self.confinement:
-            return self._undo_in_chunks(grad_q, grad_p, end_q, end_p, coefficients, stages, scale)
-        with torch.no_grad():
-            weights = self._operands(*coefficients)
-            *rest, grad_w1, grad_b1, grad_w2 = symplectic.undo(
-                grad_q, grad_p, end_q, end_p, *weights, stages.kicks, stages.drifts, phi=self.phi, scale=scale
-            )
-            grads = grad_w1, grad_b1, grad_w2 * coefficients[2].sign()
-        return *rest, *(grad.to(x.dtype) for grad, x in zip(grads, coefficients, strict=True))
-
-    def _advance_in_chunks(
-        self, q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...], stages: Stages, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        weights, contexts = self._parted(coefficients)
-        parts = [
-            super(MLPPotential, self).advance(some_q, some_p, self._given(weights, given), stages, scale)
-            for some_q, some_p, *given in _chunks(q, p, *contexts)
-        ]
-        end_q, end_p, peaks = zip(*parts, strict=True)
-        return torch.cat(end_q).view(q.shape), torch.cat(end_p).view(p.shape), torch.stack(peaks).amax()
-
-    @torch.no_grad()
-    def _undo_in_chunks(
-        self,
-        grad_q: Tensor,
-        grad_p: Tensor,
-        end_q: Tensor,
-        end_p: Tensor,
-        coefficients: tuple[Tensor, ...],
-        stages: Stages,
-        scale: float,
-    ) -> tuple[Tensor, ...]:
-        weights, contexts = self._parted(coefficients)
-        sums = [torch.zeros_like(_wide(x)) for x in weights]
-        states = []
-        for some_grad_q, some_grad_p, some_q, some_p, *given in _chunks(
-            grad_q, grad_p, end_q, end_p, *contexts
-        ):
-            *state, grad_w1, grad_bias, grad_w2 = super().undo(
-                some_grad_q, some_grad_p, some_q, some_p, self._given(weights, given), stages, scale
+        weights, context = self._parted(coefficients)
+        sums = [torch.zeros_like(x, dtype=_wide(x.dtype)) for x in weights]
+        of_tokens = []
+        for chunk in self._chunks(grad_q, grad_p, end_q, end_p, *context):
+            some_grad_q, some_grad_p, some_q, some_p, *given = chunk
+            w1, bias, w2 = self._operands(*weights, *given)
+            *states, grad_w1, grad_bias, grad_w2 = symplectic.undo(
+                some_grad_q, some_grad_p, some_q, some_p, w1, bias, w2, **self._flow(stages, scale)
             )
             changes = [grad_w1, grad_bias, grad_w2]
-            for context in given:
-                changes[1] = grad_bias.sum(0)
-                changes.append(grad_bias.t() @ _wide(context))
-                state.append(grad_bias @ _wide(weights[3]))
+            for x in given:
+                changes[1] = grad_bias.sum(0, dtype=sums[1].dtype)
+                changes.append(grad_bias.t() @ x.to(bias.dtype))
+                states.append(grad_bias @ weights[3].to(bias.dtype))
             for total, change in zip(sums, changes, strict=True):
                 total += change
-            states.append(state)
-        flat = (torch.cat(parts) for parts in zip(*states, strict=True))
-        shapes = [end_q.shape] * 4 + [context.shape for context in contexts]
-        start_q, start_p, *gradients = (x.view(shape) for x, shape in zip(flat, shapes, strict=True))
-        grad_q, grad_p, *grad_contexts = gradients
-        grads = (*sums, *grad_contexts)
-        return (
-            start_q,
-            start_p,
-            grad_q,
-            grad_p,
-            *(grad.to(x.dtype) for grad, x in zip(grads, coefficients, strict=True)),
+            of_tokens.append(states)
+        sums[2] *= weights[2].sign()
+        start_q, start_p, *gradients = (
+            _joined(parts, like)
+            for parts, like in zip(zip(*of_tokens, strict=True), (*[end_q] * 4, *context), strict=True)
         )
+        grads = zip((*sums, *gradients[2:]), coefficients, strict=True)
+        return start_q, start_p, *gradients[:2], *(grad.to(x.dtype) for grad, x in grads)
 
     def _parted(self, coefficients: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The parameters, and the context if there is one."""
         count = 3 + self.with_context
         return coefficients[:count], coefficients[count:]
 
-    @torch.no_grad()
-    def _given(self, weights: tuple[Tensor, ...], contexts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The coefficients of the same potential without a context; with one b1 is a row for each token."""
-        _, bias, _ = self._operands(*weights, *contexts)
-        return _wide(weights[0]), _wide(bias), _wide(weights[2])
+    def _flow(self, stages: Stages, scale: float) -> dict[str, Any]:
+        """What the kernel is told beside tensors."""
+        return {
+            "kicks": stages.kicks,
+            "drifts": stages.drifts,
+            "phi": self.phi,
+            "confinement": self.confinement,
+            "scale": scale,
+        }
+
+    def _chunks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Rows (tokens, features) of tensors (..., features); some tokens at a time where each has its b1.
+
+        Contiguous, because products sum in another order over another layout.
+        """
+        rows = [x.reshape(-1, x.shape[-1]).contiguous() for x in tensors]
+        return zip(
+            *(x.split(_tokens_at_a_time(x) if self.with_context else len(x) or 1) for x in rows), strict=True
+        )
 
 
-def _wide(x: Tensor) -> Tensor:
-    """x in the precision that gradients are summed in."""
-    return x if x.dtype == torch.float64 else x.float()
+def _tokens_at_a_time(x: Tensor) -> int:
+    """A GPU takes more, to be filled."""
+    return CHUNK if x.device.type == "cpu" else 16 * CHUNK
 
 
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows (tokens, features) of tensors (..., features), ``CHUNK`` tokens at a time.
+def _joined(parts: tuple[Tensor, ...], like: Tensor) -> Tensor:
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(like.shape)
 
-    Contiguous, because products sum in another order over another layout.
-    """
-    return zip(*(x.reshape(-1, x.shape[-1]).contiguous().split(CHUNK) for x in tensors), strict=True)
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which gradients are summed."""
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def _slope(a: Tensor, phi: str) -> Tensor:

@@ -121,10 +121,16 @@ def perturbed_spring(width: int, hidden: int | None = None, **options) -> MLPPot
     return perturbed_mlp(width, hidden, confinement=0.4, **options)
 
 
+def perturbed_confined_context(width: int, hidden: int | None = None, **options) -> MLPPotential:
+    """With both, as stage 2 has it by default."""
+    return perturbed_context(width, hidden, confinement=0.5, **options)
+
+
 POTENTIALS: dict[str, Callable[[int], Potential]] = {
     "mlp": perturbed_mlp,
     "context": perturbed_context,
     "spring": perturbed_spring,
+    "confined_context": perturbed_confined_context,
     "duffing": perturbed_duffing,
 }
 

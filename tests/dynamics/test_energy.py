@@ -16,9 +16,11 @@ from dynamics_helpers import (
     state,
 )
 
+from muse.config import StageConfig, WidthConfig
 from muse.dynamics import HamiltonianNeuralODE, MLPPotential
 from muse.dynamics.energy import curvature, drift, energy, modified_energy, monotone_share, trajectory
 from muse.errors import RunError
+from muse.models.hamiltonian import flow_potential
 
 # ---- Measures of a series
 
@@ -292,17 +294,20 @@ def test_energy_does_not_drift_away():
     assert monotone_share(energies) == 0.0
 
 
-@pytest.mark.parametrize("with_context", [False, True])
-def test_energy_of_a_model_at_its_defaults(with_context):
+@pytest.mark.parametrize("options", [{}, {"context": False}, {"context": False, "confinement": 0.0}])
+def test_energy_of_a_model_at_its_defaults(options):
     """The criteria of stage 2 hold with room to spare, per token, in the arithmetic of training."""
-    potential = MLPPotential(96, 384, with_context=with_context)
+    stage = StageConfig(number="2", potential_width=384, **options)
+    potential = flow_potential(WidthConfig(d_model=96, heads=4, kv_heads=4, d_ff=384), stage)
+    assert potential.with_context == stage.context
+    assert potential.confinement == stage.confinement
     flow = HamiltonianNeuralODE(potential, 10, 0.1, "blanes_moan_rkn4", "exact")
     z = state(128, 96)
     with no_warnings():
         taken = trajectory(flow, z, 100, modified=False)
     drifts = drift(taken.energy)
     assert drifts.shape == (128,)
-    assert 0 < drifts.max() < (1e-6 if with_context else 1e-5)
+    assert 0 < drifts.max() < (1e-6 if stage.confinement else 1e-5)
     assert monotone_share(taken.energy) <= 0.01
     # It moves, and leapfrog is worse, by the curvature.
     q = z[:, 0]

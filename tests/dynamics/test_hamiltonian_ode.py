@@ -23,7 +23,6 @@ from dynamics_helpers import (
     kepler_orbit,
     no_warnings,
     perturbed_duffing,
-    perturbed_mlp,
     relative_error,
     state,
     twin,
@@ -42,7 +41,7 @@ UNDONE = ("exact", "reversible", "verify")
 every_mode = pytest.mark.parametrize("mode", MODES)
 every_undone_mode = pytest.mark.parametrize("mode", UNDONE)
 every_potential = pytest.mark.parametrize("kind", POTENTIALS)
-every_mlp = pytest.mark.parametrize("kind", ["mlp", "context"])
+every_mlp = pytest.mark.parametrize("kind", ["mlp", "context", "confined_context"])
 
 
 def make(
@@ -67,7 +66,7 @@ def test_gradients_against_double_precision(mode, kind, integrator):
     with no_warnings():
         found = flow_gradients(ode, z)
     exact = exact_gradients(ode, z)
-    assert len(found) == {"mlp": 5, "context": 6, "duffing": 4}[kind]
+    assert len(found) == {"mlp": 5, "context": 6, "spring": 5, "confined_context": 6, "duffing": 4}[kind]
     for name in found:
         assert found[name].dtype == torch.float32
         assert relative_error(found[name], exact[name]) <= 1e-5, name
@@ -313,6 +312,7 @@ def test_reconstruction_error_is_zero(kind, precision, steps, integrator):
         assert_rebuilt(ode.train(training), state(2, 5, 64))
 
 
+@pytest.mark.parametrize("kind", ["mlp", "confined_context"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("width", "hidden", "steps", "integrator"),
@@ -324,11 +324,12 @@ def test_reconstruction_error_is_zero(kind, precision, steps, integrator):
         pytest.param(512, 512, 1000, "leapfrog", marks=pytest.mark.slow, id="wide_1000_steps"),
     ],
 )
-def test_reconstruction_error_is_zero_at_length(width, hidden, steps, integrator, precision):
-    potential = perturbed_mlp(width, hidden, force_precision=precision)
+def test_reconstruction_error_is_zero_at_length(width, hidden, steps, integrator, precision, kind):
+    potential = POTENTIALS[kind](width, hidden, force_precision=precision)
     # Few hidden units leave directions without a force: there a token leaves the range in a time of 100.
     ode = HamiltonianNeuralODE(potential, steps, 0.1 if steps < 1000 else 0.02, integrator, verify=True)
-    assert_rebuilt(ode, state(3, width))
+    for training in (True, False) if steps <= 100 else (True,):
+        assert_rebuilt(ode.train(training), state(3, width))
 
 
 def test_reconstruction_error_is_zero_where_floating_point_misses():
@@ -427,7 +428,8 @@ def compare_compiled(block, mode, backend, **tolerance):
 
 
 @pytest.mark.parametrize(
-    ("mode", "kind"), [*((mode, "mlp") for mode in MODES), ("exact", "context"), ("verify", "context")]
+    ("mode", "kind"),
+    [*((mode, "mlp") for mode in MODES), ("exact", "context"), ("verify", "confined_context")],
 )
 def test_compiled(mode, kind):
     compiled = compare_compiled(Block(make(mode, kind), 16), mode, "aot_eager", rtol=0, atol=0)
@@ -442,7 +444,8 @@ def test_compiled(mode, kind):
 def test_compiled_to_machine_code():
     # One process and no precompiled headers: what they save over many kernels, they cost over a few.
     with torch._inductor.config.patch({"compile_threads": 1, "cpp_cache_precompile_headers": False}):
-        compare_compiled(Scaled(make("verify")), "verify", "inductor", rtol=1e-4, atol=1e-5)
+        scaled = Scaled(make("verify", "confined_context"))
+        compare_compiled(scaled, "verify", "inductor", rtol=1e-4, atol=1e-5)
 
 
 # ---- Memory
@@ -472,7 +475,7 @@ def test_memory_does_not_grow_with_the_steps(mode, kind):
     few, many = bytes_saved(mode, 5, kind), bytes_saved(mode, 40, kind)
     assert few == many
     # The final state, the initial one where it is compared, and the context, which is a copy of it.
-    assert few == state_bytes * ((1 if mode == "exact" else 2) + (kind == "context"))
+    assert few == state_bytes * ((1 if mode == "exact" else 2) + ("context" in kind))
 
 
 def test_memory_grows_with_the_steps_in_backpropagation():

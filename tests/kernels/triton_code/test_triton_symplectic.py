@@ -27,10 +27,10 @@ def leapfrog(steps: int, dt: float) -> tuple[list[float], list[float]]:
     return [dt / 2, *[dt] * (steps - 1), dt / 2], [*[dt] * steps, 0.0]
 
 
-def make(tokens: int, width: int, hidden: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def make(tokens, width, hidden, dtype, device, by_token=False) -> list[Tensor]:
     q, p = torch.randn(2, tokens, width)
     w1 = torch.randn(hidden, width) * width**-0.5
-    b1 = torch.randn(hidden) * 0.2
+    b1 = torch.randn(tokens, hidden) if by_token else torch.randn(hidden) * 0.2
     w2 = torch.randn(hidden) * (0.5 / hidden**0.5)
     return [x.to(device) for x in (q, p, *(w.to(dtype) for w in (w1, b1, w2)))]
 
@@ -48,13 +48,13 @@ def slope(a: Tensor, phi: str) -> Tensor:
             return torch.sigmoid(a)
 
 
-def plain_force(q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str) -> Tensor:
-    return -((slope(F.linear(q.to(w1.dtype), w1, b1), phi) * w2) @ w1).to(q.dtype)
+def plain_force(q, w1, b1, w2, phi, confinement=0.0) -> Tensor:
+    return -((slope(F.linear(q.to(w1.dtype), w1) + b1, phi) * w2) @ w1).to(q.dtype) - confinement * q
 
 
-def plain_flow(q, p, w1, b1, w2, kicks, drifts, phi):
+def plain_flow(q, p, w1, b1, w2, kicks, drifts, phi, confinement):
     for kick, drift in zip(kicks, drifts, strict=True):
-        p = p + kick * plain_force(q, w1, b1, w2, phi)
+        p = p + kick * plain_force(q, w1, b1, w2, phi, confinement)
         q = q + drift * p
     return q, p
 
@@ -83,11 +83,11 @@ def compare(check, function, plain, tensors, names, results, rounding=0.0):
             raise AssertionError(f"{name}: {error}") from error
 
 
-def compare_flow(check, tensors, phi="gelu_integral", scale=0.0, stages=STAGES):
+def compare_flow(check, tensors, phi="gelu_integral", scale=0.0, stages=STAGES, spring=0.0):
     compare(
         check,
-        lambda *x: symplectic_flow(*x, *stages, phi=phi, scale=scale)[:2],
-        lambda *x: plain_flow(*x, *stages, phi),
+        lambda *x: symplectic_flow(*x, *stages, phi=phi, confinement=spring, scale=scale)[:2],
+        lambda *x: plain_flow(*x, *stages, phi, spring),
         tensors,
         ("q'", "p'", *NAMES),
         4.0,
@@ -95,11 +95,19 @@ def compare_flow(check, tensors, phi="gelu_integral", scale=0.0, stages=STAGES):
     )
 
 
+# A b1 for all tokens or for each of them, and the stiffness of the spring.
+every_form = pytest.mark.parametrize(
+    ("by_token", "spring"), [(False, 0.0), (True, 0.0), (False, 0.7), (True, 0.7)]
+)
+
+
+@every_form
 @pytest.mark.parametrize("scale", [0.0, SCALE])
 @pytest.mark.parametrize("width", [20, 48, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_flow(assert_as_accurate, device, dtype, width, scale):
-    compare_flow(assert_as_accurate, make(65, width, 56, dtype, device), scale=scale)
+def test_flow(assert_as_accurate, device, dtype, width, scale, by_token, spring):
+    tensors = make(65, width, 56, dtype, device, by_token)
+    compare_flow(assert_as_accurate, tensors, scale=scale, spring=spring)
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 1025])
@@ -113,14 +121,15 @@ def test_flow_in_any_potential(assert_as_accurate, device, phi):
         compare_flow(assert_as_accurate, make(33, 16, 32, torch.float32, device), phi, scale)
 
 
+@every_form
 @pytest.mark.parametrize("width", [20, 48, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_force(assert_as_accurate, device, dtype, width):
-    q, _, *weights = make(63, width, 40, dtype, device)
+def test_force(assert_as_accurate, device, dtype, width, by_token, spring):
+    q, _, *weights = make(63, width, 40, dtype, device, by_token)
     compare(
         assert_as_accurate,
-        lambda *x: (force(*x),),
-        lambda *x: (plain_force(*x, "gelu_integral"),),
+        lambda *x: (force(*x, confinement=spring),),
+        lambda *x: (plain_force(*x, "gelu_integral", spring),),
         [q, *weights],
         ("F", "q", "w1", "b1", "w2"),
         0.0,
@@ -148,21 +157,23 @@ def test_force_does_not_write_to_q(device):
     assert torch.equal(q.view(torch.int32), before.view(torch.int32))
 
 
+@every_form
 @pytest.mark.parametrize("width", [20, 48, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_exact_reconstruction(device, dtype, width):
+def test_exact_reconstruction(device, dtype, width, by_token, spring):
     """The stages one by one, as the backward pass runs them, or all together bring the initial state back."""
-    q, p, *weights = make(37, width, 40, dtype, device)
+    q, p, *weights = make(37, width, 40, dtype, device, by_token)
+    options = {"confinement": spring, "scale": SCALE}
     for steps in (1, 12) if device.type == "cpu" else (1, 10, 100, 1000):
         stages = leapfrog(steps, min(0.1, 10 / steps))
-        end_q, end_p, peak = advance(q, p, *weights, *stages, scale=SCALE)
+        end_q, end_p, peak = advance(q, p, *weights, *stages, **options)
         assert peak < 2**31
-        start_q, start_p = reconstruct(end_q, end_p, *weights, *stages, scale=SCALE)
+        start_q, start_p = reconstruct(end_q, end_p, *weights, *stages, **options)
         assert torch.equal(start_q, fixed_point(q, SCALE))
         assert torch.equal(start_p, fixed_point(p, SCALE))
         undo = symplectic._reversed(symplectic._Scheme(*stages, SCALE))
         for kick, drift in zip(undo.kicks, undo.drifts, strict=True):
-            end_q, end_p, _ = advance(end_q, end_p, *weights, [kick], [drift], scale=SCALE)
+            end_q, end_p, _ = advance(end_q, end_p, *weights, [kick], [drift], **options)
         assert torch.equal(end_q, start_q)
         assert torch.equal(end_p, start_p)
 
@@ -177,12 +188,12 @@ def test_backward_meets_the_states_of_the_forward_pass(monkeypatch, device, widt
         adjoint(q, *rest)
 
     monkeypatch.setattr(symplectic, "_launch_adjoint", record)
-    tensors = make(33, width, 40, torch.float32, device)
-    run(lambda *x: symplectic_flow(*x, *STAGES, scale=SCALE)[:2], tensors)
+    tensors = make(33, width, 40, torch.float32, device, by_token=True)
+    run(lambda *x: symplectic_flow(*x, *STAGES, confinement=0.5, scale=SCALE)[:2], tensors)
     kicked = [stage for stage, kick in enumerate(STAGES[0]) if kick]
     assert len(seen) == len(kicked)
     for stage, q in zip(reversed(kicked), seen, strict=True):
-        before, _, _ = advance(*tensors, STAGES[0][:stage], STAGES[1][:stage], scale=SCALE)
+        before, _, _ = advance(*tensors, *(x[:stage] for x in STAGES), confinement=0.5, scale=SCALE)
         assert torch.equal(q, before)
 
 
@@ -289,13 +300,14 @@ def test_no_tokens(device):
 
 @pytest.mark.parametrize("scale", [0.0, SCALE])
 def test_repeated_backward_is_bitwise_equal(device, scale):
-    tensors = make(65, 48, 40, torch.float32, device)
+    tensors = make(65, 48, 40, torch.float32, device, by_token=scale > 0)
     first, second = (run(lambda *x: symplectic_flow(*x, *STAGES, scale=scale)[:2], tensors) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
-def test_only_gradients_of_the_state(device):
-    tensors = make(33, 20, 40, torch.float32, device)
+@pytest.mark.parametrize("by_token", [False, True])
+def test_only_gradients_of_the_state(device, by_token):
+    tensors = make(33, 20, 40, torch.float32, device, by_token)
     every = run(lambda *x: symplectic_flow(*x, *STAGES, scale=SCALE)[:2], tensors)
     _, _, *weights = tensors
     some = run(lambda q, p: symplectic_flow(q, p, *weights, *STAGES, scale=SCALE)[:2], tensors[:2])
