@@ -36,7 +36,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import Options, ceil_div, launch, next_power_of_2, pinned_beside, use_triton
+from kernels.launch import (
+    Options,
+    ceil_div,
+    launch,
+    next_power_of_2,
+    pinned_beside,
+    target_name,
+    use_triton,
+)  # fmt: skip
 from kernels.operator import operator
 from kernels.triton_import import jit, tl, triton
 
@@ -541,7 +549,8 @@ def _bias(pointer, row, rows, unit, hidden, BY_TOKEN: tl.constexpr):
 @jit
 def _inner(
     x_ptr, x_row, x_rows, w_ptr, w_row, w_rows, width, inverse,
-    EXACT: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """X W^T of rows of X (in units of 1 / inverse if EXACT) and rows of W, over the width in pieces."""
     product = tl.zeros((BLOCK_X, BLOCK_W), dtype=tl.float32)
@@ -549,14 +558,14 @@ def _inner(
         column = start + tl.arange(0, BLOCK_K)
         w = _tile(w_ptr, w_row, w_rows, column, width)
         x = _operand(_tile(x_ptr, x_row, x_rows, column, width), inverse, EXACT, w.dtype)
-        product = tl.dot(x, tl.trans(w), product, input_precision="ieee")
+        product = tl.dot(x, tl.trans(w), product, input_precision=PRECISION)
     return product
 
 
 @jit
 def _minus_force(
     x, q_ptr, row, tokens, w1_ptr, b1_ptr, w2_ptr, width, units, hidden, inverse,
-    PHI: tl.constexpr, EXACT: tl.constexpr, BY_TOKEN: tl.constexpr,
+    PHI: tl.constexpr, EXACT: tl.constexpr, BY_TOKEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """W1^T (w2 * phi'(W1 q + b1)) over the first ``units`` hidden units: all of them, or none."""
@@ -568,13 +577,14 @@ def _minus_force(
         w2 = tl.load(w2_ptr + unit, mask=unit < hidden, other=0)
         w1 = _tile(w1_ptr, unit, hidden, column, width)
         if BLOCK_K == BLOCK_D:
-            a = tl.dot(x, tl.trans(w1), input_precision="ieee")
+            a = tl.dot(x, tl.trans(w1), input_precision=PRECISION)
         else:
             a = _inner(
-                q_ptr, row, tokens, w1_ptr, unit, hidden, width, inverse, EXACT, BLOCK_M, BLOCK_H, BLOCK_K
-            )
+                q_ptr, row, tokens, w1_ptr, unit, hidden, width, inverse, EXACT,
+                PRECISION, BLOCK_M, BLOCK_H, BLOCK_K,
+            )  # fmt: skip
         g = (_slope_of(a + b1, PHI) * w2[None, :]).to(w1.dtype)
-        minus_f = tl.dot(g, w1, minus_f, input_precision="ieee")
+        minus_f = tl.dot(g, w1, minus_f, input_precision=PRECISION)
     return minus_f
 
 
@@ -582,7 +592,8 @@ def _minus_force(
 def _flow_kernel(
     q_ptr, p_ptr, w1_ptr, b1_ptr, w2_ptr, stages_ptr, peak_ptr,
     first, last, tokens, width, hidden, confinement, scale, inverse,
-    PHI: tl.constexpr, EXACT: tl.constexpr, BY_TOKEN: tl.constexpr, RESIDENT: tl.constexpr,
+    PHI: tl.constexpr, EXACT: tl.constexpr, BY_TOKEN: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Stages first to last - 1 of BLOCK_M tokens, in place. RESIDENT holds q and p on chip all the time.
@@ -606,7 +617,7 @@ def _flow_kernel(
             x = _operand(q, inverse, EXACT, w1_ptr.dtype.element_ty)
             minus_f = _minus_force(
                 x, q_ptr, row, tokens, w1_ptr, b1_ptr, w2_ptr, width, tl.where(kick != 0, hidden, 0), hidden,
-                inverse, PHI, EXACT, BY_TOKEN, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_K,
+                inverse, PHI, EXACT, BY_TOKEN, PRECISION, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_K,
             )  # fmt: skip
             minus_f += confinement * _value(q, inverse, EXACT)
             moved = _where_moved(kick, row, tokens, column, width)
@@ -625,7 +636,7 @@ def _flow_kernel(
             x = _operand(tl.load(q_ptr + at, mask=inside, other=0), inverse, EXACT, w1_ptr.dtype.element_ty)
         minus_f = _minus_force(
             x, q_ptr, row, tokens, w1_ptr, b1_ptr, w2_ptr, width, tl.where(kick != 0, hidden, 0), hidden,
-            inverse, PHI, EXACT, BY_TOKEN, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_K,
+            inverse, PHI, EXACT, BY_TOKEN, PRECISION, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_K,
         )  # fmt: skip
         minus_f += confinement * _value(tl.load(q_ptr + at, mask=inside, other=0), inverse, EXACT)
         # Every thread has read its pieces of q before any of them is overwritten.
@@ -649,7 +660,8 @@ def _flow_kernel(
 def _adjoint_kernel(
     q_ptr, grad_q_ptr, grad_p_ptr, w1_ptr, b1_ptr, w2_ptr, grad_b1_ptr,
     kick, tokens, width, hidden, confinement, inverse,
-    PHI: tl.constexpr, EXACT: tl.constexpr, BY_TOKEN: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
+    PHI: tl.constexpr, EXACT: tl.constexpr, BY_TOKEN: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_q -= kick (W1^T (w2 phi''(W1 q + b1) (W1 grad_p)) + c grad_p) of BLOCK_M tokens, in place.
@@ -673,24 +685,28 @@ def _adjoint_kernel(
         w2 = tl.load(w2_ptr + unit, mask=unit < hidden, other=0)
         w1 = _tile(w1_ptr, unit, hidden, column, width)
         if BLOCK_K == BLOCK_D:
-            a = tl.dot(x, tl.trans(w1), input_precision="ieee")
-            b = tl.dot(y, tl.trans(w1), input_precision="ieee")
+            a = tl.dot(x, tl.trans(w1), input_precision=PRECISION)
+            b = tl.dot(y, tl.trans(w1), input_precision=PRECISION)
         else:
             a = _inner(
-                q_ptr, row, tokens, w1_ptr, unit, hidden, width, inverse, EXACT, BLOCK_M, BLOCK_H, BLOCK_K
-            )
+                q_ptr, row, tokens, w1_ptr, unit, hidden, width, inverse, EXACT,
+                PRECISION, BLOCK_M, BLOCK_H, BLOCK_K,
+            )  # fmt: skip
             b = _inner(
-                grad_p_ptr, row, tokens, w1_ptr, unit, hidden, width, 1.0, False, BLOCK_M, BLOCK_H, BLOCK_K
-            )
+                grad_p_ptr, row, tokens, w1_ptr, unit, hidden, width, 1.0, False,
+                PRECISION, BLOCK_M, BLOCK_H, BLOCK_K,
+            )  # fmt: skip
         h = _curvature_of(a + b1, PHI) * w2[None, :] * b
         if BIAS_GRADIENT:
             at = row.to(tl.int64)[:, None] * hidden + unit[None, :]
             valid = (row[:, None] < tokens) & (unit[None, :] < hidden)
             before = tl.load(grad_b1_ptr + at, mask=valid, other=0)
             tl.store(grad_b1_ptr + at, before - kick * h, mask=valid)
-        product = tl.dot(h.to(dtype), w1, product, input_precision="ieee")
+        product = tl.dot(h.to(dtype), w1, product, input_precision=PRECISION)
     at = row.to(tl.int64)[:, None] * width + column[None, :]
     inside = (row[:, None] < tokens) & (column[None, :] < width)
+    # Keeps the compiler from holding grad_p in float32 all through the loop.
+    tl.debug_barrier()
     product += confinement * tl.load(grad_p_ptr + at, mask=inside, other=0)
     grad_q = tl.load(grad_q_ptr + at, mask=inside, other=0)
     tl.store(grad_q_ptr + at, grad_q - kick * product, mask=inside)
@@ -700,7 +716,7 @@ def _adjoint_kernel(
 def _parameter_kernel(
     q_ptr, grad_p_ptr, w1_ptr, b1_ptr, w2_ptr, grad_w1_ptr, grad_b1_ptr, grad_w2_ptr,
     kick, tokens, share, width, hidden, inverse,
-    PHI: tl.constexpr, EXACT: tl.constexpr, BY_TOKEN: tl.constexpr,
+    PHI: tl.constexpr, EXACT: tl.constexpr, BY_TOKEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """What a kick adds to the parameter gradients, of BLOCK_H hidden units and ``share`` tokens.
@@ -728,15 +744,17 @@ def _parameter_kernel(
         x = _operand(_tile(q_ptr, row, end, column, width), inverse, EXACT, dtype)
         y = _tile(grad_p_ptr, row, end, column, width).to(dtype)
         if BLOCK_K == BLOCK_D:
-            a = tl.dot(x, tl.trans(w1), input_precision="ieee")
-            b = tl.dot(y, tl.trans(w1), input_precision="ieee")
+            a = tl.dot(x, tl.trans(w1), input_precision=PRECISION)
+            b = tl.dot(y, tl.trans(w1), input_precision=PRECISION)
         else:
             a = _inner(
-                q_ptr, row, end, w1_ptr, unit, hidden, width, inverse, EXACT, BLOCK_M, BLOCK_H, BLOCK_K
-            )
+                q_ptr, row, end, w1_ptr, unit, hidden, width, inverse, EXACT,
+                PRECISION, BLOCK_M, BLOCK_H, BLOCK_K,
+            )  # fmt: skip
             b = _inner(
-                grad_p_ptr, row, end, w1_ptr, unit, hidden, width, 1.0, False, BLOCK_M, BLOCK_H, BLOCK_K
-            )
+                grad_p_ptr, row, end, w1_ptr, unit, hidden, width, 1.0, False,
+                PRECISION, BLOCK_M, BLOCK_H, BLOCK_K,
+            )  # fmt: skip
         a += _bias(b1_ptr, row, end, unit, hidden, BY_TOKEN)
         slope = _slope_of(a, PHI)
         h = _curvature_of(a, PHI) * w2[None, :] * b
@@ -744,8 +762,8 @@ def _parameter_kernel(
         if not BY_TOKEN:
             grad_b1 += tl.sum(h, 0)
         # Rows outside have y = 0 and, by b = 0, h = 0.
-        grad_w1 = tl.dot(tl.trans((slope * w2[None, :]).to(dtype)), y, grad_w1, input_precision="ieee")
-        grad_w1 = tl.dot(tl.trans(h.to(dtype)), x, grad_w1, input_precision="ieee")
+        grad_w1 = tl.dot(tl.trans((slope * w2[None, :]).to(dtype)), y, grad_w1, input_precision=PRECISION)
+        grad_w1 = tl.dot(tl.trans(h.to(dtype)), x, grad_w1, input_precision=PRECISION)
     units = unit.to(tl.int64) + split.to(tl.int64) * hidden
     valid = unit < hidden
     at = units[:, None] * width + column[None, :]
@@ -769,12 +787,21 @@ def _operands(weights: _Weights) -> _Weights:
     return weights._replace(w1=w1.contiguous(), b1=b1.contiguous(), w2=w2.float().contiguous())
 
 
+def _precision(w1: Tensor) -> str:
+    """How float32 is multiplied: by three products in TF32, about as accurate as one in float32.
+
+    NVIDIA's tensor cores have no float32. Where rows are wide the operands of the three do not fit on chip.
+    """
+    return "tf32x3" if target_name(w1).startswith("sm_") and w1.shape[1] <= 512 else "ieee"
+
+
 def _constants(weights: _Weights, scheme: _Scheme) -> dict[str, Any]:
     """What every kernel is compiled for."""
     return {
         "PHI": POTENTIALS.index(weights.phi),
         "EXACT": scheme.scale > 0,
         "BY_TOKEN": weights.biased_by_token,
+        "PRECISION": _precision(weights.w1),
     }
 
 
