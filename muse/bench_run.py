@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from muse.benchmarks.suite import FLOW_VRAM_REDUCTION, VRAM_TARGET, Report, run_suite
+from muse.benchmarks.report import Report
+from muse.benchmarks.suite import FLOW_VRAM_REDUCTION, VRAM_TARGET, run_suite
 from muse.config import BENCHMARKS, BenchConfig
 from muse.errors import ConfigError
 from muse.files import find_files, write_json
@@ -24,6 +26,7 @@ RESULT = "result.json"
 def run_benchmark(config: BenchConfig, run: Path) -> int:
     """Measure as configured, write the results into the folder ``run`` and return the exit status.
 
+    The status is 1 where a measurement failed; what the others found is written all the same.
     In a multirun a cell that an earlier sweep has finished with the same options and the same code is
     taken from there, and goes into the summary of the sweep like every other.
     """
@@ -53,8 +56,14 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
     else:
         print(f"already measured in {result['folder']}; benchmark.rerun=true measures again")
         write_json(run / RESULT, result)
-    record(result["values"], status)
-    return 0
+    failures = [f"{name}: {reason}" for name, reason in result["failures"].items()]
+    if failures:
+        record({**result["values"], "error": "; ".join(failures)}, "failed")
+    else:
+        record(result["values"], status)
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return int(bool(failures))
 
 
 def _measure(config: BenchConfig, run: Path) -> dict[str, Any]:
@@ -63,12 +72,14 @@ def _measure(config: BenchConfig, run: Path) -> dict[str, Any]:
         **report.values,
         "values": report.values,
         "details": report.details,
+        "failures": report.failures,
         "source": source_hash(),
         "folder": str(run),
         **provenance(config),
     }
-    plots = _plots(report, run)
+    # Hours of measuring must not hang on a plot.
     write_json(run / RESULT, result)
+    plots = _plots(report, run)
     log = MetricsLog(run, config)
     log(0, {key: value for key, value in report.values.items() if isinstance(value, int | float)})
     for step, losses in _curves(report):
@@ -213,6 +224,7 @@ def _finished(config: BenchConfig) -> dict[str, Any] | None:
             result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if result.get("identity") == wanted and result.get("source") == source:
+        same = result.get("identity") == wanted and result.get("source") == source
+        if same and not result.get("failures"):
             return result
     return None

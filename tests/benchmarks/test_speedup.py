@@ -328,6 +328,28 @@ def test_each_criterion_can_fail(speedup_config, monkeypatch, changed):
     assert [passed for *_, passed in report.criteria].count(False) == 1
 
 
+@pytest.mark.parametrize("failing", ["speedup", "speedup until learned", "speedup pairs", "speedup memory"])
+def test_a_run_that_fails_leaves_its_keys_null(speedup_config, monkeypatch, failing):
+    config = speedup_config(ablation=True)
+    complete = report_of(monkeypatch, config)
+    answer = suite.measure_apart
+
+    def measure(name, config):
+        if name == failing:
+            raise RunError("it broke")
+        return answer(name, config)
+
+    monkeypatch.setattr(suite, "measure_apart", measure)
+    report = suite.run_suite(config, Path("unused"))
+    assert set(report.values) == set(complete.values)
+    assert [title for title, *_ in report.criteria] == [title for title, *_ in complete.criteria]
+    assert None in {passed for *_, passed in report.criteria}
+    assert report.values["all_pass"] is None
+    assert set(report.failures.values()) == {"it broke"}
+    assert (report.values["speedup_pct"] is None) is (failing in ("speedup", "speedup until learned"))
+    assert (report.values["peak_memory_mb"] is None) is (failing == "speedup memory")
+
+
 def test_the_ablation_says_what_does_not_pay(speedup_config, monkeypatch, capsys):
     def measure(name, config):
         if name == "speedup memory":

@@ -84,9 +84,13 @@ STAGE_1_KEYS = [
 
 
 def run(monkeypatch, config, **changed):
+    return reported(monkeypatch, config, **changed).values
+
+
+def reported(monkeypatch, config, **changed):
     measured = {**(GOOD_FLOW if config.stage.number == "2" else GOOD), **changed}
     monkeypatch.setattr(suite, "measure_apart", lambda name, config: measured[name](config))
-    return suite.run_suite(config, Path("unused")).values
+    return suite.run_suite(config, Path("unused"))
 
 
 def test_all_passes_when_everything_does_and_has_the_keys_of_the_seeds(bench_config, monkeypatch):
@@ -158,6 +162,46 @@ def test_full_backpropagation_that_does_not_fit_leaves_its_criterion_open(bench_
     assert values["vram_reduction_ratio"] is None
     assert values["vram_pass"] is None
     assert values["all_pass"] is None
+
+
+def failing(config):
+    raise RunError("it broke")
+
+
+# What only one measurement finds.
+KEY_OF = {
+    1: {"vram": "vram_gb", "throughput": "tokens_per_second", "stability": "nan_count",
+        "gradients": "grad_norm_min", "perplexity": "ppl"},
+    2: {"vram": "vram_symplectic_gb", "modes": "step_ratio_backprop", "stability": "nan_count",
+        "gradients": "grad_norm_min", "energy": "max_drift_untrained", "trained energy": "max_drift",
+        "perplexity": "stage2_ppl"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stage", "measurement"), [(stage, measurement) for stage, keys in KEY_OF.items() for measurement in keys]
+)
+def test_a_measurement_that_fails_leaves_its_keys_null_and_the_others_measured(
+    bench_config, monkeypatch, stage, measurement
+):
+    report = reported(monkeypatch, bench_config(stage), **{measurement: failing})
+    values = report.values
+    assert [key for key in (STAGE_1_KEYS, STAGE_2_KEYS)[stage - 1] if key not in values] == []
+    for other, key in KEY_OF[stage].items():
+        assert (values[key] is None) is (other == measurement), key
+    assert values["all_pass"] is None
+    assert set(report.failures.values()) == {"it broke"}
+    assert all(name.startswith(measurement) for name in report.failures)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_where_everything_fails_everything_is_null(bench_config, monkeypatch, stage):
+    report = reported(monkeypatch, bench_config(stage), **dict.fromkeys(KEY_OF[stage], failing))
+    assert {k: v for k, v in report.values.items() if v is not None} == (
+        {} if stage == 1 else {"ppl_target": 1.02}
+    )
+    assert {passed for *_, passed in report.criteria} == {None}
+    assert report.details == {}
 
 
 def test_an_untrained_model_is_measured_when_nothing_is_trained(bench_config, monkeypatch):
