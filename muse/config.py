@@ -7,6 +7,7 @@ say; each message names the option and the values allowed.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +23,19 @@ def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{option}={value} is not known; choose one of {', '.join(allowed)}")
 
 
+def _finite(option: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ConfigError(f"{option}={value} is not allowed; it must be a finite number")
+
+
 def _at_least(option: str, value: float, minimum: float) -> None:
+    _finite(option, value)
     if not value >= minimum:
         raise ConfigError(f"{option}={value} is too small; it must be at least {minimum:g}")
 
 
 def _positive(option: str, value: float) -> None:
+    _finite(option, value)
     if not value > 0:
         raise ConfigError(f"{option}={value} is not allowed; it must be greater than 0")
 
