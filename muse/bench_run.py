@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from muse.benchmarks.report import Report
+from muse.benchmarks.setting import check_flow
+from muse.benchmarks.stored import check_checkpoint
 from muse.benchmarks.suite import FLOW_VRAM_REDUCTION, VRAM_TARGET, run_suite
 from muse.config import BENCHMARKS, BenchConfig
 from muse.errors import ConfigError
@@ -18,7 +20,7 @@ from muse.report.metrics import MetricsLog
 from muse.report.plots import plot_lines, plot_ratios, plot_stacked
 from muse.report.table import show, table
 from muse.report.wandb_tables import HOLDERS, drift_lines, result_tables
-from muse.sweep import record, sweep_folder
+from muse.sweep import given_options, record, sweep_folder
 
 RESULT = "result.json"
 
@@ -48,6 +50,8 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
             f"benchmark={config.benchmark.name} does not go with stage={config.stage.number}; stage=3a has "
             "benchmark=speedup, and only stage=3a has it"
         )
+    check_flow(config, given_options())
+    check_checkpoint(config)
     use_hardware(config.hardware)
     result = _finished(config) if sweep_folder() is not None and not config.benchmark.rerun else None
     status = "measured" if result is None else "reused"

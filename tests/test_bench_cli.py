@@ -131,6 +131,15 @@ def test_a_benchmark_of_the_flow_needs_one(tmp_path, benchmark):
     )
 
 
+def test_a_sweep_over_steps_that_the_benchmark_does_not_take_is_refused(tmp_path):
+    done = bench(tmp_path, "stage=2", "benchmark=vram", "stage.ode_steps=1")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        "error: stage.ode_steps changes nothing in benchmark=vram, whose flow has benchmark.ode_steps; give "
+        "that one"
+    )
+
+
 @pytest.mark.slow
 def test_the_stack_of_stage_3a_and_a_rerun_of_it(tmp_path):
     text = tmp_path / "text.txt"

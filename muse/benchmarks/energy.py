@@ -36,7 +36,8 @@ def measure_energy(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     """Follow H of every token through ``benchmark.ode_steps`` steps of ``benchmark.dt`` in every layer.
 
     A flow begins where a forward pass on the validation text, or on random tokens if the model is untrained,
-    begins it, and runs as the stage has it: integrator, precision of the force, fixed point.
+    begins it, and runs as the stage has it: precision of the force, fixed point, and unless
+    ``benchmark.integrator`` is another one the integrator.
 
     Returns:
         Energies have no unit, a drift is |E_t - E_0| / |E_0| of a token.
@@ -94,9 +95,10 @@ def _with_vocabulary(config: BenchConfig, size: int) -> BenchConfig:
 def _energy_of(
     model: LanguageModel, text: np.ndarray | None, config: BenchConfig, device: torch.device, trained: str
 ) -> dict[str, Any]:
-    steps, dt = config.benchmark.ode_steps, config.benchmark.dt
+    steps, dt, scheme = config.benchmark.ode_steps, config.benchmark.dt, config.benchmark.integrator
     assert steps is not None
     assert dt is not None
+    assert scheme is not None
     batch, length = batch_shape(config)
     own_dt = config.stage.dt
     if text is None:
@@ -105,7 +107,7 @@ def _energy_of(
         tokens, _, _ = next(evaluation_batches(text, length, batch))
     layers = _inputs_of_flows(model, tokens.to(device), autocast_dtype(config.stage.precision))
     samples = [(flow, _evenly(z, SAMPLE)) for flow, z in layers]
-    own = [_followed(layer, steps, dt) for layer in layers]
+    own = [_followed(layer, steps, dt, scheme) for layer in layers]
     leapfrog, modified = zip(*(_leapfrog(layer, steps, dt) for layer in samples), strict=True)
     others, precision = _in_other_precision(samples)
     worst, worst_leapfrog = _worst(own), _worst(leapfrog)
@@ -117,17 +119,17 @@ def _energy_of(
         "mean_energy": energies[0].mean().item(),
         "monotone_share": max(monotone_share(kept) for kept in own),
         "worst_layer": layers[worst][0].name,
-        "integrator": layers[worst][0].integrator,
+        "integrator": scheme,
         "times": [dt * step for step in range(steps + 1)],
         "energy_trajectory": energies.mean(1).tolist(),
         "drift_trajectory": _over_time(energies),
-        "own_dt_max_drift": _drift_if_kept(layers, max(1, round(steps * dt / own_dt)), own_dt),
+        "own_dt_max_drift": _drift_if_kept(layers, max(1, round(steps * dt / own_dt)), own_dt, scheme),
         "leapfrog_max_drift": _largest(leapfrog),
         "leapfrog_mean_drift": max(drift(kept).mean().item() for kept in leapfrog),
         "leapfrog_drift_trajectory": _over_time(leapfrog[worst_leapfrog]),
         "leapfrog_modified_drift": _largest(modified),
         "other_precision": precision,
-        "other_precision_max_drift": _drift_if_kept(others, steps, dt) if others else None,
+        "other_precision_max_drift": _drift_if_kept(others, steps, dt, scheme) if others else None,
         "curvature_max": curved,
         "curvature_dt2": curved * dt**2,
         "layers": len(layers),
@@ -171,10 +173,10 @@ def _curvature(flow: HamiltonianNeuralODE, z: Tensor) -> float:
     return curvature(flow.potential, q, flow.potential.context(q, p)).max().item()
 
 
-def _followed(layer: Layer, steps: int, dt: float) -> Tensor:
-    """Energies (steps + 1, tokens) by the integrator of the flow."""
+def _followed(layer: Layer, steps: int, dt: float, scheme: str) -> Tensor:
+    """Energies (steps + 1, tokens)."""
     flow, z = layer
-    return trajectory(flow, z, steps, dt, modified=False).energy
+    return trajectory(flow, z, steps, dt, scheme, modified=False).energy
 
 
 def _leapfrog(layer: Layer, steps: int, dt: float) -> tuple[Tensor, Tensor]:
@@ -184,10 +186,10 @@ def _leapfrog(layer: Layer, steps: int, dt: float) -> tuple[Tensor, Tensor]:
     return path.energy, path.modified
 
 
-def _drift_if_kept(layers: list[Layer], steps: int, dt: float) -> float | None:
+def _drift_if_kept(layers: list[Layer], steps: int, dt: float, scheme: str) -> float | None:
     """The largest drift; None where a state is lost, which must not cost the figures of the criterion."""
     try:
-        return _largest([_followed(layer, steps, dt) for layer in layers])
+        return _largest([_followed(layer, steps, dt, scheme) for layer in layers])
     except RunError:
         return None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from muse.benchmarks.gradient_error import ALLOWED, full_precision, joined, relative_error
-from muse.benchmarks.setting import batch_shape
+from muse.benchmarks.setting import batch_shape, flow_of
 from muse.benchmarks.step import benchmark_model, random_tokens, training_step
 from muse.benchmarks.throughput import quantile, seconds_of
 from muse.config import GRADIENTS, BenchConfig
@@ -48,6 +48,7 @@ def measure_modes(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     allowed = ALLOWED if config.stage.force_precision == "fp32" else 2 * errors["backprop"]
     correct = math.isfinite(allowed) and all(error <= allowed for error in errors.values())
     return {
+        **flow_of(config),
         **{f"gradient_error_{mode}": error for mode, error in errors.items()},
         "gradient_error_allowed": allowed,
         "gradients_correct": correct,

@@ -103,6 +103,13 @@ def test_the_figures_beside_the_criterion_are_of_some_tokens(energy_config, monk
     assert part["max_drift"] == whole["max_drift"]
 
 
+def test_another_integrator_follows_the_same_states(energy_config):
+    own, other = (measure_energy(energy_config(integrator=i), CPU) for i in (None, "leapfrog"))
+    assert (own["integrator"], other["integrator"]) == ("blanes_moan_rkn4", "leapfrog")
+    assert own["curvature_max"] == other["curvature_max"]
+    assert other["max_drift"] == other["leapfrog_max_drift"] > 20 * own["max_drift"]
+
+
 def test_a_model_stored_in_half_precision_is_measured_as_it_is(energy_config):
     measured = measure_energy(energy_config({"precision": "bf16"}), CPU)
     assert measured["max_drift"] < 5e-6
@@ -148,6 +155,6 @@ def test_a_state_that_is_lost_beside_the_criterion_hides_nothing(energy_config, 
 
 
 def test_only_a_flow_has_an_energy(bench_config):
-    config = bench_config(1, name="energy", ode_steps=2, dt=0.1)
+    config = settle(bench_config(1, name="energy", ode_steps=2, dt=0.1), "energy")
     with pytest.raises(ConfigError, match="stage=2"):
         measure_energy(config, CPU)
