@@ -77,6 +77,7 @@ def _measure(config: BenchConfig, run: Path) -> dict[str, Any]:
         "values": report.values,
         "details": report.details,
         "failures": report.failures,
+        "unjudged": report.unjudged,
         "source": source_hash(),
         "folder": str(run),
         **provenance(config),
@@ -116,6 +117,7 @@ def _tables(report: Report) -> str:
         parts.append(table((measurement, *models), rows))
     if report.criteria:
         parts.append(table(("criterion", "measured", "target", "pass"), report.criteria))
+    parts += [f"{key} is open: {reason}" for key, reason in report.unjudged.items()]
     parts.append(f"all pass: {show(report.values['all_pass'])}")
     return "\n" + "\n\n".join(parts)
 

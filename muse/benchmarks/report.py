@@ -27,6 +27,7 @@ class Report:
         details: everything measured, by measurement and model.
         criteria: rows of the table: criterion, measured, target, whether it passes.
         failures: measurements that failed, and why.
+        unjudged: keys of criteria that are None though nothing failed, and why.
     """
 
     apart: Callable[[str, BenchConfig], dict[str, Any]]
@@ -34,6 +35,7 @@ class Report:
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
     criteria: list[tuple[str, object, str, bool | None]] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
+    unjudged: dict[str, str] = field(default_factory=dict)
 
     def run(self, measurement: str, config: BenchConfig, model: str = "") -> dict[str, Any]:
         """What a measurement returns; one that fails is noted and has found nothing."""

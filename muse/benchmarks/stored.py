@@ -90,6 +90,13 @@ def check_checkpoint(config: BenchConfig) -> None:
             )
 
 
+def tokens_seen(checkpoint: str) -> int:
+    """Tokens that the training of a checkpoint is long."""
+    stored = stored_config(checkpoint)
+    train, accumulation = stored["train"], stored["optim"]["accumulation"]
+    return int(train["steps"] * train["batch_size"] * accumulation * stored["model"]["seq_len"])
+
+
 def as_trained(config: BenchConfig, checkpoint: str) -> BenchConfig:
     """``config`` with all that a checkpoint of its stage was trained with and that says what it computes.
 

@@ -15,6 +15,7 @@ from muse.benchmarks.report import Report, Unmeasured, all_of, at_least, at_most
 from muse.benchmarks.setting import settle
 from muse.benchmarks.speedup import TARGET_LOSS
 from muse.benchmarks.step import baseline_of
+from muse.benchmarks.stored import tokens_seen
 from muse.config import BenchConfig, StackConfig
 from muse.dynamics.energy import MONOTONE_SHARE
 
@@ -149,8 +150,8 @@ def _perplexity(config: BenchConfig, report: Report) -> None:
         values |= {"ppl_ratio": None, "ppl_pass": None}
         return
     baseline = baseline_of(config)
-    other = report.measure("perplexity", _name(baseline), baseline)
-    share = ratio(measured["ppl"], other["ppl"])
+    other = _baseline_perplexity(config, baseline, report)
+    share = None if "ppl_pass" in report.unjudged else ratio(measured["ppl"], other["ppl"])
     values |= {
         "ppl_ratio": share,
         "ppl_pass": at_most(share, PPL_TARGET),
@@ -160,6 +161,28 @@ def _perplexity(config: BenchConfig, report: Report) -> None:
     report.criteria.append(
         (f"perplexity / stage 0 ({measured['trained']})", share, f"<= {PPL_TARGET}", values["ppl_pass"])
     )
+
+
+def _baseline_perplexity(config: BenchConfig, baseline: BenchConfig, report: Report) -> dict[str, Any]:
+    """Of the baseline, unless it would be that of a few steps; a comparison that says nothing is unjudged."""
+    own, other = config.benchmark.checkpoint, baseline.benchmark.checkpoint
+    if own is None and other is None:
+        if not config.benchmark.train_steps:
+            report.unjudged["ppl_pass"] = (
+                "both models are untrained; give benchmark.train_steps or checkpoints"
+            )
+    elif own is None or other is None:
+        missing = "benchmark.checkpoint" if own is None else "benchmark.baseline_checkpoint"
+        report.unjudged["ppl_pass"] = (
+            f"a checkpoint says nothing beside {config.benchmark.train_steps} steps of training; give "
+            f"{missing}, too"
+        )
+        return Unmeasured()
+    elif tokens_seen(own) != tokens_seen(other):
+        report.unjudged["ppl_pass"] = (
+            f"{own} was trained on {tokens_seen(own):,} tokens and {other} on {tokens_seen(other):,}"
+        )
+    return report.measure("perplexity", _name(baseline), baseline)
 
 
 def _kernels(config: BenchConfig, report: Report) -> None:
@@ -307,8 +330,12 @@ def _energy(config: BenchConfig, report: Report) -> None:
 def _flow_perplexity(config: BenchConfig, report: Report) -> None:
     baseline = baseline_of(config, stage_number="1")
     real = baseline_of(config)
-    own, one, zero = (report.measure("perplexity", _name(c), c) for c in (config, baseline, real))
-    share, size = ratio(own["ppl"], one["ppl"]), ratio(own["parameters"], one["parameters"])
+    own = report.measure("perplexity", _name(config), config)
+    one = _baseline_perplexity(config, baseline, report)
+    trained_here = config.benchmark.checkpoint is None and baseline.benchmark.checkpoint is None
+    zero = report.measure("perplexity", _name(real), real) if trained_here else Unmeasured()
+    share = None if "ppl_pass" in report.unjudged else ratio(own["ppl"], one["ppl"])
+    size = ratio(own["parameters"], one["parameters"])
     apart = None if size is None else size - 1
     values = report.values
     values |= {

@@ -1,9 +1,12 @@
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
 from muse.benchmarks import suite
 from muse.benchmarks.cell import measure_apart
+from muse.config import TrainConfig
 from muse.errors import RunError
 
 GOOD = {
@@ -162,6 +165,65 @@ def test_full_backpropagation_that_does_not_fit_leaves_its_criterion_open(bench_
     assert values["vram_reduction_ratio"] is None
     assert values["vram_pass"] is None
     assert values["all_pass"] is None
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    """The folder of a run of so many steps."""
+
+    def build(config, steps):
+        folder = tmp_path / f"{config.stage.number}-{steps}"
+        folder.mkdir()
+        config = dataclasses.replace(config, train=TrainConfig(steps=steps))
+        (folder / "run.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
+        return str(folder)
+
+    return build
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("given", ["checkpoint", "baseline_checkpoint"])
+def test_a_checkpoint_is_not_judged_beside_a_few_steps_of_training(
+    bench_config, monkeypatch, run_of, stage, given
+):
+    of = stage if given == "checkpoint" else stage - 1
+    seen = []
+
+    def answer(config):
+        seen.append(config.stage.number)
+        return GOOD["perplexity"](config)
+
+    config = bench_config(stage, name="perplexity", **{given: run_of(bench_config(of), 800)})
+    report = reported(monkeypatch, config, perplexity=answer)
+    assert seen == [str(stage)]
+    values = report.values
+    assert values["ppl_ratio"] is values["ppl_pass"] is values["all_pass"] is None
+    missing = {"checkpoint": "baseline_checkpoint", "baseline_checkpoint": "checkpoint"}[given]
+    assert f"give benchmark.{missing}, too" in report.unjudged["ppl_pass"]
+    assert report.failures == {}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_checkpoints_are_judged_if_they_have_seen_as_much(bench_config, monkeypatch, run_of, stage):
+    own, short, fair = (
+        run_of(bench_config(n), s) for n, s in ((stage, 800), (stage - 1, 100), (stage - 1, 800))
+    )
+    passes = {}
+    for other in (short, fair):
+        config = bench_config(stage, name="perplexity", checkpoint=own, baseline_checkpoint=other)
+        report = reported(monkeypatch, config)
+        passes[other] = report.values["ppl_pass"]
+    assert passes == {short: None, fair: True}
+    config = bench_config(stage, name="perplexity", checkpoint=own, baseline_checkpoint=short)
+    told = reported(monkeypatch, config).unjudged["ppl_pass"]
+    assert told == f"{own} was trained on 409,600 tokens and {short} on 51,200"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_untrained_models_are_not_judged(bench_config, monkeypatch, stage):
+    report = reported(monkeypatch, bench_config(stage, name="perplexity", train_steps=0))
+    assert report.values["ppl_pass"] is report.values["all_pass"] is None
+    assert "untrained" in report.unjudged["ppl_pass"]
 
 
 def failing(config):
