@@ -307,6 +307,12 @@ def _energy(config: BenchConfig, report: Report) -> None:
     elif chosen.train_steps:
         measured["trained"] = report.measure("trained energy", "trained", config, shown_as="energy")
     last = measured.get("trained", measured["untrained"])
+    if "trained" not in measured:
+        # The criterion is about both.
+        measured["trained"] = Unmeasured()
+        report.unjudged["energy_pass"] = (
+            "only the untrained model was measured; give benchmark.checkpoint or benchmark.train_steps"
+        )
     drifts = {name: values["max_drift"] for name, values in measured.items()}
     shares = {name: values["monotone_share"] for name, values in measured.items()}
     kept = all_of([at_most(drift, DRIFT_TARGET) for drift in drifts.values()])

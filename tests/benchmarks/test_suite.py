@@ -271,8 +271,17 @@ def test_an_untrained_model_is_measured_when_nothing_is_trained(bench_config, mo
         raise AssertionError
 
     config = bench_config(2, name="energy", train_steps=0)
-    values = run(monkeypatch, config, **{"trained energy": refuse})
-    assert values["energy_pass"] is True
+    report = reported(monkeypatch, config, **{"trained energy": refuse})
+    values = report.values
+    assert values["max_drift"] == values["max_drift_untrained"] == 1e-6
+    assert values["energy_pass"] is values["monotonic_violation"] is values["all_pass"] is None
+    assert "benchmark.checkpoint" in report.unjudged["energy_pass"]
+
+
+def test_an_untrained_model_may_fail_for_both(bench_config, monkeypatch):
+    config = bench_config(2, name="energy", train_steps=0)
+    values = run(monkeypatch, config, energy=lambda c: {**ENERGY, "max_drift": 6e-5})
+    assert values["energy_pass"] is False
 
 
 @pytest.mark.parametrize(
