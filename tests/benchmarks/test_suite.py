@@ -154,6 +154,21 @@ def test_a_miss_without_a_key_of_its_own_fails_all(bench_config, monkeypatch, me
     assert run(monkeypatch, bench_config(2), **{measurement: answer})["all_pass"] is False
 
 
+def test_flows_that_rebuild_nothing_have_no_reconstruction_error(bench_config, monkeypatch):
+    def answer(config):
+        measured = GOOD_FLOW["vram"](config)
+        if config.stage.verify:
+            del measured["flow/reconstruction_error"]
+            measured["flow/fallbacks"] = 4.0
+        return measured
+
+    report = reported(monkeypatch, bench_config(2), vram=answer)
+    assert report.values["reconstruction_error"] is report.values["all_pass"] is None
+    assert report.values["fallback_count"] == 4
+    assert "fell back" in report.unjudged["reconstruction_error"]
+    assert report.failures == {}
+
+
 def test_full_backpropagation_that_does_not_fit_leaves_its_criterion_open(bench_config, monkeypatch):
     def answer(config):
         if config.stage.gradient == "backprop":
