@@ -16,7 +16,7 @@ from muse.benchmarks.setting import settle
 from muse.benchmarks.speedup import TARGET_LOSS
 from muse.benchmarks.step import baseline_of
 from muse.benchmarks.stored import tokens_seen
-from muse.config import BenchConfig, StackConfig
+from muse.config import GRADIENTS, BenchConfig, StackConfig
 from muse.dynamics.energy import MONOTONE_SHARE
 
 PPL_TARGET = 1.03
@@ -287,12 +287,25 @@ def _flow_vram(config: BenchConfig, report: Report) -> None:
 
 def _flow_throughput(config: BenchConfig, report: Report) -> None:
     measured = report.measure("modes", _name(config), config)
-    share = measured["ratio_exact_to_backprop"]
+    share, correct = measured["ratio_exact_to_backprop"], measured["gradients_correct"]
+    if correct is False:
+        report.unjudged["step_ratio_backprop"] = "the time of a wrong gradient means nothing"
+    elif measured["fallbacks_exact"]:
+        report.unjudged["step_ratio_backprop"] = (
+            f"{measured['fallbacks_exact']} flows of exact went on with checkpointing, whose time it would be"
+        )
+    errors = [measured[f"gradient_error_{mode}"] for mode in GRADIENTS]
+    # An error that is not finite arrives as None.
+    worst = None if None in errors else max(errors)
+    allowed = measured["gradient_error_allowed"]
+    target = "finite" if allowed is None else f"<= {allowed:.2g}"
+    report.criteria.append(("gradient error of the worst mode", worst, target, correct))
     report.values |= {
         "tokens_per_second": measured["tokens_per_second"],
         "step_ratio_backprop": share,
         "step_ratio_checkpoint": ratio(share, measured["ratio_checkpoint_to_backprop"]),
         "gradient_error": measured["gradient_error_exact"],
+        "gradients_correct": correct,
     }
     title = "time of a step, exact / full backpropagation"
     report.criteria.append((title, share, f"<= {FLOW_TIME_TARGET}", at_most(share, FLOW_TIME_TARGET)))

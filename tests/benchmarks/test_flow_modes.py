@@ -10,6 +10,7 @@ from muse.benchmarks.gradient_error import full_precision, joined, relative_erro
 from muse.benchmarks.modes import gradient_errors, measure_modes
 from muse.benchmarks.setting import settle
 from muse.config import GRADIENTS
+from muse.dynamics import hamiltonian_ode
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,7 @@ def test_every_mode_is_right_and_timed(modes_config):
     json.dumps(measured, allow_nan=False)
     assert None not in measured.values()
     assert measured["gradients_correct"] is True
-    assert measured["fallback_count"] == 0
+    assert [measured[f"fallbacks_{mode}"] for mode in ("exact", "reversible", "checkpoint")] == [0, 0, 0]
     for mode in GRADIENTS:
         assert 0 < measured[f"gradient_error_{mode}"] <= 1e-5
         assert measured[f"step_ms_p50_{mode}"] > 0
@@ -64,7 +65,7 @@ def test_a_wrong_gradient_has_no_speed(modes_config, monkeypatch):
     assert measured["gradients_correct"] is False
     assert measured["gradient_error_exact"] > 0.1
     assert measured["gradient_error_reversible"] <= 1e-5
-    speeds = [v for k, v in measured.items() if k.startswith(("step_ms", "ratio", "tokens"))]
+    speeds = [v for k, v in measured.items() if k.startswith(("step_ms", "ratio", "tokens", "fallbacks"))]
     assert speeds
     assert set(speeds) == {None}
 
@@ -76,6 +77,53 @@ def test_half_precision_forces_are_held_against_backprop_in_half_precision(modes
     assert measured["gradient_error_allowed"] == 2 * measured["gradient_error_backprop"] > 1e-5
     assert measured["gradients_correct"] is True
     assert measured["step_ms_p50_exact"] > 0
+
+
+def test_one_model_takes_the_steps_of_all_modes_each_by_its_own_way(modes_config, monkeypatch):
+    """Four models with their optimisers do not fit where one does."""
+    built, taken = [], []
+    build, step = modes.benchmark_model, modes.training_step
+
+    def noting(config, device):
+        built.append(build(config, device))
+        return built[-1]
+
+    def steps(config, model, device):
+        optimizer, take = step(config, model, device)
+        flow = model.blocks[0].flow.odes[0]
+
+        def taking(after_forward):
+            taken.append((flow.gradient, flow.scale, flow.fallen_back))
+            return take(after_forward)
+
+        return optimizer, taking
+
+    monkeypatch.setattr(modes, "benchmark_model", noting)
+    monkeypatch.setattr(modes, "training_step", steps)
+    config = modes_config()
+    modes._step_seconds(
+        dataclasses.replace(config, benchmark=dataclasses.replace(config.benchmark, warmup=1)), CPU
+    )
+    assert len(built) == 1
+    scales = [build_of(config, mode).scale for mode in GRADIENTS]
+    assert taken == 2 * [(mode, scale, False) for mode, scale in zip(GRADIENTS, scales, strict=True)]
+
+
+def build_of(config, mode):
+    stage = dataclasses.replace(config.stage, gradient=mode)
+    return modes.build_model(stage, config.model, 97).blocks[0].flow.odes[0]
+
+
+@pytest.mark.filterwarnings("ignore:blocks:UserWarning")
+def test_a_mode_that_falls_back_has_no_time(modes_config, monkeypatch):
+    # Every state leaves this range.
+    monkeypatch.setattr(hamiltonian_ode, "LIMIT", 1.0)
+    measured = measure_modes(modes_config(), CPU)
+    assert measured["fallbacks_exact"] == 4
+    assert measured["ratio_exact_to_backprop"] is measured["tokens_per_second"] is None
+    assert measured["step_ms_p50_exact"] is measured["step_ms_p20_exact"] is None
+    assert measured["fallbacks_reversible"] == measured["fallbacks_checkpoint"] == 0
+    assert measured["ratio_checkpoint_to_backprop"] > 0
 
 
 def test_gradients_are_compared_in_float32_whatever_the_model_is_stored_in(modes_config):

@@ -6,7 +6,7 @@ import pytest
 
 from muse.benchmarks import suite
 from muse.benchmarks.cell import measure_apart
-from muse.config import TrainConfig
+from muse.config import GRADIENTS, TrainConfig
 from muse.errors import RunError
 
 GOOD = {
@@ -41,7 +41,10 @@ GOOD_FLOW = {
         "tokens_per_second": 10.0,
         "ratio_exact_to_backprop": 1.3,
         "ratio_checkpoint_to_backprop": 1.3,
-        "gradient_error_exact": 1e-7,
+        **{f"gradient_error_{mode}": 1e-7 for mode in GRADIENTS},
+        "gradient_error_allowed": 1e-5,
+        "gradients_correct": True,
+        "fallbacks_exact": 0,
     },
     "energy": lambda config: ENERGY,
     "trained energy": lambda config: ENERGY,
@@ -167,6 +170,25 @@ def test_flows_that_rebuild_nothing_have_no_reconstruction_error(bench_config, m
     assert report.values["fallback_count"] == 4
     assert "fell back" in report.unjudged["reconstruction_error"]
     assert report.failures == {}
+
+
+def test_the_time_of_a_mode_that_fell_back_is_not_judged(bench_config, monkeypatch):
+    fell_back = {"fallbacks_exact": 2, "ratio_exact_to_backprop": None, "tokens_per_second": None}
+    report = reported(monkeypatch, bench_config(2), modes=lambda c: {**GOOD_FLOW["modes"](c), **fell_back})
+    assert report.values["step_ratio_backprop"] is report.values["all_pass"] is None
+    assert "2 flows of exact" in report.unjudged["step_ratio_backprop"]
+
+
+@pytest.mark.parametrize("error", [1e-4, None])
+def test_a_wrong_gradient_is_a_failure(bench_config, monkeypatch, error):
+    wrong = {
+        "gradients_correct": False, "gradient_error_reversible": error, "ratio_exact_to_backprop": None,
+        "ratio_checkpoint_to_backprop": None,
+    }  # fmt: skip
+    report = reported(monkeypatch, bench_config(2), modes=lambda c: {**GOOD_FLOW["modes"](c), **wrong})
+    (row,) = [row for row in report.criteria if row[0].startswith("gradient error")]
+    assert row[1:] == (error, "<= 1e-05", False)
+    assert report.values["gradients_correct"] is False
 
 
 def test_full_backpropagation_that_does_not_fit_leaves_its_criterion_open(bench_config, monkeypatch):
