@@ -117,6 +117,7 @@ def _measure(config: BenchConfig, device: torch.device, torchdiffeq: Any) -> dic
         "exact_gradient_error": rows[OURS]["gradient_error"],
         "exact_peak_gb": rows[OURS]["peak_gb"],
         "adjoint_peak_gb": theirs["midpoint"]["peak_gb"],
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "fallback_count": sum(int(flow.fallback_count.item()) for flow in flows),
         "tokens": tokens,
         "channels": width,

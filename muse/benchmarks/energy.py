@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from muse.benchmarks.gradient_error import full_precision
 from muse.benchmarks.perplexity import train_briefly
 from muse.benchmarks.setting import batch_shape
 from muse.benchmarks.step import benchmark_model, random_tokens
@@ -32,6 +33,7 @@ CURVATURE_SAMPLE = 256
 Layer = tuple[HamiltonianNeuralODE, Tensor]
 
 
+@full_precision()
 def measure_energy(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     """Follow H of every token through ``benchmark.ode_steps`` steps of ``benchmark.dt`` in every layer.
 
@@ -54,7 +56,8 @@ def measure_energy(config: BenchConfig, device: torch.device) -> dict[str, Any]:
         - ``other_precision_max_drift``: with products of the force in ``other_precision``, None for a
           potential without products; of ``sample_tokens`` a layer;
         - ``curvature_max``: largest |eigenvalue| of V'' at the start, and ``curvature_dt2``, that times dt^2;
-        - ``integrator``, ``layers``, ``tokens`` of each, and ``trained``: how the weights came about.
+        - ``integrator``, ``layers``, ``tokens`` of each, ``matmul_precision`` (of float32 products, always
+          the highest), and ``trained``: how the weights came about.
 
     Raises:
         ConfigError: the model has no flow.
@@ -92,6 +95,7 @@ def _with_vocabulary(config: BenchConfig, size: int) -> BenchConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
+@full_precision()
 def _energy_of(
     model: LanguageModel, text: np.ndarray | None, config: BenchConfig, device: torch.device, trained: str
 ) -> dict[str, Any]:
@@ -112,20 +116,21 @@ def _energy_of(
     others, precision = _in_other_precision(samples)
     worst, worst_leapfrog = _worst(own), _worst(leapfrog)
     energies = own[worst]
-    curved = max(_curvature(flow, _evenly(z, CURVATURE_SAMPLE)) for flow, z in layers)
+    curved = _most([_curvature(flow, _evenly(z, CURVATURE_SAMPLE)) for flow, z in layers])
     return {
         "max_drift": _largest(own),
-        "mean_drift": max(drift(kept).mean().item() for kept in own),
+        "mean_drift": _most([drift(kept).mean() for kept in own]),
         "mean_energy": energies[0].mean().item(),
-        "monotone_share": max(monotone_share(kept) for kept in own),
+        "monotone_share": _most([_monotone_share(kept) for kept in own]),
         "worst_layer": layers[worst][0].name,
         "integrator": scheme,
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "times": [dt * step for step in range(steps + 1)],
         "energy_trajectory": energies.mean(1).tolist(),
         "drift_trajectory": _over_time(energies),
         "own_dt_max_drift": _drift_if_kept(layers, max(1, round(steps * dt / own_dt)), own_dt, scheme),
         "leapfrog_max_drift": _largest(leapfrog),
-        "leapfrog_mean_drift": max(drift(kept).mean().item() for kept in leapfrog),
+        "leapfrog_mean_drift": _most([drift(kept).mean() for kept in leapfrog]),
         "leapfrog_drift_trajectory": _over_time(leapfrog[worst_leapfrog]),
         "leapfrog_modified_drift": _largest(modified),
         "other_precision": precision,
@@ -167,10 +172,10 @@ def _evenly(z: Tensor, count: int) -> Tensor:
     return z[:: math.ceil(len(z) / count)]
 
 
-def _curvature(flow: HamiltonianNeuralODE, z: Tensor) -> float:
+def _curvature(flow: HamiltonianNeuralODE, z: Tensor) -> Tensor:
     """The largest at the start of a token."""
     q, p = z.float().unbind(-2)
-    return curvature(flow.potential, q, flow.potential.context(q, p)).max().item()
+    return curvature(flow.potential, q, flow.potential.context(q, p)).max()
 
 
 def _followed(layer: Layer, steps: int, dt: float, scheme: str) -> Tensor:
@@ -215,9 +220,19 @@ def _over_time(energies: Tensor) -> list[float]:
 
 def _largest(energies: list[Tensor] | tuple[Tensor, ...]) -> float:
     """The largest drift over layers, tokens and times."""
-    return max(drift(kept).max().item() for kept in energies)
+    return _most([drift(kept).max() for kept in energies])
 
 
 def _worst(energies: list[Tensor] | tuple[Tensor, ...]) -> int:
     """The layer with the largest drift."""
-    return max(range(len(energies)), key=lambda layer: drift(energies[layer]).max().item())
+    return int(torch.stack([drift(kept).max() for kept in energies]).argmax())
+
+
+def _most(of_layers: list[Tensor]) -> float:
+    """The largest; NaN if one is, which Python's max would lose, and which is null in the result."""
+    return torch.stack(of_layers).max().item()
+
+
+def _monotone_share(energies: Tensor) -> Tensor:
+    share = monotone_share(energies) if energies.isfinite().all() else math.nan
+    return torch.tensor(share, dtype=torch.float64)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from muse.benchmarks.gradient_error import full_precision
 from muse.benchmarks.operations import InsideOperations
 from muse.benchmarks.setting import flow_of
 from muse.benchmarks.step import benchmark_model, training_step
@@ -21,6 +22,7 @@ from muse.models import count_parameters
 GB = 1e9
 
 
+@full_precision()
 def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     """Peak memory of the second training step, in GB (10^9 bytes).
 
@@ -84,6 +86,7 @@ def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, Any]:
         "gradients": gradients / GB,
         "parameter_count": count_parameters(model),
         **flow_of(config),
+        "matmul_precision": torch.get_float32_matmul_precision(),
         **flow_metrics(model),
     }
 

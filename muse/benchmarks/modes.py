@@ -24,6 +24,7 @@ from muse.models import LanguageModel, build_model
 CHECKED_TOKENS = 64
 
 
+@full_precision()
 def measure_modes(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     """Time whole training steps of a model by each ``stage.gradient``, in turns.
 
@@ -32,6 +33,7 @@ def measure_modes(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     is then right if its error is at most twice that of ``backprop``, which rounds the same products.
 
     Returns:
+        ``matmul_precision``, torch's word for that of float32 products, here always the highest;
         ``gradient_error_<mode>``, ``gradient_error_allowed`` and ``gradients_correct``; and where they are,
         otherwise None:
 
@@ -50,6 +52,7 @@ def measure_modes(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     times, fallbacks = _step_seconds(config, device) if correct else ({}, {})
     return {
         **flow_of(config),
+        "matmul_precision": torch.get_float32_matmul_precision(),
         **{f"gradient_error_{mode}": error for mode, error in errors.items()},
         "gradient_error_allowed": allowed,
         "gradients_correct": correct,
@@ -57,6 +60,7 @@ def measure_modes(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     }
 
 
+@full_precision()
 def gradient_errors(config: BenchConfig, device: torch.device) -> dict[str, float]:
     """Relative error of the gradient of all parameters by each mode, in float32 against float64."""
     length = min(batch_shape(config)[1], CHECKED_TOKENS)
@@ -66,11 +70,8 @@ def gradient_errors(config: BenchConfig, device: torch.device) -> dict[str, floa
         # The same map every time.
         stage=dataclasses.replace(config.stage, precision="fp32", dropout=0.0),
     )
-    with full_precision():
-        exact = _gradient(small, "backprop", device, torch.float64)
-        return {
-            mode: relative_error(_gradient(small, mode, device, torch.float32), exact) for mode in GRADIENTS
-        }
+    exact = _gradient(small, "backprop", device, torch.float64)
+    return {mode: relative_error(_gradient(small, mode, device, torch.float32), exact) for mode in GRADIENTS}
 
 
 def _gradient(config: BenchConfig, mode: str, device: torch.device, dtype: torch.dtype) -> Tensor:

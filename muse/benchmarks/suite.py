@@ -37,6 +37,7 @@ ADJOINT_KEYS = (
     "exact_gradient_error",
     "exact_peak_gb",
     "adjoint_peak_gb",
+    "matmul_precision",
     "fallback_count",
     "tokens",
     "channels",

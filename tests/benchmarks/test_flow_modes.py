@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from muse.benchmarks import modes
+from muse.benchmarks.adjoint import measure_adjoint
+from muse.benchmarks.energy import measure_energy
 from muse.benchmarks.gradient_error import full_precision, joined, relative_error
+from muse.benchmarks.memory import measure_memory
 from muse.benchmarks.modes import gradient_errors, measure_modes
 from muse.benchmarks.setting import settle
 from muse.config import GRADIENTS
-from muse.dynamics import hamiltonian_ode
+from muse.dynamics import MLPPotential, hamiltonian_ode
 
 CPU = torch.device("cpu")
 
@@ -137,6 +140,35 @@ def test_the_error_of_a_gradient():
     assert relative_error(exact, exact) == 0
     assert relative_error(joined([torch.tensor([3.0, 0.0, 5.0])]), exact) == pytest.approx(0.2)
     assert relative_error(exact * math.nan, exact) == relative_error(exact * math.inf, exact) == math.inf
+
+
+@pytest.fixture
+def coarse():
+    """As on a GPU, where float32 products are TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("coarse")
+@pytest.mark.parametrize("measure", [measure_modes, measure_memory, measure_energy, measure_adjoint])
+def test_modes_are_compared_and_energies_measured_in_full_precision(modes_config, monkeypatch, measure):
+    """The fused flow takes no TF32 products, so the others must not either."""
+    if measure is measure_adjoint:
+        pytest.importorskip("torchdiffeq")
+    seen = set()
+    field = MLPPotential.field
+
+    def watched(self, *coefficients):
+        seen.add(torch.get_float32_matmul_precision())
+        return field(self, *coefficients)
+
+    monkeypatch.setattr(MLPPotential, "field", watched)
+    measured = measure(modes_config(gradient="checkpoint"), CPU)
+    assert measured["matmul_precision"] == "highest"
+    assert seen == {"highest"}
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_full_precision_ends_with_the_block():
