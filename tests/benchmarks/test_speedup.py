@@ -111,7 +111,10 @@ def test_times_are_complete_and_the_result_is_json(speedup_config):
     assert result["seconds"] == pytest.approx(sum(result[f"{part}_seconds"] for part in parts))
     assert all(result[f"{part}_seconds"] > 0 for part in parts)
     assert result["seconds"] <= result["wall_seconds"] + result["tuning_seconds"]
-    assert result["decode_equal"] is True
+    assert result["decode_equal"] is result["decode_equal_unguessed"] is True
+    assert result["decode_texts_equal"] == result["decode_texts"] == 8
+    assert result["decode_gap"] is None
+    assert result["nan_count"] == result["inf_count"] == 0
     assert result["checkpoint_loads"] is True
     assert Path(result["texts"]["checkpoint"]).is_dir()
     assert result["texts"]["sample"].startswith("line")
@@ -208,6 +211,33 @@ def test_a_training_that_diverges_is_one_sentence(speedup_config):
         measure_speedup_run(speedup_config(PLAIN, lr=1e30), CPU)
 
 
+def test_guessed_tokens_are_held_against_plain_greedy_decoding(speedup_config, monkeypatch):
+    """Not against the same engine without guesses, which might be wrong as well."""
+    greedy, texts = speedup.greedy_decode, []
+
+    def other(model, prompt, tokens):
+        ids = greedy(model, prompt, tokens)
+        texts.append(prompt)
+        # The first call warms up; of the texts two come out otherwise.
+        return ids if len(texts) not in (3, 5) else [*ids[:-1], (ids[-1] + 1) % 300]
+
+    monkeypatch.setattr(speedup, "greedy_decode", other)
+    result = measure_speedup_run(speedup_config(), CPU)
+    assert result["decode_equal"] is False
+    assert result["decode_texts_equal"] == result["decode_texts"] - 2 == 6
+    assert result["decode_equal_unguessed"] is True
+    assert 0 < result["decode_gap"] < 2
+
+
+def test_what_is_not_finite_is_counted_in_losses_norms_and_parameters(speedup_config):
+    config, data, model = started(speedup_config())
+    training = speedup._training(config, data, model, Plan())
+    assert speedup._not_finite(training, [1.0]) == {"nan_count": 0, "inf_count": 0}
+    training.norms = [math.inf]
+    next(model.parameters()).data[0, :3] = math.nan
+    assert speedup._not_finite(training, [math.nan, 1.0, -math.inf]) == {"nan_count": 4, "inf_count": 2}
+
+
 def test_training_goes_on_until_the_loss_is_reached(speedup_config, monkeypatch):
     monkeypatch.setattr(speedup, "LONGEST", 60)
     config = speedup_config(PLAIN)
@@ -252,6 +282,8 @@ RUN = {
     "valid_loss": 6.6,
     "grad_norm_min": 1e-3,
     "grad_norm_max": 1.0,
+    "nan_count": 0,
+    "inf_count": 0,
     "checkpoint_loads": True,
     "parameters": 10,
     "curve": [(1, 7.0), (2, 6.5)],
@@ -266,6 +298,10 @@ STACK = {
     "decode_plain": 100.0,
     "decode_speculative": 300.0,
     "decode_equal": True,
+    "decode_texts": 8,
+    "decode_texts_equal": 8,
+    "decode_gap": None,
+    "decode_equal_unguessed": True,
     "target_step": 90,
     "decisions": [{"name": "loss", "kept": False, "why": "left off"}],
 }
@@ -315,6 +351,8 @@ def test_everything_passes_when_it_does(speedup_config, monkeypatch):
         {"grad_norm_min": 1e-7},
         {"grad_norm_max": 1e4},
         {"checkpoint_loads": False},
+        {"nan_count": 1},
+        {"inf_count": 1},
         {"decode_equal": False},
         {"target_step": None},
         {"memory": {"stack_mb": 500.0}},
