@@ -20,9 +20,9 @@ SMALL = [
 ]
 
 
-def bench(folder, *arguments):
+def bench(folder, *arguments, small=SMALL):
     folders = [f"output_root={folder}", f"data.cache={folder}/cache"]
-    command = [sys.executable, "bench.py", *arguments, *folders, *SMALL]
+    command = [sys.executable, "bench.py", *arguments, *folders, *small]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
@@ -163,6 +163,27 @@ def test_the_stack_of_stage_3a_and_a_rerun_of_it(tmp_path):
         assert "attention: " in done.stdout
         losses.append([run["losses_hash"] for run in result["details"]["speedup"].values()])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_the_simple_and_the_scaled_transformer_side_by_side_on_synthetic_data(tmp_path):
+    done = bench(
+        tmp_path, "-m", "stage=3a", "benchmark=speedup", "model=simple,scaled", "data=synthetic",
+        "benchmark.train_steps=2", "benchmark.batch_size=2", "benchmark.repeats=1", "benchmark.warmup=0",
+        "optim.accumulation=1", "stack.level=0", "stack.speculation=false",
+        small=["model.vocab_size=300", "model.seq_len=16", "logger=none", "hardware=cpu"],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("bench/sweep/*/summary.json")
+    simple, scaled = json.loads(path.read_text())
+    assert [cell["options"]["model"] for cell in (simple, scaled)] == ["simple", "scaled"]
+    for key in ("parameters", "plain_memory_mb"):
+        assert scaled[key] > 1.5 * simple[key] > 0, key
+    for key in ("plain_update_ms", "plain_seconds"):
+        assert min(scaled[key], simple[key]) > 0, key
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("parameters ")]
+    assert float(rows[-1][-1]) == pytest.approx(scaled["parameters"] / simple["parameters"], rel=1e-3)
+    assert (path.parent / "summary.png").exists()
 
 
 @pytest.mark.slow

@@ -465,6 +465,8 @@ def _speedup_of(folder: Path, config: BenchConfig, report: Report, asked: bool) 
         "speedup_paired_p20_pct": _percent(pairs["saved_p20"]),
         "speedup_paired_p80_pct": _percent(pairs["saved_p80"]),
         "throughput_improvement_pct": _percent(faster),
+        "plain_update_ms": pairs["plain_ms"],
+        "stack_update_ms": pairs["stack_ms"],
         "plain_seconds": plain["seconds"],
         "stack_seconds": ours["seconds"],
         "plain_loss": plain["loss"],

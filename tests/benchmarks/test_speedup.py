@@ -315,7 +315,7 @@ MEMORY = {
     "gradient_error": 1e-3,
     "time_ratio": 1.3,
 }
-PAIRS = {"saved": 0.4, "saved_p20": 0.38, "saved_p80": 0.42}
+PAIRS = {"saved": 0.4, "saved_p20": 0.38, "saved_p80": 0.42, "plain_ms": 50.0, "stack_ms": 30.0}
 
 
 def report_of(monkeypatch, config, memory=None, pairs=None, **stack):
