@@ -23,6 +23,7 @@ from muse.report.wandb_tables import HOLDERS, drift_lines, result_tables
 from muse.sweep import given_options, record, sweep_folder
 
 RESULT = "result.json"
+CRITERION = ("criterion", "measured", "target", "pass")
 
 
 def run_benchmark(config: BenchConfig, run: Path) -> int:
@@ -75,6 +76,7 @@ def _measure(config: BenchConfig, run: Path) -> dict[str, Any]:
     result = {
         **report.values,
         "values": report.values,
+        "criteria": [dict(zip(CRITERION, row, strict=True)) for row in report.criteria],
         "details": report.details,
         "failures": report.failures,
         "unjudged": report.unjudged,
@@ -116,7 +118,7 @@ def _tables(report: Report) -> str:
         rows = [[key, *(values.get(key) for values in models.values())] for key in keys]
         parts.append(table((measurement, *models), rows))
     if report.criteria:
-        parts.append(table(("criterion", "measured", "target", "pass"), report.criteria))
+        parts.append(table(CRITERION, report.criteria))
     parts += [f"{key} is open: {reason}" for key, reason in report.unjudged.items()]
     parts.append(f"all pass: {show(report.values['all_pass'])}")
     return "\n" + "\n\n".join(parts)

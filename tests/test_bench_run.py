@@ -48,6 +48,9 @@ def test_a_measurement_that_fails_costs_the_exit_status_and_nothing_else(tmp_pat
     )
     assert (result["tokens_per_second"], result["all_pass"]) == (None, None)
     assert (result["vram_gb"], result["ppl"]) == (1.0, 20.0)
+    assert {"criterion": "largest gradient norm", "measured": 1.0, "target": "<= 1000", "pass": True} in (
+        result["criteria"]
+    )
     assert (tmp_path / "vram.png").exists()
     told = capsys.readouterr()
     assert "error: throughput, stage 1 bf16: it broke" in told.err
