@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from muse.benchmarks.criteria_decoder import VRAM_TARGET
+from muse.benchmarks.criteria_flow import VRAM_REDUCTION
 from muse.benchmarks.report import Report
 from muse.benchmarks.setting import check_flow
 from muse.benchmarks.stored import check_checkpoint
-from muse.benchmarks.suite import FLOW_VRAM_REDUCTION, VRAM_TARGET, run_suite
+from muse.benchmarks.suite import run_suite
 from muse.config import BENCHMARKS, BenchConfig
 from muse.errors import ConfigError
 from muse.files import find_files, write_json
@@ -173,7 +175,7 @@ def _plots(report: Report, run: Path) -> list[Path]:
         baseline = memory.get("stage 0 fp32")
         limit = (f"{VRAM_TARGET:.0%} of stage 0 fp32", VRAM_TARGET * baseline["peak"]) if baseline else None
         if full := memory.get("backprop"):
-            allowed = 1 - FLOW_VRAM_REDUCTION
+            allowed = 1 - VRAM_REDUCTION
             limit = (f"{allowed:.0%} of full backpropagation", allowed * full["peak"])
         plot_stacked(path, "peak memory of a training step", "GB", bars, limit)
         plots.append(path)

@@ -9,6 +9,7 @@ import torch
 from muse import bench_run
 from muse.acceleration import Execution, KernelOptimizer
 from muse.benchmarks import speedup, suite
+from muse.benchmarks.criteria_stack import PLAIN
 from muse.benchmarks.setting import settle
 from muse.benchmarks.speedup import (
     Plan,
@@ -61,9 +62,6 @@ def speedup_config(tmp_path):
         return settle(config, "speedup")
 
     return build
-
-
-PLAIN = suite.PLAIN
 
 
 def started(config):
