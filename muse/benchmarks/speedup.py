@@ -31,7 +31,6 @@ from muse.acceleration.kernel_optimizer import Decision
 from muse.benchmarks.gradient_error import joined, relative_error
 from muse.benchmarks.operations import InsideOperations
 from muse.benchmarks.setting import batch_shape
-from muse.benchmarks.throughput import quantile
 from muse.config import BenchConfig
 from muse.data import TokenData, load_tokens, training_batch
 from muse.errors import RunError
@@ -41,6 +40,7 @@ from muse.models import LanguageModel, build_model, count_parameters
 from muse.models.language_model import model_device
 from muse.models.transformer import continue_logits, empty_past
 from muse.provenance import source_hash
+from muse.timing import quantile
 from muse.training.checkpoint import (
     CheckpointWriter,
     TrainingState,
