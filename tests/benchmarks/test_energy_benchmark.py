@@ -11,7 +11,6 @@ from muse.benchmarks.energy import measure_energy, measure_trained_energy
 from muse.benchmarks.setting import settle
 from muse.benchmarks.step import benchmark_model
 from muse.config import DataConfig, TokenizerConfig
-from muse.dynamics.energy import MONOTONE_SHARE
 from muse.errors import ConfigError, RunError
 
 CPU = torch.device("cpu")
@@ -70,8 +69,8 @@ def test_the_energy_is_kept_and_leapfrog_keeps_it_less_well(energy_config):
     assert measured["leapfrog_modified_drift"] < measured["leapfrog_max_drift"] / 20
     assert measured["curvature_dt2"] == pytest.approx(0.01 * measured["curvature_max"])
     assert 0.1 < measured["curvature_max"] < 10
-    # Rounding alone moves the energy, up and down.
-    assert measured["monotone_share"] <= MONOTONE_SHARE
+    # Rounding moves the energy up and down, for a token or two of 32 by chance one way; a loss would for all.
+    assert measured["monotone_share"] <= 4 / 32
 
 
 @pytest.mark.parametrize(("own", "other"), [("fp32", "bf16"), ("bf16", "fp32")])
