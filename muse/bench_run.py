@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from muse.benchmarks.suite import FLOW_VRAM_REDUCTION, VRAM_TARGET, Report, run_suite
+from muse.benchmarks.criteria_decoder import VRAM_TARGET
+from muse.benchmarks.criteria_flow import VRAM_REDUCTION
+from muse.benchmarks.report import Report
+from muse.benchmarks.setting import check_flow
+from muse.benchmarks.stored import check_checkpoint
+from muse.benchmarks.suite import run_suite
 from muse.config import BENCHMARKS, BenchConfig
 from muse.errors import ConfigError
 from muse.files import find_files, write_json
@@ -16,14 +22,16 @@ from muse.report.metrics import MetricsLog
 from muse.report.plots import plot_lines, plot_ratios, plot_stacked
 from muse.report.table import show, table
 from muse.report.wandb_tables import HOLDERS, drift_lines, result_tables
-from muse.sweep import record, sweep_folder
+from muse.sweep import given_options, record, sweep_folder
 
 RESULT = "result.json"
+CRITERION = ("criterion", "measured", "target", "pass")
 
 
 def run_benchmark(config: BenchConfig, run: Path) -> int:
     """Measure as configured, write the results into the folder ``run`` and return the exit status.
 
+    The status is 1 where a measurement failed; what the others found is written all the same.
     In a multirun a cell that an earlier sweep has finished with the same options and the same code is
     taken from there, and goes into the summary of the sweep like every other.
     """
@@ -45,6 +53,8 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
             f"benchmark={config.benchmark.name} does not go with stage={config.stage.number}; stage=3a has "
             "benchmark=speedup, and only stage=3a has it"
         )
+    check_flow(config, given_options())
+    check_checkpoint(config)
     use_hardware(config.hardware)
     result = _finished(config) if sweep_folder() is not None and not config.benchmark.rerun else None
     status = "measured" if result is None else "reused"
@@ -53,8 +63,14 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
     else:
         print(f"already measured in {result['folder']}; benchmark.rerun=true measures again")
         write_json(run / RESULT, result)
-    record(result["values"], status)
-    return 0
+    failures = [f"{name}: {reason}" for name, reason in result["failures"].items()]
+    if failures:
+        record({**result["values"], "error": "; ".join(failures)}, "failed")
+    else:
+        record(result["values"], status)
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return int(bool(failures))
 
 
 def _measure(config: BenchConfig, run: Path) -> dict[str, Any]:
@@ -62,13 +78,17 @@ def _measure(config: BenchConfig, run: Path) -> dict[str, Any]:
     result = {
         **report.values,
         "values": report.values,
+        "criteria": [dict(zip(CRITERION, row, strict=True)) for row in report.criteria],
         "details": report.details,
+        "failures": report.failures,
+        "unjudged": report.unjudged,
         "source": source_hash(),
         "folder": str(run),
         **provenance(config),
     }
-    plots = _plots(report, run)
+    # Hours of measuring must not hang on a plot.
     write_json(run / RESULT, result)
+    plots = _plots(report, run)
     log = MetricsLog(run, config)
     log(0, {key: value for key, value in report.values.items() if isinstance(value, int | float)})
     for step, losses in _curves(report):
@@ -100,7 +120,8 @@ def _tables(report: Report) -> str:
         rows = [[key, *(values.get(key) for values in models.values())] for key in keys]
         parts.append(table((measurement, *models), rows))
     if report.criteria:
-        parts.append(table(("criterion", "measured", "target", "pass"), report.criteria))
+        parts.append(table(CRITERION, report.criteria))
+    parts += [f"{key} is open: {reason}" for key, reason in report.unjudged.items()]
     parts.append(f"all pass: {show(report.values['all_pass'])}")
     return "\n" + "\n\n".join(parts)
 
@@ -154,7 +175,7 @@ def _plots(report: Report, run: Path) -> list[Path]:
         baseline = memory.get("stage 0 fp32")
         limit = (f"{VRAM_TARGET:.0%} of stage 0 fp32", VRAM_TARGET * baseline["peak"]) if baseline else None
         if full := memory.get("backprop"):
-            allowed = 1 - FLOW_VRAM_REDUCTION
+            allowed = 1 - VRAM_REDUCTION
             limit = (f"{allowed:.0%} of full backpropagation", allowed * full["peak"])
         plot_stacked(path, "peak memory of a training step", "GB", bars, limit)
         plots.append(path)
@@ -213,6 +234,7 @@ def _finished(config: BenchConfig) -> dict[str, Any] | None:
             result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if result.get("identity") == wanted and result.get("source") == source:
+        same = result.get("identity") == wanted and result.get("source") == source
+        if same and not result.get("failures"):
             return result
     return None

@@ -7,6 +7,7 @@ say; each message names the option and the values allowed.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +23,19 @@ def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{option}={value} is not known; choose one of {', '.join(allowed)}")
 
 
+def _finite(option: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ConfigError(f"{option}={value} is not allowed; it must be a finite number")
+
+
 def _at_least(option: str, value: float, minimum: float) -> None:
+    _finite(option, value)
     if not value >= minimum:
         raise ConfigError(f"{option}={value} is too small; it must be at least {minimum:g}")
 
 
 def _positive(option: str, value: float) -> None:
+    _finite(option, value)
     if not value > 0:
         raise ConfigError(f"{option}={value} is not allowed; it must be greater than 0")
 
@@ -448,8 +456,9 @@ class BenchmarkConfig:
         batch_size: windows in a measured batch; null for the benchmark's own (muse/benchmarks/setting.py).
         seq_len: tokens in a measured window; null for the benchmark's own.
         train_steps: steps that both models are trained for when no checkpoint is given; 0 for none.
-        checkpoint: run folder of the model under test.
-        baseline_checkpoint: run folder of the baseline.
+        checkpoint: run folder, or exported file, of the model under test; the options must be those that it
+            was trained with.
+        baseline_checkpoint: run folder, or exported file, of the baseline.
         warmup: untimed steps.
         repeats: timed steps.
         inputs: random inputs of the stability benchmark.
@@ -460,9 +469,10 @@ class BenchmarkConfig:
         head_dim: complex channels of a head; null for as many as in the model.
         hidden: output channels of the linear product and hidden channels of the symplectic flow; null for
             ``model.complex.d_ff``.
-        ode_steps: steps of the flow; null for the benchmark's own.
-        dt: size of a step of the flow; null for the benchmark's own.
-        integrator: splitting scheme of the flow; null for the benchmark's own.
+        ode_steps: steps of the flow, in place of the stage's; null for the benchmark's own. ``stability`` and
+            ``gradients`` have the flow of the stage, and so has the perplexity of a checkpoint.
+        dt: size of a step of the flow, likewise.
+        integrator: splitting scheme of the flow, likewise.
         compile: whether torch.compile is one of the kernels' alternatives.
         ablation: whether ``speedup`` trains with each part of the stack alone and left out, too.
     """

@@ -60,6 +60,13 @@ def sweep_folder() -> Path | None:
     return Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
 
 
+def given_options() -> set[str]:
+    """Names of the options that this job was given on the command line or by a sweep."""
+    if not HydraConfig.initialized():
+        return set()
+    return {override.split("=")[0].strip("+~") for override in HydraConfig.get().overrides.task}
+
+
 def record(values: dict[str, Any], status: str) -> None:
     """Put this cell into the summary of its multirun; in a single run do nothing."""
     sweep = sweep_folder()

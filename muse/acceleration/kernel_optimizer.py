@@ -17,8 +17,8 @@ from torch import Tensor
 
 from muse.acceleration.execution import Execution
 from muse.config import OptimConfig
-from muse.hardware import synchronize
 from muse.models import LanguageModel
+from muse.timing import times_in_turns
 
 # Two equal ways timed in turns differ by up to so much.
 NOISE = 0.03
@@ -110,16 +110,7 @@ class KernelOptimizer:
 
     def _in_turns(self, calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
         """Median seconds of each call, after one untimed round."""
-        times: list[list[float]] = [[] for _ in calls]
-        for turn in range(1 + self.repeats):
-            for call, own in zip(calls, times, strict=True):
-                synchronize(device)
-                start = time.perf_counter()
-                call()
-                synchronize(device)
-                if turn:
-                    own.append(time.perf_counter() - start)
-        return [median(own) for own in times]
+        return [median(own) for own in times_in_turns(calls, 1, self.repeats, device)]
 
     def _try_compilation(
         self,

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from muse.benchmarks.gradient_error import full_precision, joined, relative_error
 from muse.benchmarks.kernels import GB, Call, peak_memory, time_in_turns
 from muse.benchmarks.setting import batch_shape
-from muse.benchmarks.throughput import quantile
 from muse.config import GRADIENTS, BenchConfig
 from muse.dynamics import INTEGRATORS, HamiltonianNeuralODE, Potential
 from muse.errors import RunError
 from muse.models.hamiltonian import flow_potential
+from muse.timing import quantile
 
 # Root mean square of a channel of the initial state.
 RMS = 0.7
@@ -117,6 +117,7 @@ def _measure(config: BenchConfig, device: torch.device, torchdiffeq: Any) -> dic
         "exact_gradient_error": rows[OURS]["gradient_error"],
         "exact_peak_gb": rows[OURS]["peak_gb"],
         "adjoint_peak_gb": theirs["midpoint"]["peak_gb"],
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "fallback_count": sum(int(flow.fallback_count.item()) for flow in flows),
         "tokens": tokens,
         "channels": width,

@@ -91,7 +91,8 @@ def main(request: Path, answer: Path) -> None:
     try:
         device = use_hardware(config.hardware)
         values = MEASUREMENTS[asked["measurement"]](config, device)
-        write_json(answer, {**values, "device": describe(device)})
+        precision = {"matmul_precision": torch.get_float32_matmul_precision()}
+        write_json(answer, {**precision, **values, "device": describe(device)})
     except (ConfigError, RunError) as error:
         write_json(answer, {"error": str(error)})
     except torch.OutOfMemoryError as error:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from muse.benchmarks.gradient_error import full_precision
 from muse.benchmarks.perplexity import train_briefly
 from muse.benchmarks.setting import batch_shape
 from muse.benchmarks.step import benchmark_model, random_tokens
@@ -32,11 +33,13 @@ CURVATURE_SAMPLE = 256
 Layer = tuple[HamiltonianNeuralODE, Tensor]
 
 
+@full_precision()
 def measure_energy(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     """Follow H of every token through ``benchmark.ode_steps`` steps of ``benchmark.dt`` in every layer.
 
     A flow begins where a forward pass on the validation text, or on random tokens if the model is untrained,
-    begins it, and runs as the stage has it: integrator, precision of the force, fixed point.
+    begins it, and runs as the stage has it: precision of the force, fixed point, and unless
+    ``benchmark.integrator`` is another one the integrator.
 
     Returns:
         Energies have no unit, a drift is |E_t - E_0| / |E_0| of a token.
@@ -53,7 +56,8 @@ def measure_energy(config: BenchConfig, device: torch.device) -> dict[str, Any]:
         - ``other_precision_max_drift``: with products of the force in ``other_precision``, None for a
           potential without products; of ``sample_tokens`` a layer;
         - ``curvature_max``: largest |eigenvalue| of V'' at the start, and ``curvature_dt2``, that times dt^2;
-        - ``integrator``, ``layers``, ``tokens`` of each, and ``trained``: how the weights came about.
+        - ``integrator``, ``layers``, ``tokens`` of each, ``matmul_precision`` (of float32 products, always
+          the highest), and ``trained``: how the weights came about.
 
     Raises:
         ConfigError: the model has no flow.
@@ -91,12 +95,14 @@ def _with_vocabulary(config: BenchConfig, size: int) -> BenchConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
+@full_precision()
 def _energy_of(
     model: LanguageModel, text: np.ndarray | None, config: BenchConfig, device: torch.device, trained: str
 ) -> dict[str, Any]:
-    steps, dt = config.benchmark.ode_steps, config.benchmark.dt
+    steps, dt, scheme = config.benchmark.ode_steps, config.benchmark.dt, config.benchmark.integrator
     assert steps is not None
     assert dt is not None
+    assert scheme is not None
     batch, length = batch_shape(config)
     own_dt = config.stage.dt
     if text is None:
@@ -105,29 +111,30 @@ def _energy_of(
         tokens, _, _ = next(evaluation_batches(text, length, batch))
     layers = _inputs_of_flows(model, tokens.to(device), autocast_dtype(config.stage.precision))
     samples = [(flow, _evenly(z, SAMPLE)) for flow, z in layers]
-    own = [_followed(layer, steps, dt) for layer in layers]
+    own = [_followed(layer, steps, dt, scheme) for layer in layers]
     leapfrog, modified = zip(*(_leapfrog(layer, steps, dt) for layer in samples), strict=True)
     others, precision = _in_other_precision(samples)
     worst, worst_leapfrog = _worst(own), _worst(leapfrog)
     energies = own[worst]
-    curved = max(_curvature(flow, _evenly(z, CURVATURE_SAMPLE)) for flow, z in layers)
+    curved = _most([_curvature(flow, _evenly(z, CURVATURE_SAMPLE)) for flow, z in layers])
     return {
         "max_drift": _largest(own),
-        "mean_drift": max(drift(kept).mean().item() for kept in own),
+        "mean_drift": _most([drift(kept).mean() for kept in own]),
         "mean_energy": energies[0].mean().item(),
-        "monotone_share": max(monotone_share(kept) for kept in own),
+        "monotone_share": _most([_monotone_share(kept) for kept in own]),
         "worst_layer": layers[worst][0].name,
-        "integrator": layers[worst][0].integrator,
+        "integrator": scheme,
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "times": [dt * step for step in range(steps + 1)],
         "energy_trajectory": energies.mean(1).tolist(),
         "drift_trajectory": _over_time(energies),
-        "own_dt_max_drift": _drift_if_kept(layers, max(1, round(steps * dt / own_dt)), own_dt),
+        "own_dt_max_drift": _drift_if_kept(layers, max(1, round(steps * dt / own_dt)), own_dt, scheme),
         "leapfrog_max_drift": _largest(leapfrog),
-        "leapfrog_mean_drift": max(drift(kept).mean().item() for kept in leapfrog),
+        "leapfrog_mean_drift": _most([drift(kept).mean() for kept in leapfrog]),
         "leapfrog_drift_trajectory": _over_time(leapfrog[worst_leapfrog]),
         "leapfrog_modified_drift": _largest(modified),
         "other_precision": precision,
-        "other_precision_max_drift": _drift_if_kept(others, steps, dt) if others else None,
+        "other_precision_max_drift": _drift_if_kept(others, steps, dt, scheme) if others else None,
         "curvature_max": curved,
         "curvature_dt2": curved * dt**2,
         "layers": len(layers),
@@ -165,16 +172,16 @@ def _evenly(z: Tensor, count: int) -> Tensor:
     return z[:: math.ceil(len(z) / count)]
 
 
-def _curvature(flow: HamiltonianNeuralODE, z: Tensor) -> float:
+def _curvature(flow: HamiltonianNeuralODE, z: Tensor) -> Tensor:
     """The largest at the start of a token."""
     q, p = z.float().unbind(-2)
-    return curvature(flow.potential, q, flow.potential.context(q, p)).max().item()
+    return curvature(flow.potential, q, flow.potential.context(q, p)).max()
 
 
-def _followed(layer: Layer, steps: int, dt: float) -> Tensor:
-    """Energies (steps + 1, tokens) by the integrator of the flow."""
+def _followed(layer: Layer, steps: int, dt: float, scheme: str) -> Tensor:
+    """Energies (steps + 1, tokens)."""
     flow, z = layer
-    return trajectory(flow, z, steps, dt, modified=False).energy
+    return trajectory(flow, z, steps, dt, scheme, modified=False).energy
 
 
 def _leapfrog(layer: Layer, steps: int, dt: float) -> tuple[Tensor, Tensor]:
@@ -184,10 +191,10 @@ def _leapfrog(layer: Layer, steps: int, dt: float) -> tuple[Tensor, Tensor]:
     return path.energy, path.modified
 
 
-def _drift_if_kept(layers: list[Layer], steps: int, dt: float) -> float | None:
+def _drift_if_kept(layers: list[Layer], steps: int, dt: float, scheme: str) -> float | None:
     """The largest drift; None where a state is lost, which must not cost the figures of the criterion."""
     try:
-        return _largest([_followed(layer, steps, dt) for layer in layers])
+        return _largest([_followed(layer, steps, dt, scheme) for layer in layers])
     except RunError:
         return None
 
@@ -213,9 +220,19 @@ def _over_time(energies: Tensor) -> list[float]:
 
 def _largest(energies: list[Tensor] | tuple[Tensor, ...]) -> float:
     """The largest drift over layers, tokens and times."""
-    return max(drift(kept).max().item() for kept in energies)
+    return _most([drift(kept).max() for kept in energies])
 
 
 def _worst(energies: list[Tensor] | tuple[Tensor, ...]) -> int:
     """The layer with the largest drift."""
-    return max(range(len(energies)), key=lambda layer: drift(energies[layer]).max().item())
+    return int(torch.stack([drift(kept).max() for kept in energies]).argmax())
+
+
+def _most(of_layers: list[Tensor]) -> float:
+    """The largest; NaN if one is, which Python's max would lose, and which is null in the result."""
+    return torch.stack(of_layers).max().item()
+
+
+def _monotone_share(energies: Tensor) -> Tensor:
+    share = monotone_share(energies) if energies.isfinite().all() else math.nan
+    return torch.tensor(share, dtype=torch.float64)

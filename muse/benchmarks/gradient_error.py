@@ -25,7 +25,10 @@ def relative_error(gradient: Tensor, exact: Tensor) -> float:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 products in float32 within the block, also where a GPU has a faster, coarser format."""
+    """Float32 products in float32 within the block, also where a GPU has a faster, coarser format.
+
+    The fused flow takes no other, so the maps of two gradient modes would differ. Also a decorator.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -35,9 +35,10 @@ from kernels.planar import modulus_floor, upcast
 from kernels.symplectic import symplectic_flow
 from muse.benchmarks.operations import InsideOperations
 from muse.benchmarks.setting import batch_shape
-from muse.benchmarks.throughput import COMPLEX_ATTENTION, ProductRecorder, quantile
+from muse.benchmarks.throughput import COMPLEX_ATTENTION, ProductRecorder
 from muse.config import BenchConfig
 from muse.hardware import synchronize
+from muse.timing import quantile, seconds_of, times_in_turns
 
 GB = 1e9
 EPS = 1e-6
@@ -266,27 +267,16 @@ def time_in_turns(calls: dict[str, Call], warmup: int, repeats: int, device: tor
         for name, call in calls.items()
         for part, function in (("forward", call.forward), ("training", call.train))
     }
-    counts = {}
-    for key, function in parts.items():
+    counts = []
+    for function in parts.values():
         function()
-        once = _seconds(function, 1, device)
-        counts[key] = min(MAX_CALLS, max(1, math.ceil(TIMING_SECONDS / once)))
-    times: Times = {name: {"forward": [], "training": []} for name in calls}
-    for number in range(warmup + repeats):
-        for (name, part), function in parts.items():
-            seconds = _seconds(function, counts[name, part], device)
-            if number >= warmup:
-                times[name][part].append(seconds)
+        once = seconds_of(function, device)
+        counts.append(min(MAX_CALLS, max(1, math.ceil(TIMING_SECONDS / once))))
+    times: Times = {name: {} for name in calls}
+    seconds = times_in_turns(list(parts.values()), warmup, repeats, device, counts)
+    for (name, part), own in zip(parts, seconds, strict=True):
+        times[name][part] = own
     return times
-
-
-def _seconds(function: Callable[[], None], count: int, device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        function()
-    synchronize(device)
-    return (time.perf_counter() - start) / count
 
 
 def _figures(times: Times, memory: dict[str, float | None], name: str) -> dict[str, float | None]:
@@ -345,7 +335,7 @@ def product_rate(dtype: torch.dtype, device: torch.device) -> float:
     def product() -> None:
         torch.mm(left, right)
 
-    return 2 * side**3 / min(_seconds(product, 1, device) for _ in range(PEAK_RUNS))
+    return 2 * side**3 / min(seconds_of(product, device) for _ in range(PEAK_RUNS))
 
 
 def normal_leaves(seed: int, dtype: torch.dtype, device: torch.device) -> Normal:

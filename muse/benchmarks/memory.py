@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from muse.benchmarks.gradient_error import full_precision
 from muse.benchmarks.operations import InsideOperations
+from muse.benchmarks.setting import flow_of
 from muse.benchmarks.step import benchmark_model, training_step
 from muse.config import BenchConfig
 from muse.dynamics import flow_metrics
@@ -19,7 +22,8 @@ from muse.models import count_parameters
 GB = 1e9
 
 
-def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, float]:
+@full_precision()
+def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     """Peak memory of the second training step, in GB (10^9 bytes).
 
     On CUDA the peak is the allocator's ``max_memory_allocated``; on the CPU MemTracker counts the bytes
@@ -81,6 +85,8 @@ def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, float
         "gradients and temporaries": (peak - parameters - optimiser - activations) / GB,
         "gradients": gradients / GB,
         "parameter_count": count_parameters(model),
+        **flow_of(config),
+        "matmul_precision": torch.get_float32_matmul_precision(),
         **flow_metrics(model),
     }
 

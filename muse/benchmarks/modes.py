@@ -12,34 +12,36 @@ import torch
 from torch import Tensor
 
 from muse.benchmarks.gradient_error import ALLOWED, full_precision, joined, relative_error
-from muse.benchmarks.setting import batch_shape
+from muse.benchmarks.setting import batch_shape, flow_of
 from muse.benchmarks.step import benchmark_model, random_tokens, training_step
-from muse.benchmarks.throughput import quantile, seconds_of
 from muse.config import GRADIENTS, BenchConfig
-from muse.dynamics import flow_metrics
+from muse.dynamics import HamiltonianNeuralODE, flow_metrics
 from muse.errors import RunError
-from muse.models import build_model
+from muse.models import LanguageModel, build_model
+from muse.timing import quantile, seconds_of
 
 # Tokens of the batch that gradients are compared on.
 CHECKED_TOKENS = 64
 
 
+@full_precision()
 def measure_modes(config: BenchConfig, device: torch.device) -> dict[str, Any]:
-    """Time whole training steps of models that differ in ``stage.gradient`` only, in turns.
+    """Time whole training steps of a model by each ``stage.gradient``, in turns.
 
     Before that the gradients of all parameters in float32 are held against plain autograd in float64. Where
     the forces take half-precision products, float64 tells the error of rounding, not that of a mode: a mode
     is then right if its error is at most twice that of ``backprop``, which rounds the same products.
 
     Returns:
+        ``matmul_precision``, torch's word for that of float32 products, here always the highest;
         ``gradient_error_<mode>``, ``gradient_error_allowed`` and ``gradients_correct``; and where they are,
         otherwise None:
 
         - ``step_ms_p50_<mode>``, ``step_ms_p20_exact`` and ``step_ms_p80_exact``;
         - ``ratio_<mode>_to_backprop``: median over rounds of the ratio of times;
         - ``tokens_per_second`` of ``exact`` at the median step;
-        - ``fallback_count``: layers of any of the models that went on with checkpointing, whose time then
-          is that of checkpointing.
+        - ``fallbacks_<mode>``: flows that went on with checkpointing in a step; the times of such a mode
+          are None.
 
     Raises:
         RunError: a loss is not finite.
@@ -47,14 +49,18 @@ def measure_modes(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     errors = gradient_errors(config, device)
     allowed = ALLOWED if config.stage.force_precision == "fp32" else 2 * errors["backprop"]
     correct = math.isfinite(allowed) and all(error <= allowed for error in errors.values())
+    times, fallbacks = _step_seconds(config, device) if correct else ({}, {})
     return {
+        **flow_of(config),
+        "matmul_precision": torch.get_float32_matmul_precision(),
         **{f"gradient_error_{mode}": error for mode, error in errors.items()},
         "gradient_error_allowed": allowed,
         "gradients_correct": correct,
-        **_speeds(_step_seconds(config, device) if correct else None, math.prod(batch_shape(config))),
+        **_speeds(times, fallbacks, math.prod(batch_shape(config))),
     }
 
 
+@full_precision()
 def gradient_errors(config: BenchConfig, device: torch.device) -> dict[str, float]:
     """Relative error of the gradient of all parameters by each mode, in float32 against float64."""
     length = min(batch_shape(config)[1], CHECKED_TOKENS)
@@ -64,11 +70,8 @@ def gradient_errors(config: BenchConfig, device: torch.device) -> dict[str, floa
         # The same map every time.
         stage=dataclasses.replace(config.stage, precision="fp32", dropout=0.0),
     )
-    with full_precision():
-        exact = _gradient(small, "backprop", device, torch.float64)
-        return {
-            mode: relative_error(_gradient(small, mode, device, torch.float32), exact) for mode in GRADIENTS
-        }
+    exact = _gradient(small, "backprop", device, torch.float64)
+    return {mode: relative_error(_gradient(small, mode, device, torch.float32), exact) for mode in GRADIENTS}
 
 
 def _gradient(config: BenchConfig, mode: str, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -78,46 +81,59 @@ def _gradient(config: BenchConfig, mode: str, device: torch.device, dtype: torch
     return joined(p.grad for p in model.parameters() if p.grad is not None)
 
 
-def _step_seconds(config: BenchConfig, device: torch.device) -> tuple[dict[str, list[float]], int]:
-    """Seconds of a step in every timed round, by mode; and the number of fallbacks."""
+def _step_seconds(config: BenchConfig, device: torch.device) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of a step in every timed round, and the layers that fell back, by mode.
+
+    One model takes the steps of all modes: four would not fit where one does, and might differ in more.
+    """
     untrained = dataclasses.replace(config, benchmark=dataclasses.replace(config.benchmark, checkpoint=None))
-    models, steps = {}, {}
-    for mode in GRADIENTS:
-        chosen = dataclasses.replace(untrained, stage=dataclasses.replace(config.stage, gradient=mode))
-        models[mode] = benchmark_model(chosen, device)
-        _, steps[mode] = training_step(chosen, models[mode], device)
+    model = benchmark_model(untrained, device)
+    _, step = training_step(untrained, model, device)
     losses: list[Tensor] = []
     times: dict[str, list[float]] = {mode: [] for mode in GRADIENTS}
+    fallbacks = dict.fromkeys(GRADIENTS, 0)
     for number in range(config.benchmark.warmup + config.benchmark.repeats):
-        for mode, step in steps.items():
+        for mode in GRADIENTS:
+            _use(model, mode, config.stage.fraction_bits)
             seconds = seconds_of(partial(_take, step, losses), device)
+            fallbacks[mode] = max(fallbacks[mode], round(flow_metrics(model)["flow/fallbacks"]))
             if number >= config.benchmark.warmup:
                 times[mode].append(seconds)
     if not all(math.isfinite(loss.item()) for loss in losses):
         raise RunError("a loss of the timed steps is not finite; their speed means nothing")
-    return times, round(sum(flow_metrics(model).get("flow/fallbacks", 0.0) for model in models.values()))
+    return times, fallbacks
+
+
+def _use(model: LanguageModel, mode: str, fraction_bits: int) -> None:
+    """Let every flow go on by this way to its gradient, as if it had never fallen back."""
+    for flow in model.modules():
+        if isinstance(flow, HamiltonianNeuralODE):
+            flow.gradient, flow.scale = mode, 2.0**fraction_bits if mode == "exact" else 0.0
+            flow.fallen_back = False
+            flow.fallback_count.zero_()
 
 
 def _take(step: Callable[[Callable[[], None]], Tensor], losses: list[Tensor]) -> None:
     losses.append(step(lambda: None))
 
 
-def _speeds(measured: tuple[dict[str, list[float]], int] | None, tokens: int) -> dict[str, float | None]:
-    times, fallbacks = measured or ({}, None)
+def _speeds(times: dict[str, list[float]], fallbacks: dict[str, int], tokens: int) -> dict[str, float | None]:
+    # The time of a mode that fell back is that of another one.
+    own = {mode: seconds for mode, seconds in times.items() if not fallbacks[mode]}
 
     def milliseconds(mode: str, fraction: float) -> float | None:
-        return 1e3 * quantile(times[mode], fraction) if times else None
+        return 1e3 * quantile(own[mode], fraction) if mode in own else None
 
     def ratio(mode: str) -> float | None:
-        if not times:
+        if mode not in own:
             return None
-        return quantile([own / full for own, full in zip(times[mode], times["backprop"], strict=True)], 0.5)
+        return quantile([ours / full for ours, full in zip(own[mode], own["backprop"], strict=True)], 0.5)
 
     return {
         **{f"step_ms_p50_{mode}": milliseconds(mode, 0.5) for mode in GRADIENTS},
         "step_ms_p20_exact": milliseconds("exact", 0.2),
         "step_ms_p80_exact": milliseconds("exact", 0.8),
         **{f"ratio_{mode}_to_backprop": ratio(mode) for mode in GRADIENTS if mode != "backprop"},
-        "tokens_per_second": tokens / quantile(times["exact"], 0.5) if times else None,
-        "fallback_count": fallbacks,
+        "tokens_per_second": tokens / quantile(own["exact"], 0.5) if "exact" in own else None,
+        **{f"fallbacks_{mode}": fallbacks.get(mode) for mode in GRADIENTS if mode != "backprop"},
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from muse.benchmarks.setting import batch_shape
+from muse.benchmarks.setting import batch_shape, flow_of
 from muse.benchmarks.step import benchmark_model
 from muse.config import BenchConfig
 from muse.data import TokenData, load_tokens
@@ -48,7 +48,13 @@ def measure_perplexity(config: BenchConfig, device: torch.device) -> dict[str, A
             _, valid = train_briefly(config, data, device, Path(folder), curve)
         trained = f"{config.benchmark.train_steps} steps in this run"
     parameters = count_parameters(build_model(config.stage, config.model, data.vocab_size))
-    return {**dataclasses.asdict(valid), "trained": trained, "parameters": parameters, "curve": curve}
+    return {
+        **flow_of(config),
+        **dataclasses.asdict(valid),
+        "trained": trained,
+        "parameters": parameters,
+        "curve": curve,
+    }
 
 
 def _evaluate(config: BenchConfig, data: TokenData, device: torch.device) -> Evaluation:

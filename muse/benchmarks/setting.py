@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from muse.config import BenchConfig
+from muse.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ OF_STAGE_2 = {
     "adjoint": Setting(2, 512),
 }
 
+FLOW = ("ode_steps", "dt", "integrator")
+
 # Of stage 3a; windows as long as the model's.
 SPEEDUP = Setting(16)
 
@@ -43,7 +48,8 @@ SPEEDUP = Setting(16)
 def settle(config: BenchConfig, benchmark: str) -> BenchConfig:
     """Fill in what the options leave open, and give the flow of stage 2 the steps of the benchmark.
 
-    ``energy`` follows the flow for its steps without changing what the model computes.
+    ``energy`` follows the flow for its steps without changing what the model computes, and the perplexity of
+    a checkpoint is that of the flow it was trained with.
     """
     chosen = config.benchmark
     of_stage_2 = OF_STAGE_2 if config.stage.number == "2" else {}
@@ -56,17 +62,46 @@ def settle(config: BenchConfig, benchmark: str) -> BenchConfig:
         dt=chosen.dt or DT,
         integrator=chosen.integrator or own.integrator or config.stage.integrator,
     )
-    stage = config.stage
-    assert chosen.ode_steps is not None
-    assert chosen.dt is not None
-    assert chosen.integrator is not None
-    if benchmark in of_stage_2 and benchmark != "energy":
-        stage = dataclasses.replace(
-            stage, ode_steps=chosen.ode_steps, dt=chosen.dt, integrator=chosen.integrator
-        )
-    elif benchmark == "energy":
-        stage = dataclasses.replace(stage, integrator=chosen.integrator)
+    replaced = {option: getattr(chosen, option) for option in _replaced(config, benchmark)}
+    stage = dataclasses.replace(config.stage, **replaced)
     return dataclasses.replace(config, stage=stage, benchmark=chosen)
+
+
+def _replaced(config: BenchConfig, benchmark: str) -> tuple[str, ...]:
+    """Options of the stage's flow that a benchmark has of its own."""
+    trained = benchmark == "perplexity" and config.benchmark.checkpoint is not None
+    own = benchmark in OF_STAGE_2 and benchmark != "energy" and not trained
+    return FLOW if own and config.stage.number == "2" else ()
+
+
+def check_flow(config: BenchConfig, given: Collection[str]) -> None:
+    """See that every option of the flow that was given, by its name in ``given``, changes what is measured.
+
+    Raises:
+        ConfigError: one does not; names the one that does.
+    """
+    name = config.benchmark.name
+    for benchmark in ("vram", "throughput", "perplexity") if name == "all" else (name,):
+        for option in _replaced(config, benchmark):
+            # An integrator that the benchmark leaves open is the stage's.
+            of_stage = option == "integrator" and OF_STAGE_2[benchmark].integrator is None
+            if f"stage.{option}" in given and not of_stage and getattr(config.benchmark, option) is None:
+                raise ConfigError(
+                    f"stage.{option} changes nothing in benchmark={benchmark}, whose flow has "
+                    f"benchmark.{option}; give that one"
+                )
+    if name == "perplexity" and config.benchmark.checkpoint is not None:
+        for option in FLOW:
+            if getattr(config.benchmark, option) is not None:
+                raise ConfigError(
+                    f"benchmark.{option} changes nothing in the perplexity of a checkpoint, which has the "
+                    "flow that it was trained with; leave it out"
+                )
+
+
+def flow_of(config: BenchConfig) -> dict[str, Any]:
+    """Steps and integrator of the flow of a settled benchmark, for its result; none but in stage 2."""
+    return {option: getattr(config.stage, option) for option in FLOW} if config.stage.number == "2" else {}
 
 
 def batch_shape(config: BenchConfig) -> tuple[int, int]:

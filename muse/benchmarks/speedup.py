@@ -31,14 +31,16 @@ from muse.acceleration.kernel_optimizer import Decision
 from muse.benchmarks.gradient_error import joined, relative_error
 from muse.benchmarks.operations import InsideOperations
 from muse.benchmarks.setting import batch_shape
-from muse.benchmarks.throughput import quantile
 from muse.config import BenchConfig
 from muse.data import TokenData, load_tokens, training_batch
 from muse.errors import RunError
 from muse.files import write_json
 from muse.hardware import describe, restored_threads, synchronize
 from muse.models import LanguageModel, build_model, count_parameters
+from muse.models.language_model import model_device
+from muse.models.transformer import continue_logits, empty_past
 from muse.provenance import source_hash
+from muse.timing import quantile
 from muse.training.checkpoint import (
     CheckpointWriter,
     TrainingState,
@@ -279,7 +281,8 @@ def measure_speedup_run(
         epoch's batches), ``valid_loss``, ``curve``; ``tokens_per_second`` of the median batch; ``norm_min``
         and ``norm_max`` of whole gradients, ``grad_norm_min`` and ``grad_norm_max`` of single parameters;
         ``decisions``; ``texts``, the last sample and where the checkpoint is; ``checkpoint_loads``;
-        ``losses_hash``, equal for equal losses;
+        ``losses_hash``, equal for equal losses; ``nan_count`` and ``inf_count`` among all losses, gradient
+        norms and, in the end, elements of parameters;
         ``parameters``; what ``_decoding`` measures; ``target_step``, the batch at which the mean of ten
         losses was first at most ``until``.
 
@@ -337,6 +340,7 @@ def measure_speedup_run(
         "grad_norm_min": training.gradient_range[0],
         "grad_norm_max": training.gradient_range[1],
         "parameters": count_parameters(model),
+        **_not_finite(training, losses + valid_losses),
         "losses_hash": hashlib.sha256(json.dumps(losses).encode()).hexdigest()[:16],
         "curve": list(enumerate(losses, 1)),
         "decisions": [dataclasses.asdict(decision) for decision in plan.decisions],
@@ -350,6 +354,14 @@ def measure_speedup_run(
     if until is not None:
         result["target_step"] = _reached(training, losses, until)
     return result
+
+
+def _not_finite(training: Training, losses: list[float]) -> dict[str, int]:
+    tensors = [torch.tensor(losses), torch.tensor(training.norms), *training.model.parameters()]
+    return {
+        "nan_count": sum(int(tensor.isnan().sum()) for tensor in tensors),
+        "inf_count": sum(int(tensor.isinf().sum()) for tensor in tensors),
+    }
 
 
 def _evaluated(training: Training) -> float:
@@ -401,15 +413,19 @@ def _decoding(
     """Decode the same texts one token at a time and with guesses, in turns.
 
     Returns:
-        ``decode_plain`` and ``decode_speculative`` in tokens per second (medians), ``decode_ratio``,
-        ``decode_equal``: whether the tokens are those without guesses, ``decode_equal_plain``: the share of
-        the texts that one token a pass decodes to the same tokens, and ``tokens_per_pass``.
+        ``decode_plain`` and ``decode_speculative`` in tokens per second (medians), ``decode_ratio`` and
+        ``tokens_per_pass``; of ``decode_texts`` the ``decode_texts_equal`` whose tokens are those of
+        ``greedy_decode``, and ``decode_equal``, whether all are. Passes of one and of eight tokens round
+        differently, so two tokens may change places whose logits are the same but for that:
+        ``decode_gap`` is the largest difference of their logits where texts part, as a fraction of the
+        largest logit, None where none do; ``decode_equal_unguessed``: whether all texts are those of the same
+        passes with nothing guessed, which round alike.
     """
     model = training.model.eval()
     valid = training.data.valid
     starts = range(0, min(8 * PROMPT, len(valid) - PROMPT), PROMPT)
     prompts = [prompt, *(valid[start : start + PROMPT].tolist() for start in starts[1:])]
-    plain_times, times, equal, equal_plain = [], [], [], []
+    plain_times, times, equal, unguessed, gaps = [], [], [], [], []
     passes, decoded = engine.passes, engine.decoded
     checked = InferenceScalingEngine()
     with training.plan.execution.eager(model):
@@ -421,17 +437,31 @@ def _decoding(
             start = time.perf_counter()
             guessed = engine.decode(model, text, tokens)
             times.append(time.perf_counter() - start)
-            equal.append(guessed == checked.decode(model, text, tokens, speculate=False))
-            equal_plain.append(guessed == plain)
+            unguessed.append(guessed == checked.decode(model, text, tokens, speculate=False))
+            equal.append(guessed == plain)
+            if guessed != plain:
+                gaps.append(_gap(model, plain, guessed))
     model.train()
     return {
         "decode_plain": tokens / median(plain_times),
         "decode_speculative": tokens / median(times),
         "decode_ratio": median(p / t for p, t in zip(plain_times, times, strict=True)),
+        "decode_texts": len(equal),
+        "decode_texts_equal": sum(equal),
         "decode_equal": all(equal),
-        "decode_equal_plain": sum(equal_plain) / len(equal_plain),
+        "decode_gap": max(gaps, default=None),
+        "decode_equal_unguessed": all(unguessed),
         "tokens_per_pass": (engine.decoded - decoded) / max(1, engine.passes - passes),
     }
+
+
+@torch.no_grad()
+def _gap(model: LanguageModel, plain: list[int], other: list[int]) -> float:
+    """Between the logits of the first tokens that differ, as a fraction of the largest."""
+    at = next(i for i, (a, b) in enumerate(zip(plain, other, strict=True)) if a != b)
+    tokens = torch.tensor(plain[:at], device=model_device(model))
+    logits = continue_logits(model, tokens, empty_past(model, at))[-1]
+    return ((logits[plain[at]] - logits[other[at]]).abs() / logits.abs().max()).item()
 
 
 def _reached(training: Training, losses: list[float], target: float) -> int | None:

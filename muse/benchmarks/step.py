@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from muse.benchmarks.setting import batch_shape
+from muse.benchmarks.stored import as_trained
 from muse.config import BenchConfig, StageConfig
 from muse.hardware import autocast_dtype
 from muse.models import LanguageModel, build_model
@@ -22,7 +23,8 @@ from muse.training.optim import ModelOptimizer, gradient_norm
 def baseline_of(config: BenchConfig, precision: str | None = None, stage_number: str = "0") -> BenchConfig:
     """The same benchmark of the real baseline or of stage 1, in its own precision or the given one.
 
-    ``benchmark.baseline_checkpoint`` is of stage 0, and where stage 2 is measured of stage 1.
+    ``benchmark.baseline_checkpoint`` is of stage 0, and where stage 2 is measured of stage 1. It is measured
+    as the model that was trained.
     """
     options = OmegaConf.load(ROOT / "conf" / "stage" / f"{stage_number}.yaml")
     stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), options))
@@ -36,7 +38,8 @@ def baseline_of(config: BenchConfig, precision: str | None = None, stage_number:
         else None
     )
     benchmark = dataclasses.replace(config.benchmark, checkpoint=given)
-    return dataclasses.replace(config, stage=stage, benchmark=benchmark)
+    baseline = dataclasses.replace(config, stage=stage, benchmark=benchmark)
+    return as_trained(baseline, given) if given is not None else baseline
 
 
 def random_tokens(config: BenchConfig, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:

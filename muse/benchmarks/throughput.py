@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from muse.benchmarks.setting import batch_shape
 from muse.benchmarks.step import benchmark_model, training_step
 from muse.config import BenchConfig
 from muse.errors import RunError
-from muse.hardware import synchronize
+from muse.timing import quantile, times_in_turns
 
 aten = torch.ops.aten
 # Positions of the two matrices among the arguments.
@@ -170,13 +169,9 @@ def measure_throughput(config: BenchConfig, device: torch.device) -> dict[str, f
     def one_step() -> None:
         losses.append(step(lambda: None))
 
-    for _ in range(config.benchmark.warmup):
-        for function in (one_step, outside, inside, attention):
-            function()
-    rounds = [
-        tuple(seconds_of(function, device) for function in (one_step, outside, inside, attention))
-        for _ in range(config.benchmark.repeats)
-    ]
+    options = config.benchmark
+    functions = (one_step, outside, inside, attention)
+    rounds = list(zip(*times_in_turns(functions, options.warmup, options.repeats, device), strict=True))
     if not all(math.isfinite(loss.item()) for loss in losses):
         raise RunError("a loss of the timed steps is not finite; their speed means nothing")
     steps = [times[0] for times in rounds]
@@ -206,17 +201,3 @@ def _replay(products: Counter[Product], device: torch.device) -> Callable[[], No
                 torch.matmul(left, right)
 
     return replay
-
-
-def seconds_of(function: Callable[[], object], device: torch.device) -> float:
-    """Wall time of a call and of what it started on the device."""
-    synchronize(device)
-    start = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def quantile(values: list[float], fraction: float) -> float:
-    """The value that ``fraction`` of the sorted values lie below, without interpolation."""
-    return sorted(values)[min(len(values) - 1, int(fraction * len(values)))]

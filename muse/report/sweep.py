@@ -62,7 +62,10 @@ def write_summary(sweep: Path) -> list[dict[str, Any]]:
 
 
 def show_cells(cells: list[dict[str, Any]]) -> str:
-    """The cells as a table, and the errors of those that failed."""
+    """The cells as a table, and the errors of those that failed.
+
+    What is too much for a line is a column for each cell; of two there is also the second over the first.
+    """
     swept = swept_options(cells)
     numbers = (key for cell in cells for key, value in cell.items() if isinstance(value, int | float))
     keys = list(dict.fromkeys(numbers))
@@ -70,9 +73,19 @@ def show_cells(cells: list[dict[str, Any]]) -> str:
     def name(cell: dict[str, Any]) -> str:
         return " ".join(str(cell["options"].get(option)) for option in swept)
 
-    rows = [[name(cell), cell["status"], *map(cell.get, keys)] for cell in cells]
     errors = [f"{name(cell)}: {cell['error']}" for cell in cells if cell.get("error")]
-    return "\n".join([table((" ".join(swept), "status", *keys), rows), *errors])
+    lines: list[list[Any]] = [[" ".join(swept), "status", *keys]]
+    lines += [[name(cell), cell["status"], *map(cell.get, keys)] for cell in cells]
+    if len(keys) > MOST_COLUMNS:
+        if len(cells) == 2:
+            lines.append(["ratio", None, *(_factor(*(cell.get(key) for cell in cells)) for key in keys)])
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    return "\n".join([table(lines[0], lines[1:]), *errors])
+
+
+def _factor(first: Any, second: Any) -> float | None:
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (first, second))
+    return second / first if numbers and first else None
 
 
 def swept_options(cells: list[dict[str, Any]]) -> list[str]:
@@ -92,6 +105,8 @@ def _csv(cells: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
+# Numbers of a cell that fit a line.
+MOST_COLUMNS = 12
 # What a sweep plots: the first of these that was measured, and what stands beside it.
 PLOTTED: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("valid_loss", "validation loss [nats per token]", {}),
@@ -108,6 +123,7 @@ PLOTTED: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("tokens_per_second", "tokens per second", {}),
     ("ppl", "perplexity", {"ppl_baseline": "stage 0"}),
     ("stage2_ppl", "perplexity", {"stage1_ppl": "stage 1", "stage0_ppl": "stage 0"}),
+    ("plain_seconds", "seconds of the training", {"stack_seconds": "with the stack"}),
     ("max_drift", "largest relative energy drift", {"max_drift_leapfrog": "leapfrog"}),
     ("grad_norm_max", "largest gradient norm", {}),
     ("nan_count", "NaN in the logits", {}),

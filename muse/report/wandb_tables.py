@@ -43,7 +43,7 @@ class ResultTable:
 def result_tables(
     details: Mapping[str, Mapping[str, Any]], criteria: Sequence[Sequence[Any]]
 ) -> list[ResultTable]:
-    """Tables of a report's ``details`` and ``criteria`` (muse/benchmarks/suite.py), empty ones left out."""
+    """Tables of a report's ``details`` and ``criteria`` (muse/benchmarks/report.py), empty ones left out."""
     tables = [
         ResultTable("criteria", ("criterion", "measured", "target", "pass"), [list(row) for row in criteria])
     ]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from acceleration_helpers import batch, build
 
+from muse import timing
 from muse.acceleration import Execution, KernelOptimizer, kernel_optimizer
 from muse.acceleration.kernel_optimizer import COMPILE_SECONDS, NOISE, Decision
 from muse.config import OptimConfig
@@ -166,7 +167,7 @@ def test_threads_that_are_not_tried(reason, monkeypatch, timings, threads):
 def test_timing_takes_turns_and_the_median_and_leaves_the_first_round_out(monkeypatch):
     now, order = [0.0], []
     durations = {"a": [100.0, 3.0, 1.0, 50.0], "b": [200.0, 2.0, 80.0, 7.0]}
-    monkeypatch.setattr(kernel_optimizer.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
     def call(name):
         def run():

@@ -69,7 +69,8 @@ def test_the_energy_is_kept_and_leapfrog_keeps_it_less_well(energy_config):
     assert measured["leapfrog_modified_drift"] < measured["leapfrog_max_drift"] / 20
     assert measured["curvature_dt2"] == pytest.approx(0.01 * measured["curvature_max"])
     assert 0.1 < measured["curvature_max"] < 10
-    assert 0 <= measured["monotone_share"] < 1
+    # Rounding moves the energy up and down, for a token or two of 32 by chance one way; a loss would for all.
+    assert measured["monotone_share"] <= 4 / 32
 
 
 @pytest.mark.parametrize(("own", "other"), [("fp32", "bf16"), ("bf16", "fp32")])
@@ -101,6 +102,13 @@ def test_the_figures_beside_the_criterion_are_of_some_tokens(energy_config, monk
     assert (whole["sample_tokens"], part["sample_tokens"]) == (32, 5)
     assert part["leapfrog_max_drift"] <= whole["leapfrog_max_drift"]
     assert part["max_drift"] == whole["max_drift"]
+
+
+def test_another_integrator_follows_the_same_states(energy_config):
+    own, other = (measure_energy(energy_config(integrator=i), CPU) for i in (None, "leapfrog"))
+    assert (own["integrator"], other["integrator"]) == ("blanes_moan_rkn4", "leapfrog")
+    assert own["curvature_max"] == other["curvature_max"]
+    assert other["max_drift"] == other["leapfrog_max_drift"] > 20 * own["max_drift"]
 
 
 def test_a_model_stored_in_half_precision_is_measured_as_it_is(energy_config):
@@ -147,7 +155,26 @@ def test_a_state_that_is_lost_beside_the_criterion_hides_nothing(energy_config, 
     assert measured["max_drift"] < 5e-6
 
 
+@pytest.mark.parametrize("layer", [0, 1, 3])
+def test_an_energy_that_is_no_number_is_seen_in_any_layer(energy_config, monkeypatch, layer):
+    follow, followed = energy.trajectory, []
+
+    def broken(flow, *args, **options):
+        path = follow(flow, *args, **options)
+        if flow.name not in followed:
+            followed.append(flow.name)
+        if followed.index(flow.name) == layer:
+            path.energy[-1, 3] = math.nan
+        return path
+
+    monkeypatch.setattr(energy, "trajectory", broken)
+    measured = measure_energy(energy_config(), CPU)
+    for key in ("max_drift", "mean_drift", "monotone_share", "leapfrog_max_drift", "leapfrog_mean_drift"):
+        assert math.isnan(measured[key]), key
+    assert measured["worst_layer"] == followed[layer]
+
+
 def test_only_a_flow_has_an_energy(bench_config):
-    config = bench_config(1, name="energy", ode_steps=2, dt=0.1)
+    config = settle(bench_config(1, name="energy", ode_steps=2, dt=0.1), "energy")
     with pytest.raises(ConfigError, match="stage=2"):
         measure_energy(config, CPU)

@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from muse.benchmarks import modes
+from muse.benchmarks.adjoint import measure_adjoint
+from muse.benchmarks.energy import measure_energy
 from muse.benchmarks.gradient_error import full_precision, joined, relative_error
+from muse.benchmarks.memory import measure_memory
 from muse.benchmarks.modes import gradient_errors, measure_modes
 from muse.benchmarks.setting import settle
 from muse.config import GRADIENTS
+from muse.dynamics import MLPPotential, hamiltonian_ode
 
 CPU = torch.device("cpu")
 
@@ -29,7 +33,7 @@ def test_every_mode_is_right_and_timed(modes_config):
     json.dumps(measured, allow_nan=False)
     assert None not in measured.values()
     assert measured["gradients_correct"] is True
-    assert measured["fallback_count"] == 0
+    assert [measured[f"fallbacks_{mode}"] for mode in ("exact", "reversible", "checkpoint")] == [0, 0, 0]
     for mode in GRADIENTS:
         assert 0 < measured[f"gradient_error_{mode}"] <= 1e-5
         assert measured[f"step_ms_p50_{mode}"] > 0
@@ -64,7 +68,7 @@ def test_a_wrong_gradient_has_no_speed(modes_config, monkeypatch):
     assert measured["gradients_correct"] is False
     assert measured["gradient_error_exact"] > 0.1
     assert measured["gradient_error_reversible"] <= 1e-5
-    speeds = [v for k, v in measured.items() if k.startswith(("step_ms", "ratio", "tokens"))]
+    speeds = [v for k, v in measured.items() if k.startswith(("step_ms", "ratio", "tokens", "fallbacks"))]
     assert speeds
     assert set(speeds) == {None}
 
@@ -78,6 +82,53 @@ def test_half_precision_forces_are_held_against_backprop_in_half_precision(modes
     assert measured["step_ms_p50_exact"] > 0
 
 
+def test_one_model_takes_the_steps_of_all_modes_each_by_its_own_way(modes_config, monkeypatch):
+    """Four models with their optimisers do not fit where one does."""
+    built, taken = [], []
+    build, step = modes.benchmark_model, modes.training_step
+
+    def noting(config, device):
+        built.append(build(config, device))
+        return built[-1]
+
+    def steps(config, model, device):
+        optimizer, take = step(config, model, device)
+        flow = model.blocks[0].flow.odes[0]
+
+        def taking(after_forward):
+            taken.append((flow.gradient, flow.scale, flow.fallen_back))
+            return take(after_forward)
+
+        return optimizer, taking
+
+    monkeypatch.setattr(modes, "benchmark_model", noting)
+    monkeypatch.setattr(modes, "training_step", steps)
+    config = modes_config()
+    modes._step_seconds(
+        dataclasses.replace(config, benchmark=dataclasses.replace(config.benchmark, warmup=1)), CPU
+    )
+    assert len(built) == 1
+    scales = [build_of(config, mode).scale for mode in GRADIENTS]
+    assert taken == 2 * [(mode, scale, False) for mode, scale in zip(GRADIENTS, scales, strict=True)]
+
+
+def build_of(config, mode):
+    stage = dataclasses.replace(config.stage, gradient=mode)
+    return modes.build_model(stage, config.model, 97).blocks[0].flow.odes[0]
+
+
+@pytest.mark.filterwarnings("ignore:blocks:UserWarning")
+def test_a_mode_that_falls_back_has_no_time(modes_config, monkeypatch):
+    # Every state leaves this range.
+    monkeypatch.setattr(hamiltonian_ode, "LIMIT", 1.0)
+    measured = measure_modes(modes_config(), CPU)
+    assert measured["fallbacks_exact"] == 4
+    assert measured["ratio_exact_to_backprop"] is measured["tokens_per_second"] is None
+    assert measured["step_ms_p50_exact"] is measured["step_ms_p20_exact"] is None
+    assert measured["fallbacks_reversible"] == measured["fallbacks_checkpoint"] == 0
+    assert measured["ratio_checkpoint_to_backprop"] > 0
+
+
 def test_gradients_are_compared_in_float32_whatever_the_model_is_stored_in(modes_config):
     single, half = (gradient_errors(modes_config(precision=precision), CPU) for precision in ("fp32", "bf16"))
     assert single == half
@@ -89,6 +140,35 @@ def test_the_error_of_a_gradient():
     assert relative_error(exact, exact) == 0
     assert relative_error(joined([torch.tensor([3.0, 0.0, 5.0])]), exact) == pytest.approx(0.2)
     assert relative_error(exact * math.nan, exact) == relative_error(exact * math.inf, exact) == math.inf
+
+
+@pytest.fixture
+def coarse():
+    """As on a GPU, where float32 products are TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("coarse")
+@pytest.mark.parametrize("measure", [measure_modes, measure_memory, measure_energy, measure_adjoint])
+def test_modes_are_compared_and_energies_measured_in_full_precision(modes_config, monkeypatch, measure):
+    """The fused flow takes no TF32 products, so the others must not either."""
+    if measure is measure_adjoint:
+        pytest.importorskip("torchdiffeq")
+    seen = set()
+    field = MLPPotential.field
+
+    def watched(self, *coefficients):
+        seen.add(torch.get_float32_matmul_precision())
+        return field(self, *coefficients)
+
+    monkeypatch.setattr(MLPPotential, "field", watched)
+    measured = measure(modes_config(gradient="checkpoint"), CPU)
+    assert measured["matmul_precision"] == "highest"
+    assert seen == {"highest"}
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_full_precision_ends_with_the_block():

@@ -9,6 +9,7 @@ import torch
 from muse import bench_run
 from muse.acceleration import Execution, KernelOptimizer
 from muse.benchmarks import speedup, suite
+from muse.benchmarks.criteria_stack import PLAIN
 from muse.benchmarks.setting import settle
 from muse.benchmarks.speedup import (
     Plan,
@@ -63,9 +64,6 @@ def speedup_config(tmp_path):
     return build
 
 
-PLAIN = suite.PLAIN
-
-
 def started(config):
     return speedup._start(config, CPU)
 
@@ -111,7 +109,10 @@ def test_times_are_complete_and_the_result_is_json(speedup_config):
     assert result["seconds"] == pytest.approx(sum(result[f"{part}_seconds"] for part in parts))
     assert all(result[f"{part}_seconds"] > 0 for part in parts)
     assert result["seconds"] <= result["wall_seconds"] + result["tuning_seconds"]
-    assert result["decode_equal"] is True
+    assert result["decode_equal"] is result["decode_equal_unguessed"] is True
+    assert result["decode_texts_equal"] == result["decode_texts"] == 8
+    assert result["decode_gap"] is None
+    assert result["nan_count"] == result["inf_count"] == 0
     assert result["checkpoint_loads"] is True
     assert Path(result["texts"]["checkpoint"]).is_dir()
     assert result["texts"]["sample"].startswith("line")
@@ -208,6 +209,33 @@ def test_a_training_that_diverges_is_one_sentence(speedup_config):
         measure_speedup_run(speedup_config(PLAIN, lr=1e30), CPU)
 
 
+def test_guessed_tokens_are_held_against_plain_greedy_decoding(speedup_config, monkeypatch):
+    """Not against the same engine without guesses, which might be wrong as well."""
+    greedy, texts = speedup.greedy_decode, []
+
+    def other(model, prompt, tokens):
+        ids = greedy(model, prompt, tokens)
+        texts.append(prompt)
+        # The first call warms up; of the texts two come out otherwise.
+        return ids if len(texts) not in (3, 5) else [*ids[:-1], (ids[-1] + 1) % 300]
+
+    monkeypatch.setattr(speedup, "greedy_decode", other)
+    result = measure_speedup_run(speedup_config(), CPU)
+    assert result["decode_equal"] is False
+    assert result["decode_texts_equal"] == result["decode_texts"] - 2 == 6
+    assert result["decode_equal_unguessed"] is True
+    assert 0 < result["decode_gap"] < 2
+
+
+def test_what_is_not_finite_is_counted_in_losses_norms_and_parameters(speedup_config):
+    config, data, model = started(speedup_config())
+    training = speedup._training(config, data, model, Plan())
+    assert speedup._not_finite(training, [1.0]) == {"nan_count": 0, "inf_count": 0}
+    training.norms = [math.inf]
+    next(model.parameters()).data[0, :3] = math.nan
+    assert speedup._not_finite(training, [math.nan, 1.0, -math.inf]) == {"nan_count": 4, "inf_count": 2}
+
+
 def test_training_goes_on_until_the_loss_is_reached(speedup_config, monkeypatch):
     monkeypatch.setattr(speedup, "LONGEST", 60)
     config = speedup_config(PLAIN)
@@ -252,6 +280,8 @@ RUN = {
     "valid_loss": 6.6,
     "grad_norm_min": 1e-3,
     "grad_norm_max": 1.0,
+    "nan_count": 0,
+    "inf_count": 0,
     "checkpoint_loads": True,
     "parameters": 10,
     "curve": [(1, 7.0), (2, 6.5)],
@@ -266,6 +296,10 @@ STACK = {
     "decode_plain": 100.0,
     "decode_speculative": 300.0,
     "decode_equal": True,
+    "decode_texts": 8,
+    "decode_texts_equal": 8,
+    "decode_gap": None,
+    "decode_equal_unguessed": True,
     "target_step": 90,
     "decisions": [{"name": "loss", "kept": False, "why": "left off"}],
 }
@@ -279,7 +313,7 @@ MEMORY = {
     "gradient_error": 1e-3,
     "time_ratio": 1.3,
 }
-PAIRS = {"saved": 0.4, "saved_p20": 0.38, "saved_p80": 0.42}
+PAIRS = {"saved": 0.4, "saved_p20": 0.38, "saved_p80": 0.42, "plain_ms": 50.0, "stack_ms": 30.0}
 
 
 def report_of(monkeypatch, config, memory=None, pairs=None, **stack):
@@ -315,6 +349,8 @@ def test_everything_passes_when_it_does(speedup_config, monkeypatch):
         {"grad_norm_min": 1e-7},
         {"grad_norm_max": 1e4},
         {"checkpoint_loads": False},
+        {"nan_count": 1},
+        {"inf_count": 1},
         {"decode_equal": False},
         {"target_step": None},
         {"memory": {"stack_mb": 500.0}},
@@ -326,6 +362,28 @@ def test_each_criterion_can_fail(speedup_config, monkeypatch, changed):
     report = report_of(monkeypatch, speedup_config(), **changed)
     assert report.values["all_pass"] is False
     assert [passed for *_, passed in report.criteria].count(False) == 1
+
+
+@pytest.mark.parametrize("failing", ["speedup", "speedup until learned", "speedup pairs", "speedup memory"])
+def test_a_run_that_fails_leaves_its_keys_null(speedup_config, monkeypatch, failing):
+    config = speedup_config(ablation=True)
+    complete = report_of(monkeypatch, config)
+    answer = suite.measure_apart
+
+    def measure(name, config):
+        if name == failing:
+            raise RunError("it broke")
+        return answer(name, config)
+
+    monkeypatch.setattr(suite, "measure_apart", measure)
+    report = suite.run_suite(config, Path("unused"))
+    assert set(report.values) == set(complete.values)
+    assert [title for title, *_ in report.criteria] == [title for title, *_ in complete.criteria]
+    assert None in {passed for *_, passed in report.criteria}
+    assert report.values["all_pass"] is None
+    assert set(report.failures.values()) == {"it broke"}
+    assert (report.values["speedup_pct"] is None) is (failing in ("speedup", "speedup until learned"))
+    assert (report.values["peak_memory_mb"] is None) is (failing == "speedup memory")
 
 
 def test_the_ablation_says_what_does_not_pay(speedup_config, monkeypatch, capsys):

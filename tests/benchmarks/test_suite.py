@@ -1,9 +1,12 @@
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
 from muse.benchmarks import suite
 from muse.benchmarks.cell import measure_apart
+from muse.config import GRADIENTS, TrainConfig
 from muse.errors import RunError
 
 GOOD = {
@@ -38,7 +41,10 @@ GOOD_FLOW = {
         "tokens_per_second": 10.0,
         "ratio_exact_to_backprop": 1.3,
         "ratio_checkpoint_to_backprop": 1.3,
-        "gradient_error_exact": 1e-7,
+        **{f"gradient_error_{mode}": 1e-7 for mode in GRADIENTS},
+        "gradient_error_allowed": 1e-5,
+        "gradients_correct": True,
+        "fallbacks_exact": 0,
     },
     "energy": lambda config: ENERGY,
     "trained energy": lambda config: ENERGY,
@@ -84,9 +90,13 @@ STAGE_1_KEYS = [
 
 
 def run(monkeypatch, config, **changed):
+    return reported(monkeypatch, config, **changed).values
+
+
+def reported(monkeypatch, config, **changed):
     measured = {**(GOOD_FLOW if config.stage.number == "2" else GOOD), **changed}
     monkeypatch.setattr(suite, "measure_apart", lambda name, config: measured[name](config))
-    return suite.run_suite(config, Path("unused")).values
+    return suite.run_suite(config, Path("unused"))
 
 
 def test_all_passes_when_everything_does_and_has_the_keys_of_the_seeds(bench_config, monkeypatch):
@@ -147,6 +157,40 @@ def test_a_miss_without_a_key_of_its_own_fails_all(bench_config, monkeypatch, me
     assert run(monkeypatch, bench_config(2), **{measurement: answer})["all_pass"] is False
 
 
+def test_flows_that_rebuild_nothing_have_no_reconstruction_error(bench_config, monkeypatch):
+    def answer(config):
+        measured = GOOD_FLOW["vram"](config)
+        if config.stage.verify:
+            del measured["flow/reconstruction_error"]
+            measured["flow/fallbacks"] = 4.0
+        return measured
+
+    report = reported(monkeypatch, bench_config(2), vram=answer)
+    assert report.values["reconstruction_error"] is report.values["all_pass"] is None
+    assert report.values["fallback_count"] == 4
+    assert "fell back" in report.unjudged["reconstruction_error"]
+    assert report.failures == {}
+
+
+def test_the_time_of_a_mode_that_fell_back_is_not_judged(bench_config, monkeypatch):
+    fell_back = {"fallbacks_exact": 2, "ratio_exact_to_backprop": None, "tokens_per_second": None}
+    report = reported(monkeypatch, bench_config(2), modes=lambda c: {**GOOD_FLOW["modes"](c), **fell_back})
+    assert report.values["step_ratio_backprop"] is report.values["all_pass"] is None
+    assert "2 flows of exact" in report.unjudged["step_ratio_backprop"]
+
+
+@pytest.mark.parametrize("error", [1e-4, None])
+def test_a_wrong_gradient_is_a_failure(bench_config, monkeypatch, error):
+    wrong = {
+        "gradients_correct": False, "gradient_error_reversible": error, "ratio_exact_to_backprop": None,
+        "ratio_checkpoint_to_backprop": None,
+    }  # fmt: skip
+    report = reported(monkeypatch, bench_config(2), modes=lambda c: {**GOOD_FLOW["modes"](c), **wrong})
+    (row,) = [row for row in report.criteria if row[0].startswith("gradient error")]
+    assert row[1:] == (error, "<= 1e-05", False)
+    assert report.values["gradients_correct"] is False
+
+
 def test_full_backpropagation_that_does_not_fit_leaves_its_criterion_open(bench_config, monkeypatch):
     def answer(config):
         if config.stage.gradient == "backprop":
@@ -160,13 +204,121 @@ def test_full_backpropagation_that_does_not_fit_leaves_its_criterion_open(bench_
     assert values["all_pass"] is None
 
 
+@pytest.fixture
+def run_of(tmp_path):
+    """The folder of a run of so many steps."""
+
+    def build(config, steps):
+        folder = tmp_path / f"{config.stage.number}-{steps}"
+        folder.mkdir()
+        config = dataclasses.replace(config, train=TrainConfig(steps=steps))
+        (folder / "run.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
+        return str(folder)
+
+    return build
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("given", ["checkpoint", "baseline_checkpoint"])
+def test_a_checkpoint_is_not_judged_beside_a_few_steps_of_training(
+    bench_config, monkeypatch, run_of, stage, given
+):
+    of = stage if given == "checkpoint" else stage - 1
+    seen = []
+
+    def answer(config):
+        seen.append(config.stage.number)
+        return GOOD["perplexity"](config)
+
+    config = bench_config(stage, name="perplexity", **{given: run_of(bench_config(of), 800)})
+    report = reported(monkeypatch, config, perplexity=answer)
+    assert seen == [str(stage)]
+    values = report.values
+    assert values["ppl_ratio"] is values["ppl_pass"] is values["all_pass"] is None
+    missing = {"checkpoint": "baseline_checkpoint", "baseline_checkpoint": "checkpoint"}[given]
+    assert f"give benchmark.{missing}, too" in report.unjudged["ppl_pass"]
+    assert report.failures == {}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_checkpoints_are_judged_if_they_have_seen_as_much(bench_config, monkeypatch, run_of, stage):
+    own, short, fair = (
+        run_of(bench_config(n), s) for n, s in ((stage, 800), (stage - 1, 100), (stage - 1, 800))
+    )
+    passes = {}
+    for other in (short, fair):
+        config = bench_config(stage, name="perplexity", checkpoint=own, baseline_checkpoint=other)
+        report = reported(monkeypatch, config)
+        passes[other] = report.values["ppl_pass"]
+    assert passes == {short: None, fair: True}
+    config = bench_config(stage, name="perplexity", checkpoint=own, baseline_checkpoint=short)
+    told = reported(monkeypatch, config).unjudged["ppl_pass"]
+    assert told == f"{own} was trained on 409,600 tokens and {short} on 51,200"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_untrained_models_are_not_judged(bench_config, monkeypatch, stage):
+    report = reported(monkeypatch, bench_config(stage, name="perplexity", train_steps=0))
+    assert report.values["ppl_pass"] is report.values["all_pass"] is None
+    assert "untrained" in report.unjudged["ppl_pass"]
+
+
+def failing(config):
+    raise RunError("it broke")
+
+
+# What only one measurement finds.
+KEY_OF = {
+    1: {"vram": "vram_gb", "throughput": "tokens_per_second", "stability": "nan_count",
+        "gradients": "grad_norm_min", "perplexity": "ppl"},
+    2: {"vram": "vram_symplectic_gb", "modes": "step_ratio_backprop", "stability": "nan_count",
+        "gradients": "grad_norm_min", "energy": "max_drift_untrained", "trained energy": "max_drift",
+        "perplexity": "stage2_ppl"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stage", "measurement"), [(stage, measurement) for stage, keys in KEY_OF.items() for measurement in keys]
+)
+def test_a_measurement_that_fails_leaves_its_keys_null_and_the_others_measured(
+    bench_config, monkeypatch, stage, measurement
+):
+    report = reported(monkeypatch, bench_config(stage), **{measurement: failing})
+    values = report.values
+    assert [key for key in (STAGE_1_KEYS, STAGE_2_KEYS)[stage - 1] if key not in values] == []
+    for other, key in KEY_OF[stage].items():
+        assert (values[key] is None) is (other == measurement), key
+    assert values["all_pass"] is None
+    assert set(report.failures.values()) == {"it broke"}
+    assert all(name.startswith(measurement) for name in report.failures)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_where_everything_fails_everything_is_null(bench_config, monkeypatch, stage):
+    report = reported(monkeypatch, bench_config(stage), **dict.fromkeys(KEY_OF[stage], failing))
+    assert {k: v for k, v in report.values.items() if v is not None} == (
+        {} if stage == 1 else {"ppl_target": 1.02}
+    )
+    assert {passed for *_, passed in report.criteria} == {None}
+    assert report.details == {}
+
+
 def test_an_untrained_model_is_measured_when_nothing_is_trained(bench_config, monkeypatch):
     def refuse(config):
         raise AssertionError
 
     config = bench_config(2, name="energy", train_steps=0)
-    values = run(monkeypatch, config, **{"trained energy": refuse})
-    assert values["energy_pass"] is True
+    report = reported(monkeypatch, config, **{"trained energy": refuse})
+    values = report.values
+    assert values["max_drift"] == values["max_drift_untrained"] == 1e-6
+    assert values["energy_pass"] is values["monotonic_violation"] is values["all_pass"] is None
+    assert "benchmark.checkpoint" in report.unjudged["energy_pass"]
+
+
+def test_an_untrained_model_may_fail_for_both(bench_config, monkeypatch):
+    config = bench_config(2, name="energy", train_steps=0)
+    values = run(monkeypatch, config, energy=lambda c: {**ENERGY, "max_drift": 6e-5})
+    assert values["energy_pass"] is False
 
 
 @pytest.mark.parametrize(

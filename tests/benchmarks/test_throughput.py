@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from muse.benchmarks.operations import InsideOperations
-from muse.benchmarks.throughput import ProductRecorder, measure_throughput, quantile
+from muse.benchmarks.throughput import ProductRecorder, measure_throughput
 from muse.layers import ComplexLinear
 
 
@@ -50,7 +50,3 @@ def test_the_figures_of_a_training_step_fit_together(bench_config):
     assert measured["products_ratio"] > 0
     assert measured["step_ms_p20"] <= measured["step_ms_p50"] <= measured["step_ms_p80"]
     assert measured["tokens_per_second"] == pytest.approx(2 * 16 / (measured["step_ms_p50"] / 1e3))
-
-
-def test_quantile():
-    assert [quantile([3.0, 1.0, 2.0], fraction) for fraction in (0.0, 0.5, 1.0)] == [1.0, 2.0, 3.0]

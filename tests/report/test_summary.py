@@ -32,6 +32,22 @@ def test_every_cell_is_in_the_summary_also_one_that_failed(tmp_path):
     ]
 
 
+def test_many_numbers_stand_below_each_other_with_the_factor_between_two_cells(tmp_path):
+    numbers = {f"number_{i}": float(i) for i in range(13)}
+    record_cell(tmp_path, 0, ["model=simple"], {"parameters": 2, "fits": True, **numbers}, "measured")
+    cells = record_cell(
+        tmp_path, 1, ["model=scaled"], {"parameters": 10, "fits": True, **numbers}, "measured"
+    )
+    lines = [line.split() for line in show_cells(cells).splitlines()]
+    assert lines[0] == ["model", "simple", "scaled", "ratio"]
+    assert lines[2] == ["status", "measured", "measured", "-"]
+    assert lines[3] == ["parameters", "2", "10", "5"]
+    assert lines[4] == ["fits", "yes", "yes", "-"]
+    assert len(lines) == 3 + 2 + 13
+    cells = record_cell(tmp_path, 2, ["model=other"], {"parameters": 3}, "measured")
+    assert show_cells(cells).splitlines()[0].split() == ["model", "simple", "scaled", "other"]
+
+
 def test_what_a_cell_ends_with_takes_the_place_of_what_it_began_with(tmp_path):
     record_cell(tmp_path, 0, ["seed=0"], {}, "unfinished")
     (cell,) = record_cell(tmp_path, 0, ["seed=0"], {"ppl": 2.0}, "trained")

@@ -1,0 +1,89 @@
+"""What a run of bench.py leaves, whatever goes wrong on the way."""
+
+import dataclasses
+import json
+
+import pytest
+
+from muse import bench_run
+from muse.benchmarks import suite
+from muse.config import BenchConfig, BenchmarkConfig, HardwareConfig, LoggerConfig
+from muse.errors import RunError
+
+CONFIG = BenchConfig(
+    benchmark=BenchmarkConfig(),
+    hardware=HardwareConfig(device="cpu"),
+    logger=LoggerConfig(mode="disabled"),
+)
+MEASURED = {
+    "vram": {"peak": 1.0, **dict.fromkeys(("parameters", "optimiser", "activations"), 0.3)},
+    "stability": {"nan_count": 0, "inf_count": 0},
+    "gradients": {"grad_norm_min": 1e-3, "grad_norm_max": 1.0},
+    "perplexity": {"ppl": 20.0, "trained": "untrained", "parameters": 10, "curve": [(1, 3.0)]},
+}
+MEASURED["vram"]["gradients and temporaries"] = 0.1
+
+
+def measure(name, config):
+    if name not in MEASURED:
+        raise RunError("it broke")
+    return MEASURED[name]
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A run outside of Hydra, and what it would put into the summary of a sweep."""
+    cells = []
+    monkeypatch.setattr(suite, "measure_apart", measure)
+    monkeypatch.setattr(bench_run, "sweep_folder", lambda: None)
+    monkeypatch.setattr(bench_run, "record", lambda *cell: cells.append(cell))
+    return cells
+
+
+def test_a_measurement_that_fails_costs_the_exit_status_and_nothing_else(tmp_path, recorded, capsys):
+    assert bench_run.run_benchmark(CONFIG, tmp_path) == 1
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["failures"] == dict.fromkeys(
+        ("throughput, stage 1 bf16", "throughput, stage 0 fp32"), "it broke"
+    )
+    assert (result["tokens_per_second"], result["all_pass"]) == (None, None)
+    assert (result["vram_gb"], result["ppl"]) == (1.0, 20.0)
+    assert {"criterion": "largest gradient norm", "measured": 1.0, "target": "<= 1000", "pass": True} in (
+        result["criteria"]
+    )
+    assert (tmp_path / "vram.png").exists()
+    told = capsys.readouterr()
+    assert "error: throughput, stage 1 bf16: it broke" in told.err
+    assert "peak memory / stage 0 in fp32" in told.out
+    ((values, status),) = recorded
+    assert (status, values["vram_gb"]) == ("failed", 1.0)
+    assert "throughput, stage 1 bf16: it broke" in values["error"]
+
+
+def test_a_run_without_failures_succeeds(tmp_path, recorded):
+    config = dataclasses.replace(CONFIG, benchmark=BenchmarkConfig(name="stability"))
+    assert bench_run.run_benchmark(config, tmp_path) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["all_pass"] is True
+    assert [status for _, status in recorded] == ["measured"]
+
+
+@pytest.mark.usefixtures("recorded")
+def test_the_result_is_written_before_anything_is_drawn(tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise OSError("no fonts")
+
+    monkeypatch.setattr(bench_run, "_plots", broken)
+    with pytest.raises(OSError, match="no fonts"):
+        bench_run.run_benchmark(CONFIG, tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text())["vram_gb"] == 1.0
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_result_with_failures_is_not_reused(tmp_path, monkeypatch):
+    root = dataclasses.replace(CONFIG, output_root=str(tmp_path))
+    bench_run.run_benchmark(root, tmp_path / "bench" / "first")
+    assert bench_run._finished(root) is None
+    keys = ("tokens_per_second", "products_ratio", "products_and_sdpa_ratio", "products_ms", "step_ms_p50")
+    monkeypatch.setitem(MEASURED, "throughput", dict.fromkeys(keys, 1.0))
+    bench_run.run_benchmark(root, tmp_path / "bench" / "second")
+    assert bench_run._finished(root)["tokens_per_second"] == 1.0
