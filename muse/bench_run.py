@@ -130,13 +130,14 @@ def _kernel_tables(rows: dict[str, dict[str, Any]]) -> list[str]:
     """A table for each family, whose operations have much the same alternatives."""
     parts = [
         "alternatives: their time / ours, forward + backward (eager fwd: forward alone)\n"
-        "memory: peak of eager / ours; peak: share of the rate of a large product"
+        "memory: peak of eager / ours; peak fwd, bwd: share of the rate of a large product"
     ]
     for family in dict.fromkeys(row["family"] for row in rows.values()):
         members = {name: row for name, row in rows.items() if row["family"] == family}
         names = dict.fromkeys(name for row in members.values() for name in row.get("alternatives", {}))
         others = [name for name in names if name not in ("ours", "eager")]
-        header = (family, "dtype", "fwd ms", "fwd+bwd", "eager fwd", "eager", *others, "memory", "peak")
+        header = (family, "dtype", "fwd ms", "fwd+bwd", "eager fwd", "eager", *others, "memory")
+        header += ("peak fwd", "bwd")
         parts.append(table(header, [_kernel_cells(row, others) for row in members.values()]))
         remarks = [f"{name}: {row['error']}" for name, row in members.items() if row["error"] is not None]
         remarks += [
@@ -158,12 +159,13 @@ def _kernel_cells(row: dict[str, Any], others: list[str]) -> list[object]:
         return f"{value:.2f}" if isinstance(value, float) else value
 
     ratios = [of("eager", "forward_ratio"), *(of(name, "training_ratio") for name in ("eager", *others))]
+    shares = [row.get(f"{part}_share_of_peak") for part in ("forward", "backward")]
     return [
         row.get("operation", row["family"]),
         row.get("dtype"),
         of("ours", "forward_ms_p50"),
         of("ours", "training_ms_p50"),
-        *map(short, (*ratios, of("eager", "peak_ratio"), row.get("share_of_peak"))),
+        *map(short, (*ratios, of("eager", "peak_ratio"), *shares)),
     ]
 
 

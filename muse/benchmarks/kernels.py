@@ -151,9 +151,10 @@ def measure_case(case: Case, config: BenchConfig, device: torch.device, peak: fl
 
     Returns:
         ``correct``, ``error`` (a sentence, or None), ``deviation`` (the largest error over the error allowed)
-        and ``deviation_of``; for a right operation also ``gflop``, the arithmetic of forward and backward
-        (None without matrix products), ``share_of_peak``, and ``alternatives``: for ``ours``, ``eager`` and
-        every other one the quantiles of its times, the median over rounds of its time over ours, its memory.
+        and ``deviation_of``; for a right operation also ``forward_gflop`` and ``backward_gflop``, the
+        arithmetic (None without matrix products), ``forward_share_of_peak`` and ``backward_share_of_peak``,
+        and ``alternatives``: for ``ours``, ``eager`` and every other one the quantiles of its times, the
+        median over rounds of its time over ours, its memory.
     """
     deviation, where = largest_deviation(case)
     row: dict[str, Any] = {"correct": deviation <= 1, "deviation": deviation, "deviation_of": where}
@@ -171,14 +172,21 @@ def measure_case(case: Case, config: BenchConfig, device: torch.device, peak: fl
     alternatives = {name: _figures(times, memory, name) for name in times}
     for name, note in notes.items():
         alternatives[name] = alternatives.get(name, {}) | note
-    arithmetic = flops(calls["ours"].train)
-    seconds = quantile(times["ours"]["training"], 0.5)
-    return row | {
-        "error": None,
-        "gflop": arithmetic / 1e9 if arithmetic else None,
-        "share_of_peak": arithmetic / seconds / peak if arithmetic else None,
-        "alternatives": alternatives,
-    }
+    return row | {"error": None, **_shares(calls["ours"], times["ours"], peak), "alternatives": alternatives}
+
+
+def _shares(call: Call, times: dict[str, list[float]], peak: float) -> dict[str, float | None]:
+    """Arithmetic of both passes, and the rate over the peak; that of the backward pass by difference."""
+    forward, training = flops(call.forward), flops(call.train)
+    forward_seconds, seconds = (quantile(times[part], 0.5) for part in ("forward", "training"))
+    shares: dict[str, float | None] = {}
+    for name, arithmetic, taken in (
+        ("forward", forward, forward_seconds),
+        ("backward", training - forward, seconds - forward_seconds),
+    ):
+        shares[f"{name}_gflop"] = arithmetic / 1e9 if arithmetic else None
+        shares[f"{name}_share_of_peak"] = arithmetic / taken / peak if arithmetic and taken > 0 else None
+    return shares
 
 
 class Call:
@@ -574,50 +582,120 @@ def plain_rotate(z: Tensor, table: Tensor) -> Tensor:
 
 
 def symplectic_cases(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> Iterator[Case]:
-    """The exact flow by leapfrog steps; the state is float32, the products have the dtype of the weights."""
+    """The exact flow by leapfrog steps; the state is float32, the products have the dtype of the weights.
+
+    Once with one b1 and once as in stage 2, with a b1 of each token and a spring.
+    """
     kicks = [TIME_STEP / 2, *[TIME_STEP] * (sizes.steps - 1), TIME_STEP / 2]
     drifts = [TIME_STEP] * sizes.steps + [0.0]
     shape = (sizes.batch, sizes.length, sizes.width)
     q, p = (normal(*shape, dtype=torch.float32) for _ in range(2))
     w1 = normal(sizes.hidden, sizes.width, scale=sizes.width**-0.5)
-    b1 = normal(sizes.hidden, scale=0.1)
     # Forces of order one.
     w2 = normal(sizes.hidden, scale=(sizes.width / sizes.hidden) ** 0.5)
-    ours, plain = (partial(function, kicks=kicks, drifts=drifts) for function in (flow, plain_flow))
-    inputs = (q, p, w1, b1, w2)
-    # The same arithmetic as ours: each stage is computed again in the backward pass.
-    checkpointed = partial(checkpointed_flow, kicks=kicks, drifts=drifts)
-    yield Case("symplectic flow", inputs, ours, plain, {"checkpoint": (checkpointed, inputs)})
+    for name, b1, spring in (
+        ("symplectic flow", normal(sizes.hidden, scale=0.1), 0.0),
+        ("symplectic flow, b1 by token", normal(*shape[:2], sizes.hidden), 0.5),
+    ):
+        ours, plain, checkpointed, fixed_point = (
+            partial(function, kicks=kicks, drifts=drifts, spring=spring)
+            for function in (flow, plain_flow, checkpointed_flow, fixed_point_flow)
+        )
+        inputs = (q, p, w1, b1, w2)
+        others: dict[str, tuple[Function, Sequence[Tensor]]] = {
+            "fixed point": (fixed_point, inputs),
+            "checkpoint": (checkpointed, inputs),
+        }
+        yield Case(name, inputs, ours, plain, others)
 
 
 def flow(
-    q: Tensor, p: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, kicks: list[float], drifts: list[float]
+    q: Tensor, p: Tensor, *parameters: Tensor, kicks: list[float], drifts: list[float], spring: float
 ) -> tuple[Tensor, Tensor]:
     """The operation without its peak."""
-    q, p, _ = symplectic_flow(q, p, w1, b1, w2, kicks, drifts, scale=SCALE)
+    w1, b1, w2 = parameters
+    q, p, _ = symplectic_flow(q, p, w1, b1, w2, kicks, drifts, confinement=spring, scale=SCALE)
     return q, p
 
 
+def plain_force(q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, spring: float) -> Tensor:
+    """In the dtype of q, products in that of the weights."""
+    hidden = F.linear(q.to(w1.dtype), w1) + b1 if b1.dim() > 1 else F.linear(q.to(w1.dtype), w1, b1)
+    force = ((-w2 * F.gelu(hidden)) @ w1).to(q.dtype)
+    return force - spring * q if spring else force
+
+
 def plain_flow(
-    q: Tensor, p: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, kicks: list[float], drifts: list[float]
+    q: Tensor, p: Tensor, *parameters: Tensor, kicks: list[float], drifts: list[float], spring: float
 ) -> tuple[Tensor, Tensor]:
-    """Autograd through the loop."""
+    """Autograd through the loop, in floating point."""
+    w1, b1, w2 = parameters
     for kick, drift in zip(kicks, drifts, strict=True):
-        force = (-w2 * F.gelu(F.linear(q.to(w1.dtype), w1, b1))) @ w1
-        p = p + kick * force.to(p.dtype)
+        p = p + kick * plain_force(q, w1, b1, w2, spring)
         if drift:
             q = q + drift * p
     return q, p
 
 
 def checkpointed_flow(
-    q: Tensor, p: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, kicks: list[float], drifts: list[float]
+    q: Tensor, p: Tensor, *parameters: Tensor, kicks: list[float], drifts: list[float], spring: float
 ) -> tuple[Tensor, Tensor]:
     """Autograd that keeps the state of every stage only."""
     for kick, drift in zip(kicks, drifts, strict=True):
-        stage = partial(plain_flow, kicks=[kick], drifts=[drift])
-        q, p = checkpoint(stage, q, p, w1, b1, w2, use_reentrant=False)
+        stage = partial(plain_flow, kicks=[kick], drifts=[drift], spring=spring)
+        q, p = checkpoint(stage, q, p, *parameters, use_reentrant=False)
     return q, p
+
+
+def fixed_point_flow(
+    q: Tensor, p: Tensor, *parameters: Tensor, kicks: list[float], drifts: list[float], spring: float
+) -> tuple[Tensor, Tensor]:
+    """The maths of ours: whole numbers are added, and subtracted again in the backward pass."""
+    q, p = _FixedPoint.apply(q, p, *parameters, kicks, drifts, spring)
+    return q, p
+
+
+class _FixedPoint(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        p: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        kicks: list[float],
+        drifts: list[float],
+        spring: float,
+    ) -> tuple[Tensor, Tensor]:
+        whole_q, whole_p = (torch.round(x * SCALE).int() for x in (q, p))
+        for kick, drift in zip(kicks, drifts, strict=True):
+            force = plain_force(whole_q / SCALE, w1, b1, w2, spring)
+            whole_p = whole_p + torch.round(kick * SCALE * force).int()
+            if drift:
+                whole_q = whole_q + torch.round(drift * whole_p).int()
+        ctx.save_for_backward(whole_q, whole_p, w1, b1, w2)
+        ctx.scheme = kicks, drifts, spring
+        return whole_q / SCALE, whole_p / SCALE
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_p: Tensor) -> tuple[Tensor | None, ...]:
+        q, p, *parameters = ctx.saved_tensors
+        kicks, drifts, spring = ctx.scheme
+        sums = [torch.zeros_like(x) for x in parameters]
+        for kick, drift in reversed(list(zip(kicks, drifts, strict=True))):
+            if drift:
+                q = q - torch.round(drift * p).int()
+                grad_p = grad_p + drift * grad_q
+            leaves = [x.detach().requires_grad_() for x in (q / SCALE, *parameters)]
+            with torch.enable_grad():
+                at, w1, b1, w2 = leaves
+                force = plain_force(at, w1, b1, w2, spring)
+            change, *changes = torch.autograd.grad(force, leaves, kick * grad_p)
+            grad_q = grad_q + change
+            sums = [total + x for total, x in zip(sums, changes, strict=True)]
+            p = p - torch.round(kick * SCALE * force.detach()).int()
+        return grad_q, grad_p, *sums, None, None, None
 
 
 FAMILIES: dict[str, Callable[[Sizes, torch.dtype, Normal], Iterator[Case]]] = {

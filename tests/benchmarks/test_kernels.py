@@ -43,7 +43,7 @@ def cases(bench_config):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_operation_is_right(cases, dtype):
     deviations = {name: largest_deviation(case) for name, case in cases(dtype).items()}
-    assert len(deviations) == 15
+    assert len(deviations) == 16
     assert {name: found for name, found in deviations.items() if not found[0] <= 1} == {}
 
 
@@ -56,7 +56,7 @@ def test_every_alternative_computes_the_same(cases):
                 planes = torch.stack((out.real, out.imag), -2) if out.is_complex() else out
                 assert torch.allclose(planes.double(), expected, atol=1e-4), (name, other)
             compared += 1
-    assert compared == 1 + 3 + 2 * 3 + 1
+    assert compared == 1 + 3 + 2 * 3 + 2 * 2
 
 
 def off_forward(z, gain):
@@ -97,7 +97,7 @@ def test_a_wrong_operation_has_no_speed(bench_config, wrong, where):
     assert row["deviation"] > 1
     assert row["deviation_of"] == where
     assert where in row["error"]
-    assert not [key for key in row if "ms" in key or key in ("alternatives", "share_of_peak")]
+    assert not [key for key in row if "ms" in key or "share" in key or key == "alternatives"]
 
 
 def test_a_right_operation_has_figures_that_fit_together(bench_config):
@@ -112,9 +112,14 @@ def test_a_right_operation_has_figures_that_fit_together(bench_config):
             assert (name == "ours") == (f"{part}_ratio" not in figures)
         assert figures["peak_gb"] > 0
     # Two products forward and five backward over half of the keys, 2 x 2 heads, width 2 x 8.
-    assert row["gflop"] == pytest.approx(7 * 2 * 4 * 16 * 8 * 16 / 1e9)
-    seconds = row["alternatives"]["ours"]["training_ms_p50"] / 1e3
-    assert row["share_of_peak"] == pytest.approx(row["gflop"] / seconds / (1e3 * row["peak_tflops"]))
+    assert row["forward_gflop"] == pytest.approx(2 * 2 * 4 * 16 * 8 * 16 / 1e9)
+    assert row["backward_gflop"] == pytest.approx(5 * 2 * 4 * 16 * 8 * 16 / 1e9)
+    forward, training = (
+        row["alternatives"]["ours"][f"{part}_ms_p50"] / 1e3 for part in ("forward", "training")
+    )
+    for part, seconds in (("forward", forward), ("backward", training - forward)):
+        share = row[f"{part}_gflop"] / seconds / (1e3 * row["peak_tflops"])
+        assert row[f"{part}_share_of_peak"] == pytest.approx(share)
 
 
 def test_an_operation_that_raises_is_an_error_and_hides_no_other(bench_config, monkeypatch):
