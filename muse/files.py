@@ -14,7 +14,7 @@ from typing import Any
 
 @contextmanager
 def replacement(path: Path) -> Iterator[Path]:
-    """A new file beside ``path`` that takes its name when the block ends without an error.
+    """A new file beside ``path`` that takes its name, for good, when the block ends without an error.
 
     Several processes may replace the same file at once; the last one to finish wins.
     """
@@ -23,8 +23,18 @@ def replacement(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have what is written of a file, or the names in a folder, outlive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,8 +1,8 @@
 """Checkpoints: folders written by torch.distributed.checkpoint, which load on any number of ranks.
 
 ``checkpoints/step_00000200/`` appears only when it is complete, with the SHA-256 of every file in it;
-``checkpoints/last`` and ``checkpoints/best`` are one-line files that name a folder and are replaced, never
-rewritten. The last two checkpoints and the best one are kept.
+``checkpoints/best`` is a one-line file that names a folder and is replaced, never rewritten. The last two
+checkpoints and the best one are kept.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from muse.distributed import first_rank_does, gathered, rank, ranks, same
 from muse.errors import RunError
-from muse.files import write_atomically
+from muse.files import sync, write_atomically
 
 STATE = "state.pt"
 HASHES = "hashes.json"
 FOLDERS = "step_*"
+BEST = "best"
 
 # torch.distributed.checkpoint warns of a single process that it was told about, also from its own threads.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -55,6 +56,7 @@ class TrainingState:
         random: of each rank, states of its random generators.
         best_loss: lowest validation loss so far.
         wandb_id: id of the W&B run.
+        best: whether the model had that loss when it was saved.
     """
 
     step: int
@@ -62,6 +64,7 @@ class TrainingState:
     random: list[dict[str, Any]]
     best_loss: float
     wandb_id: str | None
+    best: bool = False
 
 
 def random_state() -> dict[str, Any]:
@@ -123,7 +126,7 @@ class CheckpointWriter:
 
         Args:
             tensors: state dicts; DTensors are written by the ranks that hold their parts.
-            state: of this process; random states are taken from all.
+            state: of this process; random states are taken from all, and ``best`` from the argument.
             best: whether the model is the best so far.
 
         Raises:
@@ -141,13 +144,13 @@ class CheckpointWriter:
                 temporary.mkdir(parents=True)
                 # Written to a file torch.save does not say that a disk is full.
                 buffer = io.BytesIO()
-                torch.save({**vars(state), "random": randoms}, buffer)
+                torch.save({**vars(state), "random": randoms, "best": best}, buffer)
                 (temporary / STATE).write_bytes(buffer.getvalue())
-                _sync(temporary / STATE)
+                sync(temporary / STATE)
 
         self._together(state.step, start)
         if exists:
-            self._together(state.step, lambda: self._point_at(name, best) if rank() == 0 else None)
+            self._together(state.step, lambda: self._counts(name, best) if rank() == 0 else None)
             return
         alone = ranks() == 1
         written: Future[Any] = Future()
@@ -196,20 +199,18 @@ class CheckpointWriter:
                 return
             (pending.temporary / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
             for path in (pending.temporary / HASHES, pending.temporary):
-                _sync(path)
+                sync(path)
             os.rename(pending.temporary, self.folder / name)
-            self._point_at(name, pending.best)
+            sync(self.folder)
+            self._counts(name, pending.best)
 
         self._together(pending.step, count)
 
-    def _point_at(self, name: str, best: bool) -> None:
-        write_atomically(self.folder / "last", name)
+    def _counts(self, name: str, best: bool) -> None:
         if best:
-            write_atomically(self.folder / "best", name)
-        newest = sorted(path.name for path in self.folder.glob(FOLDERS))[-2:]
-        kept = {*newest, read_pointer(self.folder, "last"), read_pointer(self.folder, "best")}
-        for old in self.folder.glob(FOLDERS):
-            if old.name not in kept:
+            write_atomically(self.folder / BEST, name)
+        for old in _newest_first(self.folder)[2:]:
+            if old.name != _best(self.folder):
                 shutil.rmtree(old, ignore_errors=True)
 
     def _together(self, step: int, act: Callable[[], None]) -> None:
@@ -250,32 +251,29 @@ def _why_not_written(error: BaseException | None) -> str:
     return text or type(first).__name__
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_pointer(folder: Path, which: str) -> str | None:
-    """Name of the folder that ``last`` or ``best`` points at."""
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob(FOLDERS), reverse=True)
+
+
+def _best(folder: Path) -> str | None:
     try:
-        return (folder / which).read_text(encoding="utf-8").strip() or None
+        return (folder / BEST).read_text(encoding="utf-8").strip() or None
     except OSError:
         return None
 
 
 def find_checkpoint(run: Path, which: str = "last") -> Path | None:
     """The last or best checkpoint of a run folder; None if there is none."""
-    name = read_pointer(run / "checkpoints", which)
-    path = run / "checkpoints" / name if name else None
-    return path if path is not None and path.is_dir() else None
+    folder = run / "checkpoints"
+    if which == "last":
+        return next(iter(_newest_first(folder)), None)
+    name = _best(folder)
+    return folder / name if name and (folder / name).is_dir() else None
 
 
 def find_sound_checkpoint(run: Path) -> Path | None:
@@ -286,9 +284,7 @@ def find_sound_checkpoint(run: Path) -> Path | None:
     Raises:
         RunError: all are.
     """
-    last = find_checkpoint(run)
-    older = sorted((run / "checkpoints").glob(FOLDERS), reverse=True)
-    candidates = list(dict.fromkeys([last, *older] if last is not None else older))
+    candidates = _newest_first(run / "checkpoints")
     for path in candidates:
         damage = find_damage(path)
         if damage is None:
@@ -323,13 +319,21 @@ def adopt_checkpoints(previous: Path, checkpoint: Path, run: Path) -> None:
         except OSError:
             shutil.copy2(source, target)
 
-    best = find_checkpoint(previous, "best")
-    for which, path in (("last", checkpoint), ("best", best)):
-        if path is not None and path.name <= checkpoint.name:
-            target = run / "checkpoints" / path.name
-            if not target.exists():
-                shutil.copytree(path, target, copy_function=link)
-            write_atomically(run / "checkpoints" / which, path.name)
+    def adopt(path: Path) -> None:
+        if not (folder / path.name).exists():
+            temporary = folder / f".{path.name}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(path, temporary, copy_function=link)
+            os.rename(temporary, folder / path.name)
+
+    folder = run / "checkpoints"
+    # A process may have ended when its best checkpoint was complete, but not yet called so.
+    best = checkpoint if load_state(checkpoint).best else find_checkpoint(previous, "best")
+    # The best one first: a run that can be continued must not lack it.
+    if best is not None and best.name <= checkpoint.name:
+        adopt(best)
+        write_atomically(folder / BEST, best.name)
+    adopt(checkpoint)
 
 
 def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
