@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from muse.errors import ConfigError
+from muse.errors import ConfigError, RunError
+from muse.files import full_disk_told
 from muse.provenance import UNIDENTIFYING
 from muse.report.sweep import INCOMPLETE, record_cell, show_cells, swept_options, write_summary
 
@@ -70,7 +72,18 @@ def record(values: dict[str, Any], status: str) -> None:
 
 def record_failure(error: Exception) -> None:
     """Put this cell, which failed, into the summary of its multirun."""
-    record({"error": str(error)}, "failed")
+    _record_if_there_is_space({"error": str(error)}, "failed")
+
+
+def record_interruption() -> None:
+    """Put this cell, which a signal ended, into the summary of its multirun."""
+    _record_if_there_is_space({}, "interrupted")
+
+
+def _record_if_there_is_space(values: dict[str, Any], status: str) -> None:
+    # What ended the cell is told anyway, and is often the full disk itself.
+    with suppress(RunError), full_disk_told(Path()):
+        record(values, status)
 
 
 def digest(overrides: Sequence[str]) -> str:

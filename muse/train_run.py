@@ -13,7 +13,7 @@ from muse.config import RunConfig
 from muse.data import TokenData, load_tokens
 from muse.distributed import first_rank_does, joined_ranks, rank, ranks, same
 from muse.errors import ConfigError
-from muse.files import find_files, write_json
+from muse.files import find_files, write_atomically, write_json
 from muse.hardware import describe, use_hardware
 from muse.models import LanguageModel
 from muse.provenance import identity, provenance
@@ -107,7 +107,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device) -> int:
         print(_table(result))
         text = _sample(config, model, data)
         if text is not None:
-            (run / "sample.txt").write_text(text + "\n", encoding="utf-8")
+            write_atomically(run / "sample.txt", text + "\n")
             print(f"\nsample, after {PROMPT} tokens of the validation split:\n{text}")
         print(f"\neverything is in {run}")
         failed = False

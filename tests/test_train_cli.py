@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -322,6 +323,22 @@ def test_a_full_disk_ends_a_run_that_can_be_continued(place, undisturbed):
     last = run_folders(place, "full")[-1]
     assert weights(last) == weights(undisturbed)
     assert logged(last) == logged(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["a run", "a sweep"])
+def test_a_disk_that_is_full_for_another_file_is_one_sentence(place, multirun):
+    root = f"no space {len(multirun)}"
+    arguments = [*options(place, root), "train.eval_every=0", "train.checkpoint_every=0", *multirun]
+    status, _, err = finish(start(place, arguments, largest=8192))
+    assert status == 1
+    (message,) = errors(err)
+    assert re.search(r"no space is left for .*metrics\.jsonl \(File too large\); free some", message)
+    if multirun:
+        (summary,) = find_files(place / root, "summary.json")
+        (cell,) = read_json(summary)
+        assert cell["status"] == "failed"
+        assert f"error: {cell['error']}" == message
 
 
 @pytest.mark.slow

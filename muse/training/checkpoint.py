@@ -227,7 +227,8 @@ class CheckpointWriter:
                 shutil.rmtree(self.folder / f".step_{step:08d}.tmp", ignore_errors=True)
             failure = RunError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {reason}; "
-                "earlier checkpoints are kept, free space or set output_root=<folder> and use resume=auto"
+                "earlier checkpoints are kept; free space and use resume=auto, or resume="
+                f"{self.folder.parent} and output_root=<folder> on another disk"
             )
             failure.everywhere = True
             raise failure
@@ -240,7 +241,7 @@ def _why_not_written(error: BaseException | None) -> str:
         if isinstance(error, CheckpointException):
             error = next(iter(error.failures.values()))[0]
             continue
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return "no space is left on the disk"
         first = first or error
         error = error.__cause__ or error.__context__

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -101,11 +102,21 @@ class Ranks:
         for process in self.processes:
             process.start()
 
-    def wait(self) -> list[int]:
-        """Exit statuses; nothing is left running."""
+    def wait(self, watched: bool = False) -> list[int]:
+        """Exit statuses; nothing is left running.
+
+        Args:
+            watched: whether the first rank that fails ends the others, as torchrun does.
+        """
         try:
             deadline = time.monotonic() + PATIENCE
+            while watched and not any(process.exitcode for process in self.processes):
+                running = [process.sentinel for process in self.processes if process.is_alive()]
+                if not wait(running, max(0.0, deadline - time.monotonic())):
+                    break
             for process in self.processes:
+                if watched:
+                    process.terminate()
                 process.join(max(0.0, deadline - time.monotonic()))
         finally:
             for process in self.processes:
