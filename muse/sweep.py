@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from muse.errors import ConfigError, RunError
 from muse.files import full_disk_told
 from muse.provenance import UNIDENTIFYING
-from muse.report.sweep import INCOMPLETE, record_cell, show_cells, swept_options, write_summary
+from muse.report.sweep import INCOMPLETE, record_cell, show_cells, write_summary
 
 # Options that need a plugin of Hydra, the plugin, and the extra of MUSE that brings it.
 PLUGINS = {
@@ -50,7 +50,7 @@ def finish_sweep() -> int:
     if _folder is None:
         return 0
     cells = write_summary(_folder)
-    if swept_options(cells):
+    if cells:
         print("\n" + show_cells(cells))
         print(f"\nthe sweep is in {_folder}")
     return int(any(cell["status"] in INCOMPLETE for cell in cells))

@@ -297,12 +297,13 @@ def studies(storage: str) -> list[Any]:
 
 @pytest.mark.slow
 def test_a_cell_runs_through_submitit(place):
-    status, _, err = sweep(
+    status, out, err = sweep(
         place, "submitit", "seed=3", "train.steps=2", "hydra/launcher=submitit_local",
         "hydra.launcher.timeout_min=9",
     )  # fmt: skip
     assert status == 0, err
     (folder,) = sweeps(place, "submitit")
+    assert f"the sweep is in {folder}" in out
     assert outcomes(folder, "seed") == [("3", "trained")]
 
 
