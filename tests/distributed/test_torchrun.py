@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from distributed_helpers import (
     ROOT,
     Job,
+    Ranks,
     logged,
     options,
     read_json,
@@ -290,6 +293,27 @@ def test_an_option_that_cannot_be_used_is_one_sentence_of_one_rank(place, count,
     assert "".join(err[1:] + ranks.out()[1:]) == ""
     assert "Traceback" not in err[0]
     assert not list((place / "refused").rglob("checkpoints"))
+
+
+def be_bench_py(arguments: list[str]) -> None:
+    sys.argv = ["bench.py", *arguments]
+    runpy.run_path(str(ROOT / "bench.py"), run_name="__main__")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "together"), [(0, "ddp"), (1, "none"), (2, "none"), (2, "ddp"), (2, "fsdp")]
+)
+def test_benchmarks_on_several_ranks_are_refused(place, count, together):
+    arguments = ["benchmark=stability", f"hardware.parallel={together}", f"output_root={place / 'bench'}"]
+    output = place / "output" / f"bench {count} {together}"
+    ranks = Ranks(count or 1, output, be_bench_py, arguments, torchrun=count > 0)
+    statuses = ranks.wait(watched=True)
+    assert 0 not in statuses
+    (message,) = errors("".join(ranks.err()))
+    assert f"hardware.parallel={'ddp' if together == 'none' else together}" in message
+    assert "of train.py; bench.py measures in one process" in message
+    assert "Traceback" not in "".join(ranks.err())
 
 
 @pytest.mark.slow
