@@ -19,3 +19,10 @@ class RunError(RuntimeError):
     """
 
     everywhere = False
+
+
+def of_all_ranks(message: str) -> RunError:
+    """An error that every rank raises."""
+    error = RunError(message)
+    error.everywhere = True
+    return error

@@ -17,6 +17,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from muse.distributed import first_rank_does, gathered, rank, ranks, same
-from muse.errors import RunError
+from muse.errors import RunError, of_all_ranks
 from muse.files import sync, write_atomically
 
 STATE = "state.pt"
@@ -206,6 +207,21 @@ class CheckpointWriter:
 
         self._together(pending.step, count)
 
+    @contextmanager
+    def finished_on_error(self) -> Iterator[None]:
+        """Around training: what is being written counts also when this process fails, if it is the only one.
+
+        Several ranks would have to fail together; ``finish`` is called where they do.
+        """
+        try:
+            yield
+        except (RunError, OSError):
+            if ranks() == 1:
+                # The first error is the one to be told.
+                with suppress(RunError):
+                    self.finish()
+            raise
+
     def _counts(self, name: str, best: bool) -> None:
         if best:
             write_atomically(self.folder / BEST, name)
@@ -220,21 +236,19 @@ class CheckpointWriter:
             act()
         # CheckpointException is no Exception.
         except (OSError, RuntimeError, CheckpointException) as error:
-            reason = _why_not_written(error)
+            reason = _cause(error)
         reason = next((found for found in gathered(reason) if found is not None), None)
         if reason is not None:
             if rank() == 0:
                 shutil.rmtree(self.folder / f".step_{step:08d}.tmp", ignore_errors=True)
-            failure = RunError(
+            raise of_all_ranks(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {reason}; "
                 "earlier checkpoints are kept; free space and use resume=auto, or resume="
                 f"{self.folder.parent} and output_root=<folder> on another disk"
             )
-            failure.everywhere = True
-            raise failure
 
 
-def _why_not_written(error: BaseException | None) -> str:
+def _cause(error: BaseException | None) -> str:
     """What went wrong below what torch.distributed.checkpoint says of it."""
     first: BaseException | None = None
     while error is not None:
@@ -345,12 +359,11 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
         tensors: state dicts as given to ``CheckpointWriter.save``, or some of them.
 
     Raises:
-        RunError: when the files are damaged, or hold other tensors.
+        RunError: on every rank, when the files are damaged, cannot be read, or hold other tensors.
     """
     damage = first_rank_does(lambda: find_damage(checkpoint))
     if damage is not None:
-        raise RunError(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")
-    reason = None
+        raise of_all_ranks(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")
     try:
         groups = tuple(f"{group}." for group in tensors)
         stored = {name: kept for name, kept in stored_tensors(checkpoint).items() if name.startswith(groups)}
@@ -360,15 +373,13 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
             for name in (*stored, *wanted)
             if name not in stored or name not in wanted or stored[name][0] != wanted[name]
         ]
-        if differing:
-            reason = f"{differing[0]} is not in both, or not of one size"
-        else:
+        if not differing:
             dcp.load(tensors, checkpoint_id=checkpoint, no_dist=ranks() == 1)
     # CheckpointException is no Exception.
-    except (RuntimeError, ValueError, CheckpointException) as error:
-        reason = str(error)
-    if reason is not None:
-        raise _of_another_model(checkpoint, reason)
+    except (OSError, RuntimeError, ValueError, CheckpointException) as error:
+        raise of_all_ranks(f"the checkpoint {checkpoint} cannot be read: {_cause(error)}") from error
+    if differing:
+        raise _of_another_model(checkpoint, f"{differing[0]} is not in both, or not of one size")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -381,7 +392,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, torch
 
 
 def _of_another_model(checkpoint: Path, reason: str) -> RunError:
-    return RunError(
+    return of_all_ranks(
         f"the checkpoint {checkpoint} is of another model; give the stage and model options it was trained "
         f"with ({' '.join(reason.split())[:300]})"
     )
@@ -432,4 +443,4 @@ def load_state(checkpoint: Path) -> TrainingState:
     # Damaged bytes make torch.load raise nearly anything: UnicodeDecodeError, KeyError, struct.error.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"the checkpoint {checkpoint} cannot be read, it is damaged: {reason}") from error
+        raise of_all_ranks(f"the checkpoint {checkpoint} cannot be read, it is damaged: {reason}") from error

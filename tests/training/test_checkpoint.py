@@ -793,6 +793,19 @@ def test_the_weights_of_another_model_are_refused(tmp_path, other, swapped):
     assert_one_sentence(caught.value)
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_called_one_of_another_model(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    saved = save(tmp_path, 3)
+    monkeypatch.setattr(dcp.FileSystemReader, "read_data", fail)
+    with pytest.raises(RunError, match=f"{saved} cannot be read: .*{os.strerror(errno.EIO)}") as caught:
+        load_weights(saved, small_model())
+    assert "another model" not in str(caught.value)
+    assert caught.value.everywhere
+    assert_one_sentence(caught.value)
+
+
 def test_the_moments_of_another_optimizer_are_refused(tmp_path):
     model = small_model()
     adamw, muon = (ModelOptimizer(model, OptimConfig(name=name)) for name in ("adamw", "muon"))
