@@ -242,6 +242,10 @@ class Job:
             start_new_session=True,
         )
 
+    def alive(self) -> bool:
+        """Whether torchrun has not ended."""
+        return self.process.poll() is None
+
     def processes(self, variable: str = "") -> list[int]:
         """Ids of the job's processes, of those with some environment variable, as ``RANK=1``, alone."""
         found = []
@@ -255,7 +259,9 @@ class Job:
         return found
 
     def kill(self, variable: str = "") -> None:
-        """End the processes at once, as when a machine goes down."""
+        """End the processes, once they are there, at once, as when a machine goes down."""
+        while self.alive() and not self.processes(variable):
+            time.sleep(0.002)
         while found := self.processes(variable):
             for process in found:
                 with suppress(ProcessLookupError):
