@@ -99,7 +99,10 @@ class Ranks:
             )
             for rank, environment in enumerate(environments)
         ]
-        for process in self.processes:
+        for rank, process in enumerate(self.processes):
+            # One that is ended very early has printed nothing.
+            for ending in ("out", "err"):
+                (folder / f"{rank}.{ending}").touch()
             process.start()
 
     def wait(self, watched: bool = False) -> list[int]:
