@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from muse import stop
@@ -38,11 +38,13 @@ def run_apart(job: Callable[..., int], *arguments: Any) -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     sender.close()
     with stop.passed_on(process):
+        # Not the end of the process first: it would wait for a reader of what is too long for the pipe.
+        wait([receiver, process.sentinel])
+        try:
+            error = receiver.recv() if receiver.poll() else None
+        except EOFError:
+            error = None
         process.join()
-    try:
-        error = receiver.recv()
-    except EOFError:
-        error = None
     status = process.exitcode or 0
     if isinstance(error, Exception):
         raise error

@@ -23,6 +23,7 @@ from muse.report.plots import plot_lines, plot_ratios, plot_stacked
 from muse.report.table import show, table
 from muse.report.wandb_tables import HOLDERS, drift_lines, result_tables
 from muse.sweep import given_options, record, sweep_folder
+from muse.torchrun import launched_ranks
 
 RESULT = "result.json"
 CRITERION = ("criterion", "measured", "target", "pass")
@@ -35,6 +36,11 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
     In a multirun a cell that an earlier sweep has finished with the same options and the same code is
     taken from there, and goes into the summary of the sweep like every other.
     """
+    if launched_ranks():
+        raise ConfigError(
+            "torchrun starts the processes of hardware.parallel=ddp or fsdp, which are options of train.py; "
+            "bench.py measures in one process, so start it with python"
+        )
     if (
         (config.benchmark.seq_len or 0) > config.model.seq_len
         and config.stage.mixer == "none"

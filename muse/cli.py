@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from omegaconf import DictConfig, OmegaConf
 from muse import stop
 from muse.config import build_config, quote_stage, register_schemas
 from muse.errors import ConfigError, RunError
+from muse.files import full_disk_told
 from muse.report.sweep import UNFINISHED
-from muse.sweep import check_plugins, digest, finish_sweep, record, record_failure
+from muse.sweep import check_plugins, digest, finish_sweep, record, record_failure, record_interruption
 from muse.torchrun import launched_rank, launched_ranks
 
 _statuses: list[int] = []
-# What gloo and NCCL say when the other end of a connection is gone.
-_LOST = re.compile("gloo|nccl|connection|peer|store", re.IGNORECASE)
+# What torch.distributed, gloo and NCCL say when ranks do not find each other, or no longer.
+_LOST = re.compile(r"gloo|nccl|connect|socket|peer\b|store\b|timed out", re.IGNORECASE)
+# Seconds in which the first rank may say what is wrong on all.
+FIRST_RANK_SPEAKS = 10.0
 
 # Here and not in ``prepare``, which a launcher's workers never call. The command's own value is what counts
 # there, too: Hydra hands the cache on.
@@ -35,10 +39,13 @@ def prepare() -> None:
     """Make ``stage=1`` work on the command line, and the schemas known to Hydra."""
     stop.take_signals_of_command()
     sys.argv[1:] = quote_stage(sys.argv[1:])
-    if launched_ranks() > 1 and {"-m", "--multirun"} & set(sys.argv):
-        if launched_rank() > 0:
-            sys.exit(0)
-        sys.exit("error: a sweep (-m) starts a process for each cell; torchrun goes with a single run")
+    try:
+        if launched_ranks() > 1 and {"-m", "--multirun"} & set(sys.argv):
+            raise ConfigError("a sweep (-m) starts a process for each cell; torchrun goes with a single run")
+        check_plugins(sys.argv)
+    except ConfigError as error:
+        _say(error)
+        sys.exit(1)
     if launched_rank() > 0:
         # The folder of the run is the first rank's; what Hydra writes here is of no use.
         folder = tempfile.TemporaryDirectory()
@@ -49,11 +56,6 @@ def prepare() -> None:
             "hydra/job_logging=disabled",
         ]
     register_schemas()
-    try:
-        check_plugins(sys.argv)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
@@ -67,36 +69,35 @@ def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
     if stop.asked() is not None:
         return
     run = Path(HydraConfig.get().runtime.output_dir)
-    record({}, UNFINISHED)
     try:
-        with stop.working():
+        with stop.working(), full_disk_told(run):
+            record({}, UNFINISHED)
             status = job(build_config(composed), run)
     except (ConfigError, RunError) as error:
         record_failure(error)
-        # The first rank says it for all; were another one to fail before it does, torchrun would end it.
-        status = int(launched_rank() == 0 or not error.everywhere)
-        if status:
-            print(f"error: {_which_rank()}{error}", file=sys.stderr)
+        _say(error)
+        status = 1
     except RuntimeError as error:
         if launched_ranks() < 2 or not _LOST.search(str(error)):
             record_failure(error)
             raise
-        print(f"error: {_which_rank()}another rank ended, which said why", file=sys.stderr)
+        reason = str(error).splitlines()[0]
+        _say(RunError(f"the ranks do not reach each other ({reason}); if one of them ended, it said why"))
         status = 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say_interrupted()
         status = 130
     except SystemExit:
         asked = stop.asked()
         if asked is None:  # Slurm's time is over, and submitit has queued the cell again.
             raise
-        print("interrupted", file=sys.stderr)
+        _say_interrupted()
         status = 128 + asked
     except Exception as error:
         record_failure(error)
         raise
     if status > 128:
-        record({}, "interrupted")
+        record_interruption()
     stop.leave_orphaned()
     _statuses.append(status)
     # A worker returns instead: it would be ended, and with it the others, which may not have saved yet.
@@ -105,10 +106,29 @@ def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
         sys.exit(status if asked is None else 128 + asked)
 
 
-def _which_rank() -> str:
-    return f"rank {launched_rank()}: " if launched_rank() else ""
+def _say(error: ConfigError | RunError) -> None:
+    """Print an error; of one that should be raised everywhere the first rank does so for all.
+
+    torchrun ends all ranks with the first one that fails, so the others must not fail before that one has
+    said why. If they are still there after a while, it had no such error.
+    """
+    if launched_rank() and error.everywhere:
+        time.sleep(FIRST_RANK_SPEAKS)
+    which = f"rank {launched_rank()}: " if launched_rank() else ""
+    print(f"error: {which}{error}", file=sys.stderr)
+
+
+def _say_interrupted() -> None:
+    if launched_rank() == 0:
+        print("interrupted", file=sys.stderr)
 
 
 def finish() -> None:
     """Show the summary of a multirun, and exit with the status of the worst job."""
-    sys.exit(max([*_statuses, finish_sweep()]))
+    try:
+        with full_disk_told(Path()):
+            status = finish_sweep()
+    except RunError as error:
+        _say(error)
+        status = 1
+    sys.exit(max([*_statuses, status]))

@@ -613,6 +613,11 @@ class BenchConfig(RunConfig):
             raise ConfigError(
                 "profile=true is an option of train.py; bench.py has benchmark=throughput and vram"
             )
+        if self.hardware.parallel != "none":
+            raise ConfigError(
+                f"hardware.parallel={self.hardware.parallel} is an option of train.py; bench.py measures in "
+                "one process, without torchrun"
+            )
 
 
 def register_schemas() -> None:

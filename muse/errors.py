@@ -5,7 +5,7 @@ class ConfigError(ValueError):
     """A configuration value that cannot be used; the message names the option and what is allowed.
 
     Attributes:
-        everywhere: whether every rank raises it, so that one of them may say it for all.
+        everywhere: whether every rank should raise it, so that the first one may say it for all.
     """
 
     everywhere = True
@@ -15,7 +15,14 @@ class RunError(RuntimeError):
     """A run that cannot go on; the message says what happened and what is kept.
 
     Attributes:
-        everywhere: whether every rank raises it, so that one of them may say it for all.
+        everywhere: whether every rank should raise it, so that the first one may say it for all.
     """
 
     everywhere = False
+
+
+def of_all_ranks(message: str) -> RunError:
+    """An error that every rank raises."""
+    error = RunError(message)
+    error.everywhere = True
+    return error

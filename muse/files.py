@@ -1,7 +1,8 @@
-"""Files that are replaced whole or not at all."""
+"""Files that are replaced whole or not at all, and disks that are full."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -11,20 +12,65 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from muse.errors import RunError
+
+# A disk, a user's share of it, or a limit on files is used up.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """Around what writes below ``folder``.
+
+    Raises:
+        RunError: naming the file, when the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise RunError(
+            f"no space is left for {error.filename or folder} ({error.strerror}); free some, or write to "
+            "another disk with output_root=<folder>"
+        ) from error
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let the error of a full disk name the file ``path``; by itself a write does not say where it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            error.filename = str(path)
+        raise
+
 
 @contextmanager
 def replacement(path: Path) -> Iterator[Path]:
-    """A new file beside ``path`` that takes its name when the block ends without an error.
+    """A new file beside ``path`` that takes its name, for good, when the block ends without an error.
 
     Several processes may replace the same file at once; the last one to finish wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with named(path):
+            yield temporary
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have what is written of a file, or the names in a folder, outlive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, text: str) -> None:

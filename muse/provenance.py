@@ -61,6 +61,7 @@ def identity(config: RunConfig, extra: str = "") -> str:
     for name in UNIDENTIFYING:
         options.pop(name)
     options["data"].pop("cache")
+    options["train"].pop("async_checkpoint")
     text = json.dumps(options, sort_keys=True) + extra
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

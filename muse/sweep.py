@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from muse.errors import ConfigError
+from muse.errors import ConfigError, RunError
+from muse.files import full_disk_told
 from muse.provenance import UNIDENTIFYING
-from muse.report.sweep import INCOMPLETE, record_cell, show_cells, swept_options, write_summary
+from muse.report.sweep import INCOMPLETE, record_cell, show_cells, write_summary
 
 # Options that need a plugin of Hydra, the plugin, and the extra of MUSE that brings it.
 PLUGINS = {
@@ -48,7 +50,7 @@ def finish_sweep() -> int:
     if _folder is None:
         return 0
     cells = write_summary(_folder)
-    if swept_options(cells):
+    if cells:
         print("\n" + show_cells(cells))
         print(f"\nthe sweep is in {_folder}")
     return int(any(cell["status"] in INCOMPLETE for cell in cells))
@@ -77,7 +79,18 @@ def record(values: dict[str, Any], status: str) -> None:
 
 def record_failure(error: Exception) -> None:
     """Put this cell, which failed, into the summary of its multirun."""
-    record({"error": str(error)}, "failed")
+    _record_if_there_is_space({"error": str(error)}, "failed")
+
+
+def record_interruption() -> None:
+    """Put this cell, which a signal ended, into the summary of its multirun."""
+    _record_if_there_is_space({}, "interrupted")
+
+
+def _record_if_there_is_space(values: dict[str, Any], status: str) -> None:
+    # What ended the cell is told anyway, and is often the full disk itself.
+    with suppress(RunError), full_disk_told(Path()):
+        record(values, status)
 
 
 def digest(overrides: Sequence[str]) -> str:

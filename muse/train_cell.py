@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from muse.apart import run_apart
 from muse.config import RunConfig
+from muse.files import full_disk_told
 from muse.sweep import record, sweep_folder
 
 RESULT_FILE = "result.json"
@@ -44,7 +45,8 @@ def _train(config: RunConfig, run: Path) -> int:
     # A process that only waits for another one does not need torch.
     from muse.train_run import run_training
 
-    return run_training(config, run)
+    with full_disk_told(run):
+        return run_training(config, run)
 
 
 def _result(run: Path) -> dict[str, Any]:

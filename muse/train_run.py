@@ -13,7 +13,7 @@ from muse.config import RunConfig
 from muse.data import TokenData, load_tokens
 from muse.distributed import first_rank_does, joined_ranks, rank, ranks, same
 from muse.errors import ConfigError
-from muse.files import find_files, write_json
+from muse.files import find_files, write_atomically, write_json
 from muse.hardware import describe, use_hardware
 from muse.models import LanguageModel
 from muse.provenance import identity, provenance
@@ -69,18 +69,9 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device) -> int:
         if result.signal is None:
             _sample(config, model, data)
         return 128 + result.signal if result.signal is not None else 0
-    write_json(
-        run / RUN_FILE,
-        {
-            **provenance(config),
-            "device": describe(device),
-            "resumed_from": str(previous) if previous else None,
-        },
-    )
     earlier: list[dict[str, Any]] = []
-    if previous is not None and checkpoint is not None and state is not None:
+    if previous is not None and state is not None:
         print(f"resuming {previous} after step {state.step}")
-        adopt_checkpoints(previous, checkpoint, run)
         earlier = lines_before(previous, state.step, config.train.steps)
     print(
         f"stage {config.stage.number}, {config.model.name}, {config.stage.precision} on {describe(device)}"
@@ -90,6 +81,17 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device) -> int:
     log = MetricsLog(run, config, earlier, state.wandb_id if state else None, previous)
     failed = True
     try:
+        if previous is not None and checkpoint is not None:
+            adopt_checkpoints(previous, checkpoint, run)
+        # Last, because a run is continued as soon as this is there: it then has all of the one before.
+        write_json(
+            run / RUN_FILE,
+            {
+                **provenance(config),
+                "device": describe(device),
+                "resumed_from": str(previous) if previous else None,
+            },
+        )
         model, result = train(config, data, device, run, log, checkpoint, log.wandb_id)
         curve = run / "loss.png"
         plot_loss_curve(curve, read_metrics(run), f"stage {config.stage.number}, {config.model.name}")
@@ -105,7 +107,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device) -> int:
         print(_table(result))
         text = _sample(config, model, data)
         if text is not None:
-            (run / "sample.txt").write_text(text + "\n", encoding="utf-8")
+            write_atomically(run / "sample.txt", text + "\n")
             print(f"\nsample, after {PROMPT} tokens of the validation split:\n{text}")
         print(f"\neverything is in {run}")
         failed = False
@@ -164,20 +166,24 @@ def _found_to_resume(config: RunConfig) -> tuple[Path | None, Path | None]:
         ConfigError: when a folder is named that holds no checkpoint or another configuration.
         RunError: when every checkpoint of the run is damaged.
     """
-    previous = _run_to_resume(config)
+    previous = run_to_resume(config)
     if previous is None or (previous / RESULT_FILE).exists():
         return previous, None
     return previous, find_sound_checkpoint(previous)
 
 
-def _run_to_resume(config: RunConfig) -> Path | None:
-    """Folder of the run that ``resume`` means; None to start afresh."""
+def run_to_resume(config: RunConfig) -> Path | None:
+    """Folder of the run that ``resume`` means; None to start afresh.
+
+    Raises:
+        ConfigError: when a folder is named that holds no checkpoint or another configuration.
+    """
     if config.resume == "never":
         return None
     wanted = identity(config)
     if config.resume != "auto":
         run = Path(config.resume)
-        if find_checkpoint(run) is None:
+        if find_checkpoint(run) is None or not (run / RUN_FILE).exists():
             raise ConfigError(f"resume={config.resume} holds no checkpoint; give a run folder, auto or never")
         if _identity_of(run) != wanted:
             raise ConfigError(
@@ -190,7 +196,7 @@ def _run_to_resume(config: RunConfig) -> Path | None:
         for file in find_files(Path(config.output_root) / "train", RUN_FILE)
         if _identity_of(file.parent) == wanted and find_checkpoint(file.parent) is not None
     ]
-    return max(candidates, key=lambda run: (run / "checkpoints" / "last").stat().st_mtime_ns, default=None)
+    return max(candidates, key=lambda run: (run / RUN_FILE).stat().st_mtime_ns, default=None)
 
 
 def _identity_of(run: Path) -> str | None:

@@ -25,6 +25,10 @@ def cannot_go_on(folder):
     raise RunError("the disk is full")
 
 
+def explain_at_length(folder):
+    raise RunError("and then " * 100_000)
+
+
 def break_down(folder):
     raise KeyError("a fault of ours")
 
@@ -54,6 +58,7 @@ def test_nothing_passes_from_one_job_to_the_next(tmp_path):
     [
         (refuse, ConfigError, "option=1 is not allowed"),
         (cannot_go_on, RunError, "the disk is full"),
+        (explain_at_length, RunError, "and then and then"),
         (break_down, RunError, "KeyError: 'a fault of ours'"),
         (die, RunError, "killed by signal 9"),
         (leave, RunError, "ended with status 3"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 import os
 import re
 import runpy
@@ -11,35 +13,39 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import wandb
+import wandb_workspaces.workspaces as workspaces
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from torch.distributed.run import get_args_parser
 
 import muse.cli
+import muse.sweep
+from muse import train_cell
 from muse.benchmarks import suite
 from muse.benchmarks.cell import MEASUREMENTS
 from muse.config import BenchConfig, build_config, quote_stage, register_schemas
+from muse.files import find_files
 from muse.hardware import describe, use_hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = ("python train.py", "python bench.py", "python -m muse.", "torchrun ")
-# Only these are composed and not run, and why.
-COMPOSED_ONLY = {
-    "benchmark=speedup": "measures for a minute at any size; tests/test_bench_cli.py runs it",
-    "benchmark=kernels": "measures thirty cases; tests/test_bench_cli.py runs it",
-    "stage=3a": "chooses what is faster on this machine for half a minute; tests/test_bench_cli.py runs it",
-    "tokenizer=gpt2": "needs its files or the network",
-    "logger.mode=online": "needs an account",
-    "muse.report.dashboard": "needs an account; tests/report/test_dashboard.py builds it",
-    "hydra/launcher=": "starts workers for each cell; tests/test_sweep_cli.py runs it",
-    "hydra/sweeper=": "trains several times; tests/test_sweep_cli.py runs it",
-    "train.py -m": "starts a process for each cell; tests/test_sweep_cli.py runs it",
+COMMANDS = ("python ", "torchrun ", "wandb ", "pip ")
+# Only these are not run, and why.
+NOT_RUN = {
+    "python -m venv": "the gate does it (.ci/run)",
+    "pip install": "the gate installs the project (.ci/run); this environment must not change",
+    "python -m pytest": "the gate does it (.ci/run)",
+    "python -m kernels.resources": "compiles for minutes; tests/kernels/test_resources.py compiles the same",
+    "wandb login": "needs an account",
+    "wandb sync": "needs an account",
 }
 # What a reader puts in place of, by what stands there.
 PLACEHOLDERS = {
@@ -51,7 +57,7 @@ PLACEHOLDERS = {
     r"=<s>": "=0",
     r" \.\.\.(?= |$)": "",
     r"=<user[^>]*>": "=someone",
-    r"<\w*>?\.safetensors": "{place}/weights.safetensors",
+    r"\w+\.safetensors": "{place}/weights.safetensors",
 }
 WIDTH = "{d_model:16,layers:2,heads:2,kv_heads:2,d_ff:32}"
 # Put before a command's own options: what makes any of them small.
@@ -74,7 +80,19 @@ BENCH_DEFAULTS = {
     "benchmark.warmup": "0",
     "benchmark.repeats": "1",
     "benchmark.inputs": "2",
+    # The interpreter of Triton and the compiler of torch take longer than all the rest.
+    "benchmark.compile": "false",
+    "stack.level": "2",
+    "stack.speculation_warmup": "2",
 }
+# Put before options of a command that holds the first of the two.
+DEFAULTS_WITH = {
+    "profile=true": "train.steps=12",
+    "hydra/sweeper=search": "hydra.sweeper.n_trials=1",
+    "hydra/launcher=submitit_local": "hydra.launcher.timeout_min=9",
+}
+# A launcher that is not here, and the same one without its cluster.
+LAUNCHERS = {"hydra/launcher=slurm": "hydra/launcher=submitit_local"}
 # The largest values that run, and what a sweep over several becomes.
 LARGEST = {
     "train.steps": (12, (2, 4)),
@@ -93,6 +111,9 @@ LARGEST = {
     "model.real.d_model": (16, (8, 16)),
     "model.real.layers": (2, (1, 2)),
     "optim.accumulation": (2, (1, 2)),
+    "hydra.sweeper.n_trials": (2, ()),
+    "hydra.sweeper.n_jobs": (2, ()),
+    "hydra.launcher.n_jobs": (2, ()),
 }
 # Groups whose choice does not matter for whether a command works, and what runs here.
 GROUPS = {"hardware": "cpu", "logger": "none", "data": "text"}
@@ -105,24 +126,22 @@ class Command:
     Attributes:
         where: file and line.
         text: as it is written, without its comment.
-        fenced: whether it stands in a block of its own, so that a reader copies it.
     """
 
     where: str
     text: str
-    fenced: bool
 
 
 def commands_of(page: Path) -> list[Command]:
     found = []
     text = page.read_text(encoding="utf-8")
 
-    def add(start: int, piece: str, fenced: bool) -> None:
+    def add(start: int, piece: str) -> None:
         piece = piece.strip().replace(".venv/bin/", "").replace("python3 ", "python ")
         command = re.sub(r"^(\w+=\S+ )+", "", piece)
         if command.startswith(COMMANDS):
             line = text.count("\n", 0, start) + 1
-            found.append(Command(f"{page.name}:{line}", piece, fenced))
+            found.append(Command(f"{page.name}:{line}", piece))
 
     blocks = list(re.finditer(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     for block in blocks:
@@ -131,19 +150,19 @@ def commands_of(page: Path) -> list[Command]:
         start = block.start(2)
         for line in block[2].replace("\\\n", "  ").split("\n"):
             for piece in re.sub(r"(^|\s)#.*", "", line).split("&&"):
-                add(start, piece.removeprefix("$ "), True)
+                add(start, piece.removeprefix("$ "))
             start += len(line) + 1
     inline = re.sub(
         r"^```.*?^```", lambda b: re.sub(r"[^\n]", " ", b[0]), text, flags=re.MULTILINE | re.DOTALL
     )
     for span in re.finditer(r"`([^`]+)`", inline):
-        add(span.start(), " ".join(span[1].split()), False)
+        add(span.start(), " ".join(span[1].split()))
     return found
 
 
 ALL = [command for page in PAGES for command in commands_of(page)]
 UNIQUE = list({command.text: command for command in reversed(ALL)}.values())[::-1]
-RUN = [c for c in UNIQUE if c.fenced and not any(part in c.text for part in COMPOSED_ONLY)]
+RUN = [c for c in UNIQUE if not any(part in c.text for part in NOT_RUN)]
 
 
 def named(commands: list[Command]) -> dict:
@@ -187,7 +206,7 @@ def swept(override: Override) -> list[str]:
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
-@pytest.mark.parametrize("command", **named(UNIQUE))
+@pytest.mark.parametrize("command", **named(RUN))
 def test_options_of_a_command_exist_and_are_allowed(command):
     """Every combination of a sweep composes, and its values are allowed."""
     launcher, script, arguments = split(filled_in(command.text, run="run", corpus="corpus", place="place"))
@@ -206,6 +225,8 @@ def test_options_of_a_command_exist_and_are_allowed(command):
 def smaller(override: Override, values_of_a_sweep: int) -> str:
     """A command's own option with the largest value that runs here."""
     key, line = override.get_key_element(), override.input_line
+    if override.is_interval_sweep():
+        return line
     if override.is_sweep_override():
         values = swept(override)
         if key in LARGEST and len(values) > 1:
@@ -220,6 +241,7 @@ def smaller(override: Override, values_of_a_sweep: int) -> str:
 def in_small(script: str, arguments: list[str], place: Path) -> list[str]:
     """The arguments of a command about the same, for seconds."""
     flags = [argument for argument in arguments if argument[0] == "-"]
+    arguments = [LAUNCHERS.get(argument, argument) for argument in arguments]
     own = overrides([a for a in arguments if a[0] != "-"])
     kept = [o for o in own if o.get_key_element() not in GROUPS]
     # Two cells are a sweep.
@@ -234,6 +256,7 @@ def in_small(script: str, arguments: list[str], place: Path) -> list[str]:
     return [
         *flags,
         *(f"{key}={value}" for key, value in {**groups, **values}.items()),
+        *(default for option, default in DEFAULTS_WITH.items() if option in arguments),
         *(smaller(override, 2 if override is last_sweep else 1) for override in kept),
         f"data.path={path}",
         f"data.cache={place / 'cache'}",
@@ -261,6 +284,7 @@ def place(tmp_path_factory) -> Path:
 def run_here(script: str, arguments: list[str]) -> int:
     """The exit status of a script or module run in this process, which spares the import of torch."""
     muse.cli._statuses.clear()
+    muse.sweep._folder = None
     before = sys.argv, os.getcwd(), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
         sys.argv = [script, *arguments]
@@ -289,44 +313,94 @@ def measured_here(measurement: str, config: BenchConfig) -> dict:
 
 
 @pytest.fixture(scope="module")
-def finished_run(place) -> Path:
-    """A run of stage 1, for commands that need one."""
-    assert run_here("train.py", in_small("train.py", ["stage=1"], place)) == 0
-    # Other commands leave runs there, too.
-    return max((place / "outputs" / "train").glob("stage1-*/*"), key=lambda run: run.stat().st_mtime_ns)
+def finished_run(place) -> Callable[[str], Path]:
+    """A run of a stage, for commands that need one."""
+
+    @functools.cache
+    def run(stage: str) -> Path:
+        arguments = [*in_small("train.py", [f"stage={stage}"], place), f"output_root={place / stage}"]
+        assert run_here("train.py", arguments) == 0
+        return find_files(place / stage, "run.json")[0].parent
+
+    return run
+
+
+def stands_on_its_own(text: str, arguments: list[str]) -> bool:
+    """Whether a command needs processes of its own, which others run in this one without."""
+    return text.startswith("torchrun") or any(word.startswith("hydra/launcher=") for word in arguments)
+
+
+def run_apart(text: str, script: str, arguments: list[str], place: Path) -> int:
+    """The exit status of a command in processes of its own, two where torchrun starts them."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *(launch if text.startswith("torchrun") else []), str(ROOT / script), *arguments],
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    return done.returncode
+
+
+def assert_left(script: str, arguments: list[str], folder: Path) -> None:
+    """A command of Hydra has left its results below ``folder``."""
+    if "--help" in arguments:
+        assert find_files(folder, "run.json") == []
+        return
+    results = [json.loads(path.read_text()) for path in find_files(folder, "result.json")]
+    assert results
+    key = "valid" if script == "train.py" else "all_pass"
+    assert all(key in result for result in results)
+    if "profile=true" in arguments:
+        assert find_files(folder, "profile.json")
+    if "-m" in arguments:
+        (summary,) = find_files(folder, "summary.json")
+        cells = json.loads(summary.read_text())
+        assert {cell["status"] for cell in cells} <= {"trained", "measured"}
+        assert len(cells) == len(results)
+        assert (summary.parent / "summary.csv").exists()
+
+
+# What a command became in small, so that none runs twice.
+HAS_RUN: set[tuple[str, ...]] = set()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", **named(RUN))
-def test_a_command_runs(command, place, request, monkeypatch, capfd):
+def test_a_command_runs(command, place, tmp_path, finished_run, monkeypatch, capfd):
     monkeypatch.chdir(place)
     monkeypatch.setattr(suite, "measure_apart", measured_here)
+    monkeypatch.setattr(train_cell, "run_apart", lambda job, *arguments: job(*arguments))
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(default_entity="someone"))
+    monkeypatch.setattr(workspaces.Workspace, "save", lambda workspace: workspace)
+    monkeypatch.setattr(workspaces.Workspace, "url", "https://there")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    needs_run = "{run}" in filled_in(command.text, run="{run}", corpus="", place="")
-    run = request.getfixturevalue("finished_run") if "run folder" in command.text or needs_run else None
+    stage = "2" if "stage=2" in command.text else "1"
+    run = finished_run(stage) if "run folder" in command.text or "outputs/" in command.text else None
     _, script, arguments = split(filled_in(command.text, run=run, corpus=place / "corpus", place=place))
     composed = script in ("train.py", "bench.py")
     if composed:
         arguments = in_small(script, arguments, place)
-    if command.text.startswith("torchrun"):
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-                *(str(ROOT / script), *arguments),
-            ],
-            cwd=place,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            check=False,
-        )
-        status = done.returncode
+    if (command.text.split()[0], script, *arguments) in HAS_RUN:
+        return
+    HAS_RUN.add((command.text.split()[0], script, *arguments))
+    if composed and "--help" not in arguments:
+        arguments.append(f"output_root={tmp_path}")
+    if stands_on_its_own(command.text, arguments):
+        status = run_apart(command.text, script, arguments, place)
     else:
         status = run_here(script, arguments)
     printed = capfd.readouterr()
     assert status == 0, printed.err[-2000:]
+    if composed:
+        assert_left(script, arguments, tmp_path)
+    elif script == "muse.export":
+        assert (place / "weights.safetensors").stat().st_size > 0
+    assert printed.out
 
 
 def test_an_option_that_does_not_exist_is_found():
-    command = Command("here:1", "python train.py train.stepz=3", True)
+    command = Command("here:1", "python train.py train.stepz=3")
     with pytest.raises(Exception, match="stepz"):
         test_options_of_a_command_exist_and_are_allowed(command)
 
@@ -336,7 +410,7 @@ def test_commands_are_found():
     assert any(c.text.startswith("python bench.py -m") for c in RUN)
 
 
-@pytest.mark.parametrize("part", COMPOSED_ONLY)
-def test_what_is_only_composed_is_there(part):
+@pytest.mark.parametrize("part", NOT_RUN)
+def test_what_is_not_run_is_there(part):
     """A reason for a command that is gone would excuse the next one."""
-    assert part in ("tokenizer=gpt2", "logger.mode=online") or any(part in c.text for c in ALL)
+    assert any(part in command.text for command in ALL)

@@ -1,8 +1,12 @@
-"""Files among folders that come and go."""
+"""Files among folders that come and go, and on disks that are full."""
 
+import errno
 import os
 
-from muse.files import find_files
+import pytest
+
+from muse.errors import RunError
+from muse.files import FULL, find_files, full_disk_told, write_atomically
 
 
 def test_files_are_found_at_every_depth(tmp_path):
@@ -30,3 +34,24 @@ def test_a_folder_that_vanishes_meanwhile_costs_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     assert len(find_files(tmp_path, "run.json")) == 2
     assert not (tmp_path / "a" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("number", FULL)
+def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path, monkeypatch, number):
+    def full(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "result.json"
+    path.write_text("before")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=f"no space is left for {path}") as caught, full_disk_told(tmp_path):
+        write_atomically(path, "after")
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["result.json"]
+    assert path.read_text() == "before"
+
+
+def test_another_error_of_the_system_is_left_as_it_is(tmp_path):
+    with pytest.raises(OSError, match="Input/output") as caught, full_disk_told(tmp_path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    assert caught.value.filename is None

@@ -14,7 +14,9 @@ from typing import Any
 
 import optuna
 import pytest
+from safetensors.torch import load_file, save
 
+from muse.export import export_run
 from muse.files import find_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,10 +100,14 @@ def outcomes(folder: Path, option: str) -> list[tuple[str, str]]:
     return [(cell["options"][option], cell["status"]) for cell in summary(folder)]
 
 
-def weights(cells: list[dict[str, Any]]) -> list[bytes]:
+def weights(cells: list[dict[str, Any]], place: Path) -> list[bytes]:
     """Final weights of each cell."""
-    results = [json.loads((Path(cell["folder"]) / "result.json").read_text()) for cell in cells]
-    return [(Path(result["checkpoint"]) / "model.safetensors").read_bytes() for result in results]
+    found = []
+    for cell in cells:
+        export_run(Path(cell["folder"]), place / "weights.safetensors", "last")
+        # Without the metadata, which name the cell's options.
+        found.append(save(load_file(place / "weights.safetensors")))
+    return found
 
 
 def processes_of(mark: Path) -> list[int]:
@@ -154,7 +160,7 @@ def undisturbed(place: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_no_cell_of_a_parallel_sweep_is_lost(undisturbed):
+def test_no_cell_of_a_parallel_sweep_is_lost(tmp_path, undisturbed):
     cells = summary(undisturbed)
     assert outcomes(undisturbed, "seed") == [(seed, "trained") for seed in ("0", "1", "2")]
     for cell in cells:
@@ -172,7 +178,7 @@ def test_no_cell_of_a_parallel_sweep_is_lost(undisturbed):
         (cell["options"]["seed"], cell["valid_loss"]) for cell in cells
     ]
     assert (undisturbed / "summary.png").read_bytes().startswith(b"\x89PNG")
-    assert len(set(weights(cells))) == 3
+    assert len(set(weights(cells, tmp_path))) == 3
 
 
 @pytest.mark.slow
@@ -203,7 +209,7 @@ def test_a_sweep_that_is_killed_and_repeated_ends_with_the_same_bits(place, undi
     assert "resuming" in out
     cells = summary(sweeps(place, root)[-1])
     assert [cell["status"] for cell in cells] == ["trained"] * 3
-    assert weights(cells) == weights(summary(undisturbed))
+    assert weights(cells, place) == weights(summary(undisturbed), place)
     assert [cell["valid_loss"] for cell in cells] == [cell["valid_loss"] for cell in summary(undisturbed)]
 
 
@@ -291,12 +297,13 @@ def studies(storage: str) -> list[Any]:
 
 @pytest.mark.slow
 def test_a_cell_runs_through_submitit(place):
-    status, _, err = sweep(
+    status, out, err = sweep(
         place, "submitit", "seed=3", "train.steps=2", "hydra/launcher=submitit_local",
         "hydra.launcher.timeout_min=9",
     )  # fmt: skip
     assert status == 0, err
     (folder,) = sweeps(place, "submitit")
+    assert f"the sweep is in {folder}" in out
     assert outcomes(folder, "seed") == [("3", "trained")]
 
 

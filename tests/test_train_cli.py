@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -287,7 +288,7 @@ def test_a_signal_ends_a_run_that_can_be_continued(place, undisturbed):
         assert "stopping after this step" in err
         steps = [line["step"] for line in logged(run) if "train/loss" in line]
         assert f"step {steps[-1]} is saved, resume=auto" in out
-        assert (run / "checkpoints" / "last").read_text() == f"step_{steps[-1]:08d}"
+        assert find_checkpoint(run).name == f"step_{steps[-1]:08d}"
         assert steps == list(range(1, steps[-1] + 1))
         assert not (run / "result.json").exists()
     # The last part names the folder instead, and may log elsewhere.
@@ -305,7 +306,6 @@ def test_a_full_disk_ends_a_run_that_can_be_continued(place, undisturbed):
     previous = unfinished(undisturbed, place / "full" / "previous")
     shutil.rmtree(previous / "checkpoints" / f"step_{STEPS:08d}")
     good = find_sound_checkpoint(previous)
-    (previous / "checkpoints" / "last").write_text(good.name)
     process = start(place, [*options(place, "full"), f"resume={previous}"], largest=65536)
     status, _, err = finish(process)
     assert status == 1
@@ -323,6 +323,22 @@ def test_a_full_disk_ends_a_run_that_can_be_continued(place, undisturbed):
     last = run_folders(place, "full")[-1]
     assert weights(last) == weights(undisturbed)
     assert logged(last) == logged(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["a run", "a sweep"])
+def test_a_disk_that_is_full_for_another_file_is_one_sentence(place, multirun):
+    root = f"no space {len(multirun)}"
+    arguments = [*options(place, root), "train.eval_every=0", "train.checkpoint_every=0", *multirun]
+    status, _, err = finish(start(place, arguments, largest=8192))
+    assert status == 1
+    (message,) = errors(err)
+    assert re.search(r"no space is left for .*metrics\.jsonl \(File too large\); free some", message)
+    if multirun:
+        (summary,) = find_files(place / root, "summary.json")
+        (cell,) = read_json(summary)
+        assert cell["status"] == "failed"
+        assert f"error: {cell['error']}" == message
 
 
 @pytest.mark.slow

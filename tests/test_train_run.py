@@ -1,7 +1,12 @@
+import json
+
 import pytest
 
+from muse.config import DataConfig, RunConfig
+from muse.errors import ConfigError
+from muse.provenance import identity
 from muse.report.metrics import FILE
-from muse.train_run import lines_before
+from muse.train_run import RUN_FILE, lines_before, run_to_resume
 
 
 def write(run, text):
@@ -15,3 +20,22 @@ def test_a_continued_run_logs_no_line_twice_and_misses_none(tmp_path, step, kept
     lines = [(1, "train/loss"), (2, "train/loss"), (2, "valid/loss"), (3, "train/loss"), (3, "valid/loss")]
     write(tmp_path / "old", "".join(f'{{"step": {n}, "{key}": 1.0}}\n' for n, key in lines))
     assert [line["step"] for line in lines_before(tmp_path / "old", step, last_step=3)] == kept
+
+
+def test_a_run_is_continued_if_it_has_a_checkpoint_whatever_became_of_other_files(tmp_path):
+    config = RunConfig(data=DataConfig(name="stdlib"), output_root=str(tmp_path), resume="auto")
+    runs = [tmp_path / "train" / "tiny" / name for name in ("first", "second", "without a checkpoint")]
+    for run in runs:
+        (run / "checkpoints" / "step_00000004").mkdir(parents=True)
+        (run / "checkpoints" / "best").write_text("step_00000009")
+        (run / RUN_FILE).write_text(json.dumps({"identity": identity(config)}))
+    (runs[2] / "checkpoints" / "step_00000004").rmdir()
+    assert run_to_resume(config) == runs[1]
+    config.resume = str(runs[0])
+    assert run_to_resume(config) == runs[0]
+    # Without its description it may lack metrics of the run that it continued, too.
+    (runs[0] / RUN_FILE).unlink()
+    for run in (runs[0], runs[2]):
+        config.resume = str(run)
+        with pytest.raises(ConfigError, match="holds no checkpoint"):
+            run_to_resume(config)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from muse.config import RunConfig
-from muse.files import finite
+from muse.files import finite, named
 from muse.report.wandb_run import STEP, start_wandb
 from muse.report.wandb_tables import ResultTable, wandb_objects
 
@@ -41,9 +41,10 @@ class MetricsLog:
         run.mkdir(parents=True, exist_ok=True)
         self._path = run / FILE
         self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115
-        for line in earlier:
-            self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with named(self._path):
+            for line in earlier:
+                self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         self._wandb: Any = None
         self._offline: Path | None = None
         self.wandb_id = wandb_id
@@ -57,8 +58,9 @@ class MetricsLog:
             self._offline = Path(wandb_run.settings.sync_dir)
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        self._file.write(json.dumps(finite({"step": step, **metrics})) + "\n")
-        self._file.flush()
+        with named(self._path):
+            self._file.write(json.dumps(finite({"step": step, **metrics})) + "\n")
+            self._file.flush()
         if self._wandb is not None:
             self._try(lambda: self._wandb.log({STEP: step, **metrics}))
 
@@ -78,11 +80,14 @@ class MetricsLog:
 
     def close(self, failed: bool = False) -> None:
         """Close the file and end the W&B run; of an offline one print the command that uploads it."""
-        self._file.close()
-        if self._wandb is not None:
-            self._try(lambda: self._wandb.finish(exit_code=int(failed)))
-        if self._offline is not None and self._offline.is_dir():
-            print(f"wandb sync {shlex.quote(str(self._offline))}", flush=True)
+        try:
+            with named(self._path):
+                self._file.close()
+        finally:
+            if self._wandb is not None:
+                self._try(lambda: self._wandb.finish(exit_code=int(failed)))
+            if self._offline is not None and self._offline.is_dir():
+                print(f"wandb sync {shlex.quote(str(self._offline))}", flush=True)
 
     def _try(self, action: Callable[[], None]) -> None:
         try:

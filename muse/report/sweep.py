@@ -66,7 +66,7 @@ def show_cells(cells: list[dict[str, Any]]) -> str:
 
     What is too much for a line is a column for each cell; of two there is also the second over the first.
     """
-    swept = swept_options(cells)
+    swept, cells = _told_apart(cells)
     numbers = (key for cell in cells for key, value in cell.items() if isinstance(value, int | float))
     keys = list(dict.fromkeys(numbers))
 
@@ -93,6 +93,13 @@ def swept_options(cells: list[dict[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for cell in cells for name in cell["options"])
     variety = {name: len({cell["options"].get(name) for cell in cells}) for name in names}
     return sorted((name for name in names if variety[name] > 1), key=lambda name: -variety[name])
+
+
+def _told_apart(cells: list[dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The options that differ and the cells; a single cell has none, so its number is made one."""
+    if swept := swept_options(cells):
+        return swept, cells
+    return ["cell"], [{**cell, "options": {"cell": str(number)}} for number, cell in enumerate(cells)]
 
 
 def _csv(cells: list[dict[str, Any]]) -> str:
@@ -135,9 +142,9 @@ DECADES = 50
 
 
 def _plot(path: Path, cells: list[dict[str, Any]]) -> None:
-    swept = swept_options(cells)
+    swept, cells = _told_apart(cells)
     measured = [plotted for plotted in PLOTTED if any(cell.get(plotted[0]) is not None for cell in cells)]
-    if not swept or not measured:
+    if not measured:
         return
     name, (key, label, beside) = swept[0], measured[0]
     values = list(dict.fromkeys(cell["options"].get(name) for cell in cells))

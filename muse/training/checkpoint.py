@@ -1,8 +1,8 @@
 """Checkpoints: folders written by torch.distributed.checkpoint, which load on any number of ranks.
 
 ``checkpoints/step_00000200/`` appears only when it is complete, with the SHA-256 of every file in it;
-``checkpoints/last`` and ``checkpoints/best`` are one-line files that name a folder and are replaced, never
-rewritten. The last two checkpoints and the best one are kept.
+``checkpoints/best`` is a one-line file that names a folder and is replaced, never rewritten. The last two
+checkpoints and the best one are kept.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from muse.distributed import first_rank_does, gathered, rank, ranks, same
-from muse.errors import RunError
-from muse.files import write_atomically
+from muse.errors import RunError, of_all_ranks
+from muse.files import sync, write_atomically
 
 STATE = "state.pt"
 HASHES = "hashes.json"
 FOLDERS = "step_*"
+BEST = "best"
 
 # torch.distributed.checkpoint warns of a single process that it was told about, also from its own threads.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -55,6 +57,7 @@ class TrainingState:
         random: of each rank, states of its random generators.
         best_loss: lowest validation loss so far.
         wandb_id: id of the W&B run.
+        best: whether the model had that loss when it was saved.
     """
 
     step: int
@@ -62,6 +65,7 @@ class TrainingState:
     random: list[dict[str, Any]]
     best_loss: float
     wandb_id: str | None
+    best: bool = False
 
 
 def random_state() -> dict[str, Any]:
@@ -123,7 +127,7 @@ class CheckpointWriter:
 
         Args:
             tensors: state dicts; DTensors are written by the ranks that hold their parts.
-            state: of this process; random states are taken from all.
+            state: of this process; random states are taken from all, and ``best`` from the argument.
             best: whether the model is the best so far.
 
         Raises:
@@ -141,13 +145,13 @@ class CheckpointWriter:
                 temporary.mkdir(parents=True)
                 # Written to a file torch.save does not say that a disk is full.
                 buffer = io.BytesIO()
-                torch.save({**vars(state), "random": randoms}, buffer)
+                torch.save({**vars(state), "random": randoms, "best": best}, buffer)
                 (temporary / STATE).write_bytes(buffer.getvalue())
-                _sync(temporary / STATE)
+                sync(temporary / STATE)
 
         self._together(state.step, start)
         if exists:
-            self._together(state.step, lambda: self._point_at(name, best) if rank() == 0 else None)
+            self._together(state.step, lambda: self._counts(name, best) if rank() == 0 else None)
             return
         alone = ranks() == 1
         written: Future[Any] = Future()
@@ -196,20 +200,33 @@ class CheckpointWriter:
                 return
             (pending.temporary / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
             for path in (pending.temporary / HASHES, pending.temporary):
-                _sync(path)
+                sync(path)
             os.rename(pending.temporary, self.folder / name)
-            self._point_at(name, pending.best)
+            sync(self.folder)
+            self._counts(name, pending.best)
 
         self._together(pending.step, count)
 
-    def _point_at(self, name: str, best: bool) -> None:
-        write_atomically(self.folder / "last", name)
+    @contextmanager
+    def finished_on_error(self) -> Iterator[None]:
+        """Around training: what is being written counts also when this process fails, if it is the only one.
+
+        Several ranks would have to fail together; ``finish`` is called where they do.
+        """
+        try:
+            yield
+        except (RunError, OSError):
+            if ranks() == 1:
+                # The first error is the one to be told.
+                with suppress(RunError):
+                    self.finish()
+            raise
+
+    def _counts(self, name: str, best: bool) -> None:
         if best:
-            write_atomically(self.folder / "best", name)
-        newest = sorted(path.name for path in self.folder.glob(FOLDERS))[-2:]
-        kept = {*newest, read_pointer(self.folder, "last"), read_pointer(self.folder, "best")}
-        for old in self.folder.glob(FOLDERS):
-            if old.name not in kept:
+            write_atomically(self.folder / BEST, name)
+        for old in _newest_first(self.folder)[2:]:
+            if old.name != _best(self.folder):
                 shutil.rmtree(old, ignore_errors=True)
 
     def _together(self, step: int, act: Callable[[], None]) -> None:
@@ -219,27 +236,26 @@ class CheckpointWriter:
             act()
         # CheckpointException is no Exception.
         except (OSError, RuntimeError, CheckpointException) as error:
-            reason = _why_not_written(error)
+            reason = _cause(error)
         reason = next((found for found in gathered(reason) if found is not None), None)
         if reason is not None:
             if rank() == 0:
                 shutil.rmtree(self.folder / f".step_{step:08d}.tmp", ignore_errors=True)
-            failure = RunError(
+            raise of_all_ranks(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {reason}; "
-                "earlier checkpoints are kept, free space or set output_root=<folder> and use resume=auto"
+                "earlier checkpoints are kept; free space and use resume=auto, or resume="
+                f"{self.folder.parent} and output_root=<folder> on another disk"
             )
-            failure.everywhere = True
-            raise failure
 
 
-def _why_not_written(error: BaseException | None) -> str:
+def _cause(error: BaseException | None) -> str:
     """What went wrong below what torch.distributed.checkpoint says of it."""
     first: BaseException | None = None
     while error is not None:
         if isinstance(error, CheckpointException):
             error = next(iter(error.failures.values()))[0]
             continue
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return "no space is left on the disk"
         first = first or error
         error = error.__cause__ or error.__context__
@@ -250,32 +266,29 @@ def _why_not_written(error: BaseException | None) -> str:
     return text or type(first).__name__
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_pointer(folder: Path, which: str) -> str | None:
-    """Name of the folder that ``last`` or ``best`` points at."""
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob(FOLDERS), reverse=True)
+
+
+def _best(folder: Path) -> str | None:
     try:
-        return (folder / which).read_text(encoding="utf-8").strip() or None
+        return (folder / BEST).read_text(encoding="utf-8").strip() or None
     except OSError:
         return None
 
 
 def find_checkpoint(run: Path, which: str = "last") -> Path | None:
     """The last or best checkpoint of a run folder; None if there is none."""
-    name = read_pointer(run / "checkpoints", which)
-    path = run / "checkpoints" / name if name else None
-    return path if path is not None and path.is_dir() else None
+    folder = run / "checkpoints"
+    if which == "last":
+        return next(iter(_newest_first(folder)), None)
+    name = _best(folder)
+    return folder / name if name and (folder / name).is_dir() else None
 
 
 def find_sound_checkpoint(run: Path) -> Path | None:
@@ -286,9 +299,7 @@ def find_sound_checkpoint(run: Path) -> Path | None:
     Raises:
         RunError: all are.
     """
-    last = find_checkpoint(run)
-    older = sorted((run / "checkpoints").glob(FOLDERS), reverse=True)
-    candidates = list(dict.fromkeys([last, *older] if last is not None else older))
+    candidates = _newest_first(run / "checkpoints")
     for path in candidates:
         damage = find_damage(path)
         if damage is None:
@@ -323,13 +334,21 @@ def adopt_checkpoints(previous: Path, checkpoint: Path, run: Path) -> None:
         except OSError:
             shutil.copy2(source, target)
 
-    best = find_checkpoint(previous, "best")
-    for which, path in (("last", checkpoint), ("best", best)):
-        if path is not None and path.name <= checkpoint.name:
-            target = run / "checkpoints" / path.name
-            if not target.exists():
-                shutil.copytree(path, target, copy_function=link)
-            write_atomically(run / "checkpoints" / which, path.name)
+    def adopt(path: Path) -> None:
+        if not (folder / path.name).exists():
+            temporary = folder / f".{path.name}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(path, temporary, copy_function=link)
+            os.rename(temporary, folder / path.name)
+
+    folder = run / "checkpoints"
+    # A process may have ended when its best checkpoint was complete, but not yet called so.
+    best = checkpoint if load_state(checkpoint).best else find_checkpoint(previous, "best")
+    # The best one first: a run that can be continued must not lack it.
+    if best is not None and best.name <= checkpoint.name:
+        adopt(best)
+        write_atomically(folder / BEST, best.name)
+    adopt(checkpoint)
 
 
 def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
@@ -340,12 +359,11 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
         tensors: state dicts as given to ``CheckpointWriter.save``, or some of them.
 
     Raises:
-        RunError: when the files are damaged, or hold other tensors.
+        RunError: on every rank, when the files are damaged, cannot be read, or hold other tensors.
     """
     damage = first_rank_does(lambda: find_damage(checkpoint))
     if damage is not None:
-        raise RunError(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")
-    reason = None
+        raise of_all_ranks(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")
     try:
         groups = tuple(f"{group}." for group in tensors)
         stored = {name: kept for name, kept in stored_tensors(checkpoint).items() if name.startswith(groups)}
@@ -355,15 +373,13 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
             for name in (*stored, *wanted)
             if name not in stored or name not in wanted or stored[name][0] != wanted[name]
         ]
-        if differing:
-            reason = f"{differing[0]} is not in both, or not of one size"
-        else:
+        if not differing:
             dcp.load(tensors, checkpoint_id=checkpoint, no_dist=ranks() == 1)
     # CheckpointException is no Exception.
-    except (RuntimeError, ValueError, CheckpointException) as error:
-        reason = str(error)
-    if reason is not None:
-        raise _of_another_model(checkpoint, reason)
+    except (OSError, RuntimeError, ValueError, CheckpointException) as error:
+        raise of_all_ranks(f"the checkpoint {checkpoint} cannot be read: {_cause(error)}") from error
+    if differing:
+        raise _of_another_model(checkpoint, f"{differing[0]} is not in both, or not of one size")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -376,7 +392,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, torch
 
 
 def _of_another_model(checkpoint: Path, reason: str) -> RunError:
-    return RunError(
+    return of_all_ranks(
         f"the checkpoint {checkpoint} is of another model; give the stage and model options it was trained "
         f"with ({' '.join(reason.split())[:300]})"
     )
@@ -427,4 +443,4 @@ def load_state(checkpoint: Path) -> TrainingState:
     # Damaged bytes make torch.load raise nearly anything: UnicodeDecodeError, KeyError, struct.error.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"the checkpoint {checkpoint} cannot be read, it is damaged: {reason}") from error
+        raise of_all_ranks(f"the checkpoint {checkpoint} cannot be read, it is damaged: {reason}") from error

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from muse.torchrun import launched_rank
+
 
 @dataclass
 class Interrupt:
@@ -19,14 +21,18 @@ class Interrupt:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Interrupt]:
-    """Record SIGINT and SIGTERM instead of stopping; a second one stops at once."""
+    """Record SIGINT and SIGTERM instead of stopping; a second one stops at once.
+
+    Of several ranks, which are all sent the signal, the first one says so.
+    """
     interrupt = Interrupt()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if interrupt.signal is not None:
             raise KeyboardInterrupt
         interrupt.signal = number
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+        if launched_rank() == 0:
+            print("\nstopping after this step; once more stops at once", file=sys.stderr)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -15,7 +15,7 @@ from muse.config import RunConfig
 from muse.data import TokenData, training_batch
 from muse.distributed import rank, ranks, summed
 from muse.dynamics import agree_on_fallbacks, flow_metrics
-from muse.errors import ConfigError, RunError
+from muse.errors import ConfigError, of_all_ranks
 from muse.hardware import autocast_dtype
 from muse.models import LanguageModel, build_model, count_parameters
 from muse.training.checkpoint import (
@@ -104,9 +104,10 @@ def train(
         )
     model = build_model(config.stage, config.model, data.vocab_size, config.seed)
     parameters = count_parameters(model)
-    # Ranks drop different activations.
-    torch.manual_seed(config.seed + rank() * 1_000_003)
     state = load_state(resume_from) if resume_from is not None else None
+    # Ranks drop different activations; on another number of ranks, see below, a run that goes on drops others
+    # than at its beginning.
+    torch.manual_seed(config.seed + rank() * 1_000_003 + (state.step if state else 0) * 1_000_000_007)
     model.to(device)
     if config.hardware.compile:
         model.compile_features()
@@ -163,13 +164,18 @@ def train(
     quiet = bool(bar.disable) and rank() == 0
     step, signal_number = start, None
     profiling = profiled(config, model, optimizer, data.vocab_size, device, run)
-    with deferred_interrupt() as interrupt, bar, profiling as profile_step:
+    with (
+        deferred_interrupt() as interrupt,
+        bar,
+        profiling as profile_step,
+        writer.finished_on_error(),
+    ):
         while step < options.steps and signal_number is None:
             before = time.perf_counter()
             optimizer.set_learning_rate(learning_rate_factor(config.optim, step, options.steps))
             loss = _accumulate_gradients(parallel_loss, config, data, device, step, cast, scaler)
             loss, signal_number = _agree(model, loss, interrupt.signal, device)
-            norm = _update(model, optimizer, scaler, config, step, loss, run)
+            norm = _update(model, optimizer, scaler, config, step, loss, writer)
             step += 1
             seconds = time.perf_counter() - before
             speeds.append(tokens_per_step / seconds)
@@ -289,7 +295,7 @@ def _update(
     config: RunConfig,
     step: int,
     loss: float,
-    run: Path,
+    writer: CheckpointWriter,
 ) -> float:
     """Clip the gradients, update the parameters and return the norm before clipping.
 
@@ -306,20 +312,19 @@ def _update(
     overflowed = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
     if not finite and not overflowed:
         what = "loss" if not math.isfinite(loss) else "gradient norm"
-        last_checkpoint = find_checkpoint(run)
+        writer.finish()
+        last_checkpoint = find_checkpoint(writer.folder.parent)
         kept = (
             f"the last good checkpoint is {last_checkpoint}"
             if last_checkpoint
             else "no checkpoint was written yet"
         )
         where = first_non_finite(model) or "the activations"
-        failure = RunError(
+        raise of_all_ranks(
             f"the {what} is not finite in step {step + 1}; the first bad value is in "
             f"{where}; {kept}; a lower optim.lr, a longer "
             "optim.warmup or stage.precision=fp32 may help"
         )
-        failure.everywhere = True
-        raise failure
     if finite:
         clip = config.optim.clip
         optimizer.step(step, min(1.0, clip / (norm + 1e-6)) if clip else 1.0)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -98,14 +99,27 @@ class Ranks:
             )
             for rank, environment in enumerate(environments)
         ]
-        for process in self.processes:
+        for rank, process in enumerate(self.processes):
+            # One that is ended very early has printed nothing.
+            for ending in ("out", "err"):
+                (folder / f"{rank}.{ending}").touch()
             process.start()
 
-    def wait(self) -> list[int]:
-        """Exit statuses; nothing is left running."""
+    def wait(self, watched: bool = False) -> list[int]:
+        """Exit statuses; nothing is left running.
+
+        Args:
+            watched: whether the first rank that fails ends the others, as torchrun does.
+        """
         try:
             deadline = time.monotonic() + PATIENCE
+            while watched and not any(process.exitcode for process in self.processes):
+                running = [process.sentinel for process in self.processes if process.is_alive()]
+                if not wait(running, max(0.0, deadline - time.monotonic())):
+                    break
             for process in self.processes:
+                if watched:
+                    process.terminate()
                 process.join(max(0.0, deadline - time.monotonic()))
         finally:
             for process in self.processes:
@@ -231,6 +245,10 @@ class Job:
             start_new_session=True,
         )
 
+    def alive(self) -> bool:
+        """Whether torchrun has not ended."""
+        return self.process.poll() is None
+
     def processes(self, variable: str = "") -> list[int]:
         """Ids of the job's processes, of those with some environment variable, as ``RANK=1``, alone."""
         found = []
@@ -244,7 +262,9 @@ class Job:
         return found
 
     def kill(self, variable: str = "") -> None:
-        """End the processes at once, as when a machine goes down."""
+        """End the processes, once they are there, at once, as when a machine goes down."""
+        while self.alive() and not self.processes(variable):
+            time.sleep(0.002)
         while found := self.processes(variable):
             for process in found:
                 with suppress(ProcessLookupError):

@@ -253,5 +253,5 @@ def test_a_checkpoint_that_one_rank_cannot_write_ends_all_and_leaves_the_one_bef
     assert "no space is left on the disk" in message
     assert "\n" not in message
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert left == ["last", "step_00000002"]
+    assert left == ["step_00000002"]
     assert find_damage(find_checkpoint(tmp_path)) is None

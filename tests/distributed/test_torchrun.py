@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 from distributed_helpers import (
     ROOT,
     Job,
+    Ranks,
     logged,
     options,
     read_json,
@@ -21,12 +25,14 @@ from distributed_helpers import (
     wait_for_step,
 )
 
+from muse import cli, train_run
 from muse.dynamics import HamiltonianNeuralODE
-from muse.errors import RunError
+from muse.errors import ConfigError, RunError
 from muse.torchrun import launched_rank
 from muse.training.checkpoint import find_checkpoint
 
 STEPS = 40
+LOST = re.compile(r"error: the ranks do not reach each other \(.+\); if one of them ended, it said why")
 
 
 def run_options(place: Path, root: str, together: str, *more: str, stage: str = "2") -> list[str]:
@@ -108,6 +114,7 @@ def test_a_run_stopped_by_a_signal_to_torchrun_goes_on_with_the_same_bits(place,
         status, out, err = job.finish()
     assert status != 0
     assert errors(err) == []
+    assert err.count("stopping after this step") == 1
     steps = [line["step"] for line in logged(run) if "train/loss" in line]
     assert steps == list(range(1, steps[-1] + 1))
     assert out.count(f"step {steps[-1]} is saved, resume=auto") == 1
@@ -165,7 +172,8 @@ def test_a_rank_that_is_killed_ends_the_other(place, together, asynchronous):
         ranks.processes[1].kill()
         statuses = ranks.wait()
     assert statuses == [1, -signal.SIGKILL]
-    assert errors(ranks.err()[0]) == ["error: another rank ended, which said why"]
+    (message,) = errors(ranks.err()[0])
+    assert LOST.fullmatch(message)
     assert "Traceback" not in ranks.err()[0]
 
 
@@ -183,7 +191,6 @@ def break_second_rank() -> None:
 
 
 REFUSED = "error: rank 1: blocks.0.flow.1: this state cannot be"
-LOST = "error: another rank ended, which said why"
 
 
 @pytest.mark.slow
@@ -192,8 +199,30 @@ def test_a_rank_that_fails_alone_says_why_and_ends_the_other(place, together):
     ranks = train_py(2, place, run_options(place, f"alone {together}", together), prepare=break_second_rank)
     assert ranks.wait() == [1, 1]
     assert errors(ranks.err()[1]) == [REFUSED]
-    assert errors(ranks.err()[0]) == [LOST]
+    (message,) = errors(ranks.err()[0])
+    assert LOST.fullmatch(message)
     assert "Traceback" not in "".join(ranks.err())
+
+
+def lose_second_ranks_data() -> None:
+    """Let the second rank find no data, without the time that it gives the first one to say so."""
+    load = train_run.load_tokens
+
+    def refuse(*arguments: Any) -> Any:
+        if launched_rank() == 1:
+            raise ConfigError("data.cache=elsewhere is not there")
+        return load(*arguments)
+
+    train_run.load_tokens, cli.FIRST_RANK_SPEAKS = refuse, 0.1
+
+
+@pytest.mark.slow
+def test_an_option_that_one_rank_alone_cannot_use_is_said_by_that_rank(place):
+    ranks = train_py(2, place, run_options(place, "lost", "ddp"), prepare=lose_second_ranks_data)
+    assert ranks.wait() == [1, 1]
+    assert errors(ranks.err()[1]) == ["error: rank 1: data.cache=elsewhere is not there"]
+    (message,) = errors(ranks.err()[0])
+    assert LOST.fullmatch(message)
 
 
 @pytest.mark.slow
@@ -213,7 +242,7 @@ be_train_py(sys.argv[1:], Path.cwd(), break_second_rank)
     status, _, err = Job(place, run_options(place, "broken", "ddp"), script).finish()
     assert status != 0
     assert errors(err).count(REFUSED) == 1
-    assert set(errors(err)) <= {REFUSED, LOST}
+    assert all(message == REFUSED or LOST.fullmatch(message) for message in errors(err))
 
 
 @pytest.mark.slow
@@ -222,7 +251,9 @@ def test_what_fails_on_all_ranks_is_said_once(place, together):
     diverging = ["optim.lr=1e30", "optim.warmup=0", "train.checkpoint_every=1"]
     arguments = run_options(place, f"diverging {together}", together, *diverging, stage="1")
     ranks = train_py(2, place, arguments)
-    assert ranks.wait()[0] == 1
+    statuses = ranks.wait(watched=True)
+    assert statuses[0] == 1
+    assert statuses[1] != 0
     (message,) = errors("".join(ranks.err()))
     assert "is not finite in step 2" in message
     assert message.count("step_00000001") == 1
@@ -254,13 +285,35 @@ def test_what_fails_on_all_ranks_is_said_once(place, together):
 def test_an_option_that_cannot_be_used_is_one_sentence_of_one_rank(place, count, together, more, told):
     arguments = run_options(place, "refused", together, *more)
     ranks = train_py(count or 1, place, arguments, torchrun=count > 0)
-    statuses = ranks.wait()
+    statuses = ranks.wait(watched=True)
     assert statuses[0] == 1
+    assert 0 not in statuses
     err = ranks.err()
     assert err[0].count(told) == 1, err[0]
     assert "".join(err[1:] + ranks.out()[1:]) == ""
     assert "Traceback" not in err[0]
     assert not list((place / "refused").rglob("checkpoints"))
+
+
+def be_bench_py(arguments: list[str]) -> None:
+    sys.argv = ["bench.py", *arguments]
+    runpy.run_path(str(ROOT / "bench.py"), run_name="__main__")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "together"), [(0, "ddp"), (1, "none"), (2, "none"), (2, "ddp"), (2, "fsdp")]
+)
+def test_benchmarks_on_several_ranks_are_refused(place, count, together):
+    arguments = ["benchmark=stability", f"hardware.parallel={together}", f"output_root={place / 'bench'}"]
+    output = place / "output" / f"bench {count} {together}"
+    ranks = Ranks(count or 1, output, be_bench_py, arguments, torchrun=count > 0)
+    statuses = ranks.wait(watched=True)
+    assert 0 not in statuses
+    (message,) = errors("".join(ranks.err()))
+    assert f"hardware.parallel={'ddp' if together == 'none' else together}" in message
+    assert "of train.py; bench.py measures in one process" in message
+    assert "Traceback" not in "".join(ranks.err())
 
 
 @pytest.mark.slow

@@ -118,3 +118,15 @@ def test_the_points_of_a_search_are_one_cloud(tmp_path):
         overrides = [f"optim.lr={0.001 * (number + 1)}", f"optim.weight_decay={0.01 * number}"]
         record_cell(tmp_path, number, overrides, {"valid_loss": 1.0}, "trained")
     assert (tmp_path / "summary.png").exists()
+
+
+def test_a_sweep_of_one_cell_has_a_summary_like_any_other(tmp_path):
+    (cell,) = record_cell(tmp_path, 0, ["seed=3"], {"valid_loss": 2.0}, "trained")
+    assert json.loads((tmp_path / "summary.json").read_text()) == [cell]
+    assert [line.split() for line in show_cells([cell]).splitlines()] == [
+        ["cell", "status", "valid_loss"],
+        ["----", "-------", "----------"],
+        ["0", "trained", "2"],
+    ]
+    assert (tmp_path / "summary.csv").read_text() == "seed,status,valid_loss\n3,trained,2.0\n"
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")

@@ -54,7 +54,6 @@ from muse.training.checkpoint import (
     load_tensors,
     load_weights,
     random_state,
-    read_pointer,
     restore_random_state,
     stored_tensors,
 )
@@ -234,7 +233,7 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
             model.norm.gain.fill_(step)
         saved = save(tmp_path, step, model, best)
         weights[step] = snapshot(model)
-        names = ["last", *(f"step_{kept_step:08d}" for kept_step in kept)]
+        names = [f"step_{kept_step:08d}" for kept_step in kept]
         assert folders(tmp_path) == (["best", *names] if step > 1 else names)
         assert find_checkpoint(tmp_path) == saved
     best = find_checkpoint(tmp_path, "best")
@@ -260,9 +259,13 @@ def test_a_pointer_to_nothing_is_no_checkpoint(tmp_path, content):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     if content is not None:
-        (folder / "last").write_text(content)
+        (folder / "best").write_text(content)
+    assert find_checkpoint(tmp_path, "best") is None
     assert find_checkpoint(tmp_path) is None
     assert find_sound_checkpoint(tmp_path) is None
+    saved = save(tmp_path, 1)
+    assert find_checkpoint(tmp_path, "best") is None
+    assert find_sound_checkpoint(tmp_path) == find_checkpoint(tmp_path) == saved
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -276,18 +279,30 @@ def test_a_continued_run_takes_over_its_checkpoint_and_an_older_best_one(tmp_pat
         save(tmp_path / "old", step, small_model(seed=step), best)
     old = tmp_path / "old" / "checkpoints"
     for name, kept, best in (
-        ("step_00000003", ["best", "last", "step_00000003"], "step_00000003"),
+        ("step_00000003", ["best", "step_00000003"], "step_00000003"),
         # The best one comes later than what is continued, and will come again.
-        ("step_00000002", ["last", "step_00000002"], None),
+        ("step_00000002", ["step_00000002"], None),
     ):
         run = tmp_path / name
         adopt_checkpoints(tmp_path / "old", old / name, run)
         assert folders(run) == kept
-        assert read_pointer(run / "checkpoints", "best") == best
+        assert find_checkpoint(run, "best") == (run / "checkpoints" / best if best else None)
         assert same(contents(find_sound_checkpoint(run)), contents(old / name))
     # What becomes of the old run does not matter.
     shutil.rmtree(tmp_path / "old")
     assert find_damage(tmp_path / "step_00000003" / "checkpoints" / "step_00000003") is None
+
+
+@both_ways
+def test_a_best_checkpoint_is_adopted_as_such_although_its_process_ended_before_it_said_so(
+    tmp_path, asynchronous
+):
+    save(tmp_path / "old", 1, best=True)
+    saved = save(tmp_path / "old", 2, best=True, asynchronous=asynchronous)
+    (tmp_path / "old" / "checkpoints" / "best").write_text("step_00000001")
+    adopt_checkpoints(tmp_path / "old", saved, tmp_path / "new")
+    assert find_checkpoint(tmp_path / "new", "best") == find_checkpoint(tmp_path / "new")
+    assert load_state(find_checkpoint(tmp_path / "new")).step == 2
 
 
 # ---- Asynchronous writing
@@ -380,7 +395,7 @@ def test_the_next_checkpoint_waits_for_the_one_before(tmp_path, monkeypatch):
         )
     writer.finish()
     writer.finish()
-    assert folders(tmp_path) == ["best", "last", *(f"step_{step:08d}" for step in (1, 2, 3))]
+    assert folders(tmp_path) == ["best", *(f"step_{step:08d}" for step in (1, 2, 3))]
     for step, weights in enumerate(expected, 1):
         assert same(stored(tmp_path / "checkpoints" / f"step_{step:08d}"), weights)
 
@@ -400,7 +415,7 @@ def test_an_error_of_the_writing_thread_ends_the_next_save(tmp_path, monkeypatch
             writer.save({"model": model.state_dict()}, training_state(3), best=True)
     assert error.args[-1].lower() in str(caught.value).lower()
     assert_one_sentence(caught.value)
-    assert folders(tmp_path) == ["last", "step_00000001"]
+    assert folders(tmp_path) == ["step_00000001"]
     assert find_sound_checkpoint(tmp_path) == first
     # The writer itself is not broken.
     writer.save({"model": model.state_dict()}, training_state(3), best=True)
@@ -447,7 +462,6 @@ def assert_kept(run: Path, first: Path, before: dict[str, bytes], error: RunErro
         (Path, "write_text", no_space),
         (os, "fsync", no_space),
         (os, "rename", no_space),
-        (checkpoints, "write_atomically", no_space),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
@@ -464,6 +478,19 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, owner
     second = save(tmp_path, 2, model, asynchronous=asynchronous)
     assert find_sound_checkpoint(tmp_path) == second
     assert same(stored(second), {f"model.{key}": value for key, value in snapshot(model).items()})
+
+
+@both_ways
+def test_a_disk_that_is_full_after_a_checkpoint_leaves_it(tmp_path, monkeypatch, asynchronous):
+    first = save(tmp_path, 1, best=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write_atomically", no_space)
+        with pytest.raises(RunError, match="no space is left on the disk"):
+            save(tmp_path, 2, best=True, asynchronous=asynchronous)
+    assert find_checkpoint(tmp_path, "best") == first
+    second = find_sound_checkpoint(tmp_path)
+    assert load_state(second).step == 2
+    assert save(tmp_path, 2, best=True) == second == find_checkpoint(tmp_path, "best")
 
 
 @both_ways
@@ -587,6 +614,30 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path, asyn
     assert found == {3, 4}
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_killed_while_it_takes_over_checkpoints_leaves_whole_ones_and_no_last_without_a_best(
+    tmp_path,
+):
+    old, run = tmp_path / "old", tmp_path / "new"
+    best, last = save(old, 1, best=True), save(old, 2)
+
+    def adopt(count: int) -> None:
+        kill_at(count)
+        adopt_checkpoints(old, last, run)
+
+    for count in range(200):
+        status = in_a_child(functools.partial(adopt, count))
+        left = sorted((run / "checkpoints").glob("step_*"))
+        assert all(find_damage(path) is None for path in left)
+        assert last.name not in [path.name for path in left] or find_checkpoint(run, "best") is not None
+        if status == 0:
+            break
+        shutil.rmtree(run, ignore_errors=True)
+    assert count > 15
+    assert [path.name for path in left] == [best.name, last.name]
+
+
 def test_a_half_written_checkpoint_is_swept_away_by_the_next_writer(tmp_path):
     first = save(tmp_path, 1)
     half = tmp_path / "checkpoints" / ".step_00000002.tmp"
@@ -595,7 +646,7 @@ def test_a_half_written_checkpoint_is_swept_away_by_the_next_writer(tmp_path):
     (half / "junk").write_text("junk")
     assert find_sound_checkpoint(tmp_path) == first
     CheckpointWriter(tmp_path / "checkpoints")
-    assert folders(tmp_path) == ["last", "step_00000001"]
+    assert folders(tmp_path) == ["step_00000001"]
     # Even one that is found in the place of the next checkpoint gets nothing into it.
     writer = CheckpointWriter(tmp_path / "checkpoints")
     half.mkdir()
@@ -739,6 +790,19 @@ def test_the_weights_of_another_model_are_refused(tmp_path, other, swapped):
         load_weights(saved, model)
     assert same(model.state_dict(), small_model(**first).state_dict())
     assert str(saved) in str(caught.value)
+    assert_one_sentence(caught.value)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_called_one_of_another_model(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    saved = save(tmp_path, 3)
+    monkeypatch.setattr(dcp.FileSystemReader, "read_data", fail)
+    with pytest.raises(RunError, match=f"{saved} cannot be read: .*{os.strerror(errno.EIO)}") as caught:
+        load_weights(saved, small_model())
+    assert "another model" not in str(caught.value)
+    assert caught.value.everywhere
     assert_one_sentence(caught.value)
 
 

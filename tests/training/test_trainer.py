@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -10,12 +11,15 @@ import random
 import re
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from training_helpers import (
     SEQ_LEN,
     TRAIN_TOKENS,
@@ -298,6 +302,65 @@ def test_a_bad_parameter_stops_the_run_and_is_named(tmp_path, monkeypatch, name)
     assert load_state(find_checkpoint(tmp_path)).step == 2
     # The poisoned number is the only one that is bad: nothing was updated from it.
     assert sum(int((~parameter.isfinite()).sum()) for parameter in models[0].parameters()) == 1
+
+
+@pytest.mark.parametrize("how", ["a loss that is not finite", "a full disk"])
+def test_what_is_written_in_the_background_when_a_run_fails_counts(tmp_path, monkeypatch, how):
+    """The write begins when the run fails, and takes a while."""
+    failing, write = threading.Event(), dcp.FileSystemWriter.write_data
+
+    def write_late(*arguments: Any) -> Any:
+        assert failing.wait(60)
+        time.sleep(0.2)
+        return write(*arguments)
+
+    def fail(model: torch.nn.Module) -> None:
+        loss, calls = model.loss, []
+
+        def failing_loss(*arguments: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            if len(calls) < 4:
+                return loss(*arguments)
+            failing.set()
+            if how == "a full disk":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return loss(*arguments) * math.nan
+
+        model.loss = failing_loss
+
+    prepare_model(monkeypatch, fail)
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", write_late)
+    config = run_config(steps=6, checkpoint_every=2, async_checkpoint=True)
+    with pytest.raises((RunError, OSError)) as caught:
+        run_train(config, tmp_path)
+    assert load_state(find_sound_checkpoint(tmp_path)).step == 2
+    if how != "a full disk":
+        assert str(tmp_path / "checkpoints" / "step_00000002") in str(caught.value)
+
+
+def first_dropped(monkeypatch: pytest.MonkeyPatch, run: Path, resume_from: Path | None) -> torch.Tensor:
+    """Where the first dropout of a run is zero."""
+    outputs: list[torch.Tensor] = []
+
+    def watch(model: torch.nn.Module) -> None:
+        dropout = model.blocks[0].dropout
+        dropout.register_forward_hook(lambda module, given, output: outputs.append(output.detach() == 0))
+
+    with monkeypatch.context() as patch:
+        prepare_model(patch, watch)
+        run_train(run_config(steps=4, checkpoint_every=2, batch_size=8), run, resume_from=resume_from)
+    return outputs[0]
+
+
+def test_on_another_number_of_ranks_dropout_does_not_begin_anew(tmp_path, monkeypatch):
+    first = first_dropped(monkeypatch, tmp_path / "first", None)
+    assert torch.equal(first, first_dropped(monkeypatch, tmp_path / "again", None))
+    checkpoint = tmp_path / "first" / "checkpoints" / "step_00000002"
+    state = load_state(checkpoint).random
+    rewrite_state(checkpoint, random=state * 2)
+    second = first_dropped(monkeypatch, tmp_path / "second", checkpoint)
+    assert 0.1 < first.double().mean() < 0.3
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
