@@ -71,15 +71,24 @@ def complex_attention(
             a query sees the keys of its own sequence only.
         max_seqlen: an upper bound of the packed lengths, by default S; it spares the kernel empty programs.
 
+    ``real`` goes to torch's SDPA on a CPU, and on a GPU where the table beside this file says that it is
+    faster or where heads are wider than the kernels take. In the backward pass of SDPA's flash kernel, and of
+    its memory-efficient one, programs that hold different keys add to the gradient of a query by atomics in
+    whatever order they finish, so repeated gradients differ in their last bits. All kernels here sum in one
+    order; under ``torch.use_deterministic_algorithms`` they make ``real``, too.
+
     Returns:
-        Planar (B, H, S, 2, d), in the dtype of v.
+        Planar (B, H, S, 2, d), in the dtype of q, k and v.
 
     Raises:
-        ValueError: the score is unknown, or the shapes do not belong together.
+        TypeError: the dtypes differ, or that of cu_seqlens is not int32.
+        ValueError: the score is unknown, the shapes do not belong together, or the boundaries are wrong. On a
+            GPU wrong numbers in cu_seqlens are an assertion of the device instead, a RuntimeError of the next
+            synchronisation.
     """
     _check(q, k, v, score, causal, cu_seqlens)
-    if score == "real" and _takes_sdpa(q, k, v, causal, cu_seqlens):
-        return _sdpa(q, k, v, causal, cu_seqlens)
+    if score == "real" and cu_seqlens is None and _takes_sdpa(q, k, v, causal):
+        return _sdpa(q, k, v, causal)
     if cu_seqlens is None and k.shape[2] <= HELD_KEYS and not use_triton(q):
         return _held(q, k, v, score, causal)
     out, _ = complex_attention_forward(q, k, v, score, causal, cu_seqlens, max_seqlen)
@@ -89,6 +98,10 @@ def complex_attention(
 def _check(q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool, cu_seqlens: Tensor | None) -> None:
     if score not in SCORES:
         raise ValueError(f"score={score} is not known; choose {', '.join(SCORES)}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"queries, keys and values of one dtype are needed, not {q.dtype}, {k.dtype}, {v.dtype}"
+        )
     if q.ndim != 5 or k.shape != v.shape or (q.shape[0], *q.shape[3:]) != (k.shape[0], *k.shape[3:]):
         raise ValueError(
             "planar queries (B, H, S, 2, d) and keys and values (B, H_kv, S_k, 2, d) are needed, not "
@@ -98,19 +111,32 @@ def _check(q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool, cu_seqlens
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key and value heads")
     if causal and k.shape[2] < q.shape[2]:
         raise ValueError(f"causal attention of {q.shape[2]} queries needs as many keys, not {k.shape[2]}")
-    if cu_seqlens is not None and (q.shape[0] != 1 or k.shape[2] != q.shape[2]):
+    if cu_seqlens is None:
+        return
+    if q.shape[0] != 1 or k.shape[2] != q.shape[2]:
         raise ValueError("packed sequences need a batch of one and as many keys as queries")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens must be int32, not {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.device != q.device:
+        raise ValueError(
+            f"cu_seqlens must be (n + 1,) on {q.device}, not {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
+        )
 
 
-def _takes_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None) -> bool:
+def _takes_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
     """Whether ``real`` goes to SDPA.
 
-    On a GPU that is pinned by architecture, and measured with MUSE_TUNE_KERNELS=1.
+    On a GPU that is pinned by architecture, and measured with MUSE_TUNE_KERNELS=1. Heads that are too wide
+    for the kernels always do. Otherwise gradients must not differ from call to call in torch's deterministic
+    mode, and the shift of a causal call with cached keys would take a mask of all queries and keys.
     On a CPU float32 does, and bfloat16 does not, because SDPA computes its products in float32 there.
     """
+    deterministic = torch.are_deterministic_algorithms_enabled()
     if not use_triton(q):
-        return q.is_cuda or q.dtype != torch.bfloat16
-    if cu_seqlens is not None:
+        return not deterministic if q.is_cuda else q.dtype != torch.bfloat16
+    if not PINNED.covers("real forward", q, q.shape[-1]):
+        return True
+    if deterministic or (causal and 1 < q.shape[2] < k.shape[2]):
         return False
     if not tuning(q):
         return bool(PINNED.table["dispatch"][target_name(q)][str(8 * q.element_size())]["real"] == "sdpa")
@@ -123,7 +149,7 @@ def _takes_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tenso
 
     key = ("complex_attention real", q.shape, k.shape, q.dtype, causal)
     candidates = {
-        "sdpa": lambda: train(lambda q, k, v: _sdpa(q, k, v, causal, None)),
+        "sdpa": lambda: train(lambda q, k, v: _sdpa(q, k, v, causal)),
         "triton": lambda: train(lambda q, k, v: complex_attention_forward(q, k, v, "real", causal)[0]),
     }
     return fastest(key, candidates) == "sdpa"
@@ -132,11 +158,8 @@ def _takes_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tenso
 # --- Eager -----------------------------------------------------------------------------------------------
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """The score kind ``real`` as torch's attention of head dimension 2d on concatenated planes."""
-    if cu_seqlens is not None:
-        parts = _parts(q, cu_seqlens)
-        return torch.cat([_sdpa(q[:, :, p], k[:, :, p], v[:, :, p], causal, None) for p in parts], dim=2)
     queries, keys = q.shape[2], k.shape[2]
     mask = None
     if causal and 1 < queries < keys:
@@ -191,10 +214,16 @@ BLOCK_QUERIES = (64, 256)
 
 
 def _forward_eager(
-    q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool, cu_seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: str,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
 ) -> Tensor:
     out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
-    for part in _parts(q, cu_seqlens):
+    for part in _parts(q, cu_seqlens, max_seqlen):
         for queries, keys in _blocks(q[:, :, part], k[:, :, part], causal):
             rows = _rows(q[:, :, part], k, queries).mul_(q.shape[-1] ** -0.5)
             flat_k, flat_v = (x[:, :, part][:, :, keys].flatten(-2) for x in (k, v))
@@ -259,14 +288,18 @@ def _backward_eager(
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def _parts(q: Tensor, cu_seqlens: Tensor | None) -> list[slice]:
+def _parts(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None = None) -> list[slice]:
     """The sequences packed along the positions."""
     if cu_seqlens is None:
         return [slice(None)]
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != q.shape[2] or sorted(bounds) != bounds:
         raise ValueError(f"cu_seqlens must rise from 0 to the {q.shape[2]} packed tokens, not {bounds}")
-    return [slice(a, b) for a, b in pairwise(bounds)]
+    parts = [slice(a, b) for a, b in pairwise(bounds)]
+    longest = max(part.stop - part.start for part in parts)
+    if max_seqlen is not None and longest > max_seqlen:
+        raise ValueError(f"max_seqlen={max_seqlen} is too small; a packed sequence has {longest} tokens")
+    return parts
 
 
 def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
@@ -337,17 +370,22 @@ LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 
 @jit
-def _place(cu_seqlens, heads, q_length, k_length, VARIABLE: tl.constexpr):
-    """Batch entry and head of this program; first token and lengths of its sequence."""
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
+def _place(cu_seqlens, heads, q_length, k_length, blocks, VARIABLE: tl.constexpr):
+    """Block, batch entry and head of this program; first token and lengths of its sequence.
+
+    All are folded into one axis of the grid, because the others end at 65535; the blocks of a head are
+    neighbours, which share its keys in the L2 cache.
+    """
+    block = tl.program_id(0) % blocks
+    batch = (tl.program_id(0) // blocks // heads).to(tl.int64)
+    head = (tl.program_id(0) // blocks % heads).to(tl.int64)
     start = tl.zeros((), tl.int64)
     if VARIABLE:
         start = tl.load(cu_seqlens + batch).to(tl.int64)
         q_length = (tl.load(cu_seqlens + batch + 1) - start).to(tl.int32)
         k_length = q_length
         batch = batch * 0
-    return batch, head, start, q_length, k_length
+    return block, batch, head, start, q_length, k_length
 
 
 @jit
@@ -462,7 +500,7 @@ def _attend(
 @jit
 def _forward_kernel(
     q, k, v, out, lse, cu_seqlens, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, heads, group, q_length,
-    k_length, scale, floor, SCORE: tl.constexpr, CAUSAL: tl.constexpr, VARIABLE: tl.constexpr,
+    k_length, longest, scale, floor, SCORE: tl.constexpr, CAUSAL: tl.constexpr, VARIABLE: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Output and log-sum-exp, in units of unscaled scores, of a block of queries.
@@ -470,9 +508,12 @@ def _forward_kernel(
     Memory: q and the output once, k and v once a block of queries (from the L2 cache when the heads fit).
     """
     positions = q_length
-    batch, head, start, q_length, k_length = _place(cu_seqlens, heads, q_length, k_length, VARIABLE)
+    blocks = tl.cdiv(longest, BLOCK_M)
+    block, batch, head, start, q_length, k_length = _place(
+        cu_seqlens, heads, q_length, k_length, blocks, VARIABLE
+    )
     # The last blocks have most to do under a causal mask, so they start first.
-    m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    m = (blocks - 1 - block) * BLOCK_M
     if m < q_length:
         query = m + tl.arange(0, BLOCK_M)
         q += batch * q_b + head * q_h + start * q_s
@@ -547,7 +588,7 @@ def _query_gradient(
 @jit
 def _query_gradient_kernel(
     q, k, v, grad, out, lse, delta, dq, cu_seqlens, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h,
-    g_s, heads, group, q_length, k_length, scale, floor, SCORE: tl.constexpr, CAUSAL: tl.constexpr,
+    g_s, heads, group, q_length, k_length, longest, scale, floor, SCORE: tl.constexpr, CAUSAL: tl.constexpr,
     VARIABLE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -556,8 +597,11 @@ def _query_gradient_kernel(
     Memory: q, the output and its gradient once, k and v once a block of queries.
     """
     positions = q_length
-    batch, head, start, q_length, k_length = _place(cu_seqlens, heads, q_length, k_length, VARIABLE)
-    m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    blocks = tl.cdiv(longest, BLOCK_M)
+    block, batch, head, start, q_length, k_length = _place(
+        cu_seqlens, heads, q_length, k_length, blocks, VARIABLE
+    )
+    m = (blocks - 1 - block) * BLOCK_M
     if m < q_length:
         query = m + tl.arange(0, BLOCK_M)
         q += batch * q_b + head * q_h + start * q_s
@@ -647,7 +691,7 @@ def _key_gradient(
 @jit
 def _key_gradient_kernel(
     q, k, v, grad, lse, delta, dk, dv, cu_seqlens, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s,
-    kv_heads, group, q_length, k_length, scale, floor, SCORE: tl.constexpr, CAUSAL: tl.constexpr,
+    kv_heads, group, q_length, k_length, longest, scale, floor, SCORE: tl.constexpr, CAUSAL: tl.constexpr,
     VARIABLE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -656,8 +700,10 @@ def _key_gradient_kernel(
     Memory: k, v and their gradients once, q and the gradient of the output once a block of keys.
     """
     positions, key_positions = q_length, k_length
-    batch, kv_head, start, q_length, k_length = _place(cu_seqlens, kv_heads, q_length, k_length, VARIABLE)
-    n = tl.program_id(0) * BLOCK_N
+    block, batch, kv_head, start, q_length, k_length = _place(
+        cu_seqlens, kv_heads, q_length, k_length, tl.cdiv(longest, BLOCK_N), VARIABLE
+    )
+    n = block * BLOCK_N
     if n < k_length:
         key = n + tl.arange(0, BLOCK_N)
         k += batch * k_b + kv_head * k_h + start * k_s
@@ -712,14 +758,17 @@ def _forward_triton(
     q, k, v = (_inner_contiguous(x) for x in (q, k, v))
     out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    sequences, q_longest, _ = _extent(q, k, cu_seqlens, max_seqlen)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
+        _assert_bounds(q, cu_seqlens, max_seqlen)
+    sequences, longest, _ = _extent(q, k, cu_seqlens, max_seqlen)
 
     def run(options: Options) -> None:
         launch(
             _forward_kernel,
-            (ceil_div(q_longest, options["BLOCK_M"]), sequences * q.shape[1]),
+            (ceil_div(longest, options["BLOCK_M"]) * sequences * q.shape[1],),
             *(q, k, v, out, lse, cu_seqlens, *_strides(q, k, v)),
-            *(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], *_scale_and_floor(q)),
+            *(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], longest, *_scale_and_floor(q)),
             **_constants(q, score, causal, cu_seqlens),
             **options,
         )
@@ -743,6 +792,7 @@ def _backward_triton(
     q, k, v, grad = (_inner_contiguous(x) for x in (q, k, v, grad))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     sequences, q_longest, k_longest = _extent(q, k, cu_seqlens, max_seqlen)
     group = q.shape[1] // k.shape[1]
     constants = _constants(q, score, causal, cu_seqlens)
@@ -750,9 +800,9 @@ def _backward_triton(
     def run_queries(options: Options) -> None:
         launch(
             _query_gradient_kernel,
-            (ceil_div(q_longest, options["BLOCK_M"]), sequences * q.shape[1]),
+            (ceil_div(q_longest, options["BLOCK_M"]) * sequences * q.shape[1],),
             *(q, k, v, grad, out, lse, delta, dq, cu_seqlens, *_strides(q, k, v, grad)),
-            *(q.shape[1], group, q.shape[2], k.shape[2], *_scale_and_floor(q)),
+            *(q.shape[1], group, q.shape[2], k.shape[2], q_longest, *_scale_and_floor(q)),
             **constants,
             **options,
         )
@@ -760,9 +810,9 @@ def _backward_triton(
     def run_keys(options: Options) -> None:
         launch(
             _key_gradient_kernel,
-            (ceil_div(k_longest, options["BLOCK_N"]), sequences * k.shape[1]),
+            (ceil_div(k_longest, options["BLOCK_N"]) * sequences * k.shape[1],),
             *(q, k, v, grad, lse, delta, dk, dv, cu_seqlens, *_strides(q, k, v, grad)),
-            *(k.shape[1], group, q.shape[2], k.shape[2], *_scale_and_floor(q)),
+            *(k.shape[1], group, q.shape[2], k.shape[2], k_longest, *_scale_and_floor(q)),
             **constants,
             **options,
         )
@@ -781,8 +831,18 @@ def _extent(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | N
     """Sequences, and the largest numbers of queries and keys of one."""
     if cu_seqlens is None:
         return q.shape[0], q.shape[2], k.shape[2]
-    longest = min(max_seqlen or q.shape[2], q.shape[2])
+    longest = q.shape[2] if max_seqlen is None else min(max_seqlen, q.shape[2])
     return cu_seqlens.shape[0] - 1, longest, longest
+
+
+def _assert_bounds(q: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> None:
+    """What ``_parts`` checks, by the device: to read the boundaries here would wait for the GPU."""
+    lengths = cu_seqlens.diff()
+    covered = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == q.shape[2]) & (lengths >= 0).all()
+    torch._assert_async(covered, f"cu_seqlens must rise from 0 to the {q.shape[2]} packed tokens")
+    if max_seqlen is not None:
+        shorter = (lengths <= max_seqlen).all()
+        torch._assert_async(shorter, f"max_seqlen={max_seqlen} is less than the longest packed sequence")
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -821,7 +881,8 @@ def complex_attention_forward(
     """The output, and what the Triton kernels keep of the softmax, float32 (B, H, S); nothing in eager."""
     if use_triton(q):
         return _forward_triton(q, k, v, score, causal, cu_seqlens, max_seqlen)
-    return _forward_eager(q, k, v, score, causal, cu_seqlens), q.new_empty(0, dtype=torch.float32)
+    out = _forward_eager(q, k, v, score, causal, cu_seqlens, max_seqlen)
+    return out, q.new_empty(0, dtype=torch.float32)
 
 
 @complex_attention_forward.register_fake

@@ -141,6 +141,11 @@ class Pinned:
         """
         return self._of(target_name(x), kernel, x, width)
 
+    def covers(self, kernel: str, x: Tensor, width: int) -> bool:
+        """Whether a pinned width is not less than the wanted one, for tensors like ``x``."""
+        widths = self.table[kernel][target_name(x)][str(8 * x.element_size())]
+        return width <= max(map(int, widths))
+
     def choose(self, kernel: str, x: Tensor, width: int, run: Callable[[Options], object]) -> Options:
         """The pinned options; with MUSE_TUNE_KERNELS=1 on a GPU the fastest of those of all targets.
 

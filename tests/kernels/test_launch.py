@@ -108,8 +108,10 @@ def test_tables_cover_every_target():
                 assert table.keys() == names, (path.stem, kernel)
 
 
-def test_the_choice_of_a_backend_is_traced_as_a_constant(monkeypatch):
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_choice_of_a_backend_is_traced_as_a_constant(monkeypatch, deterministic):
     """As torch.compile(fullgraph=True) meets it on a GPU, whose driver it cannot look into."""
+    torch.use_deterministic_algorithms(deterministic)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(complex_attention, "use_triton", lambda _: True)
     monkeypatch.setattr(complex_linear, "use_triton", lambda _: True)
@@ -119,7 +121,7 @@ def test_the_choice_of_a_backend_is_traced_as_a_constant(monkeypatch):
     def function(x, q, k, v):
         _, hidden = complex_linear.complex_linear_activated(x, weight, activation="split_gelu")
         assert not complex_linear._runs_triton("product", x, (2, 32, 16), print)
-        return hidden, complex_attention._takes_sdpa(q, k, v, True, None)
+        return hidden, complex_attention._takes_sdpa(q, k, v, True)
 
     graphs = []
 
@@ -128,5 +130,5 @@ def test_the_choice_of_a_backend_is_traced_as_a_constant(monkeypatch):
         return lambda *_: (x,)
 
     _, sdpa = torch.compile(function, fullgraph=True, backend=backend)(x, q, k, v)
-    assert sdpa
+    assert sdpa != deterministic
     assert "complex_product_activated" in graphs[0]

@@ -146,6 +146,24 @@ def test_packed_sequences(score, causal, device):
             torch.testing.assert_close(whole, torch.cat(pieces, dim=2))
 
 
+@pytest.mark.parametrize("bounds", [[0, 3], [1, 65], [0, 40, 24, 65]])
+def test_boundaries_must_cover_the_batch(bounds, device):
+    if device.type == "cuda":
+        pytest.skip("a failed assertion of the device ends the process's use of it")
+    inputs = operands(device, torch.float32)
+    bounds = torch.tensor(bounds, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to the 65 packed tokens"):
+        complex_attention(*inputs, "phase", cu_seqlens=bounds)
+
+
+def test_the_longest_packed_sequence_must_not_be_understated(device):
+    if device.type == "cuda":
+        pytest.skip("a failed assertion of the device ends the process's use of it")
+    bounds = torch.tensor([0, 40, 65], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="max_seqlen=39 is less than the longest packed sequence"):
+        complex_attention(*operands(device, torch.float32), "phase", cu_seqlens=bounds, max_seqlen=39)
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_causality_bit_for_bit(score, device):
     q, k, v = operands(device, torch.float32)
