@@ -369,7 +369,7 @@ def _rms_norm_backward_kernel(
     tl.store(own + D, tl.sum(grad_g_im, 0), mask=inside)
 
 
-def _tile(kernel: str, z: Tensor, tokens: int) -> tuple[int, dict[str, int]]:
+def _whole_rows(kernel: str, z: Tensor, tokens: int) -> tuple[int, dict[str, int]]:
     """How many programs, and the constants of their tiles of whole rows, for a kernel of the norms."""
     pinned = dict(PINNED.options(kernel, z, z.shape[-1]))
     block = next_power_of_2(z.shape[-1])
@@ -385,7 +385,7 @@ def _rms_norm_triton(z: Tensor, branch: Tensor | None, gain: Tensor, eps: float)
     total = None if branch is None else torch.empty_like(z)
     out, rstd = torch.empty_like(z), z.new_empty(z.shape[:-2], dtype=torch.float32)
     tokens, width = rstd.numel(), z.shape[-1]
-    programs, options = _tile("rms_norm_forward", z, tokens)
+    programs, options = _whole_rows("rms_norm_forward", z, tokens)
     launch(
         _rms_norm_forward_kernel,
         (programs,),
@@ -402,7 +402,7 @@ def _rms_norm_backward_triton(
     z, grad = z.contiguous(), grad.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     grad_z, tokens, width = torch.empty_like(z), rstd.numel(), z.shape[-1]
-    programs, options = _tile("rms_norm_backward", z, tokens)
+    programs, options = _whole_rows("rms_norm_backward", z, tokens)
     partials = rstd.new_empty(programs, 2, width)
     launch(
         _rms_norm_backward_kernel,
@@ -699,7 +699,7 @@ def _layer_norm_triton(z: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tu
     z = z.contiguous()
     tokens, width = z.shape[:-2].numel(), z.shape[-1]
     out, statistics = torch.empty_like(z), z.new_empty(5, tokens, dtype=torch.float32)
-    programs, options = _tile("layer_norm_forward", z, tokens)
+    programs, options = _whole_rows("layer_norm_forward", z, tokens)
     launch(
         _layer_norm_forward_kernel,
         (programs,),
@@ -715,7 +715,7 @@ def _layer_norm_backward_triton(
     """Reads z and the gradient and writes one, 6 T D e bytes. 54 FLOPs a channel."""
     z, grad = z.contiguous(), grad.contiguous()
     grad_z, tokens, width = torch.empty_like(z), statistics.shape[1], z.shape[-1]
-    programs, options = _tile("layer_norm_backward", z, tokens)
+    programs, options = _whole_rows("layer_norm_backward", z, tokens)
     partials = statistics.new_empty(programs, 5, width)
     launch(
         _layer_norm_backward_kernel,
@@ -889,16 +889,14 @@ def _normal_cdf(x):
 
 
 @jit
-def _activation_forward_kernel(
-    z, offset, slope, out, tokens, D, floor,
-    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    cols = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-    mask = (rows < tokens) & (cols < D)
-    at = rows.to(tl.int64) * (2 * D) + cols
-    re = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
-    im = tl.load(z + at + D, mask=mask, other=0.0).to(tl.float32)
+def _mod_relu_gate(size, offset):
+    # Other divisions of a GPU give x / x only about 1, and the identity without an offset only about z.
+    return tl.div_rn(tl.maximum(size + offset, 0.0), size)
+
+
+@jit
+def activated(re, im, offset, slope, floor, KIND: tl.constexpr):
+    """The activation of float32 tiles; kinds without the parameters do not look at them."""
     if KIND == "split_gelu":
         re *= _normal_cdf(re)
         im *= _normal_cdf(im)
@@ -910,14 +908,32 @@ def _activation_forward_kernel(
         size = _modulus(re, im, floor)
         if KIND == "cardioid":
             gate = 0.5 * (1 + re / size)
+        elif KIND == "mod_relu":
+            gate = _mod_relu_gate(size, offset)
         else:
-            b = tl.load(offset + cols, mask=cols < D, other=0.0).to(tl.float32)
-            if KIND == "mod_relu":
-                gate = tl.maximum(size + b, 0.0) / size
-            else:
-                gate = _sigmoid(tl.load(slope + cols, mask=cols < D, other=0.0).to(tl.float32) * size + b)
+            gate = _sigmoid(slope * size + offset)
         re *= gate
         im *= gate
+    return re, im
+
+
+@jit
+def _activation_forward_kernel(
+    z, offset, slope, out, tokens, D, floor,
+    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    cols = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    mask = (rows < tokens) & (cols < D)
+    at = rows.to(tl.int64) * (2 * D) + cols
+    re = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
+    im = tl.load(z + at + D, mask=mask, other=0.0).to(tl.float32)
+    b, beta = 0.0, 0.0
+    if offset is not None:
+        b = tl.load(offset + cols, mask=cols < D, other=0.0).to(tl.float32)
+    if slope is not None:
+        beta = tl.load(slope + cols, mask=cols < D, other=0.0).to(tl.float32)
+    re, im = activated(re, im, b, beta, floor, KIND)
     tl.store(out + at, re, mask=mask)
     tl.store(out + at + D, im, mask=mask)
 
@@ -960,7 +976,7 @@ def _activation_backward_kernel(
                 d_re = gate * y_re + turn * (1 - cos * cos)
                 d_im = gate * y_im - turn * cos * (im / size)
             elif KIND == "mod_relu":
-                gate = tl.maximum(size + b, 0.0) / size
+                gate = _mod_relu_gate(size, b)
                 by_offset = tl.where(gate > 0, dot / size, 0.0)
                 grad_offset += by_offset
                 turn = by_offset * b / size / size

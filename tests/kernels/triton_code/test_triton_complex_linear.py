@@ -7,6 +7,7 @@ import torch
 
 import kernels.complex_linear as implementation
 from kernels.complex_linear import PARAMETERS, PINNED, complex_linear, complex_linear_activated
+from kernels.complex_pointwise import complex_activation
 from kernels.launch import eager
 from kernels.planar import modulus, modulus_floor, upcast
 
@@ -141,6 +142,24 @@ def test_activated(sizes, dtype, activation, device, assert_as_accurate, launche
 
     check(*activated(activation), used, [t["grad"], t["grad_hidden"]], assert_as_accurate)
     assert launched.count("_product_kernel") == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", list(PARAMETERS))
+def test_epilogue_is_the_activation_bit_for_bit(dtype, activation, device):
+    """So that a backward pass that activates the hidden state again gets what the forward pass had."""
+    t = tensors((33, 17, 34), dtype, device)
+    parameters = {name: t[name] for name in PARAMETERS[activation]}
+    active, hidden = complex_linear_activated(t["x"], t["weight"], activation=activation, **parameters)
+    assert torch.equal(active, complex_activation(hidden, activation, **parameters))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mod_relu_without_offset_is_the_identity(dtype, device):
+    t = tensors((33, 17, 34), dtype, device)
+    offset = torch.zeros(34, device=device)
+    active, hidden = complex_linear_activated(t["x"], t["weight"], activation="mod_relu", offset=offset)
+    assert torch.equal(active, hidden)
 
 
 @pytest.mark.parametrize("activation", list(PARAMETERS))
