@@ -225,7 +225,7 @@ def _forward_eager(
     out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
     for part in _parts(q, cu_seqlens, max_seqlen):
         for queries, keys in _blocks(q[:, :, part], k[:, :, part], causal):
-            rows = _rows(q[:, :, part], k, queries).mul_(q.shape[-1] ** -0.5)
+            rows = _grouped_rows(q[:, :, part], k, queries).mul_(q.shape[-1] ** -0.5)
             flat_k, flat_v = (x[:, :, part][:, :, keys].flatten(-2) for x in (k, v))
             s_re, s_im, size = _scores(rows, flat_k, score, causal, queries)
             weight = size.softmax(-1)
@@ -248,8 +248,8 @@ def _backward_eager(
     grad_k, grad_v = (upcast(x).new_zeros(x.shape) for x in (k, v))
     for part in _parts(q, cu_seqlens):
         for queries, keys in _blocks(q[:, :, part], k[:, :, part], causal):
-            rows = _rows(q[:, :, part], k, queries).mul_(scale)
-            grad_rows = _rows(grad[:, :, part], k, queries).to(v.dtype)
+            rows = _grouped_rows(q[:, :, part], k, queries).mul_(scale)
+            grad_rows = _grouped_rows(grad[:, :, part], k, queries).to(v.dtype)
             flat_k, flat_v = (x[:, :, part][:, :, keys].flatten(-2) for x in (k, v))
             to_k, to_v = (x[:, :, part][:, :, keys].flatten(-2) for x in (grad_k, grad_v))
             s_re, s_im, size = _scores(rows, flat_k, score, causal, queries)
@@ -312,7 +312,7 @@ def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]
         yield slice(first, last), slice(0, last + k.shape[2] - count if causal else k.shape[2])
 
 
-def _rows(x: Tensor, k: Tensor, queries: slice) -> Tensor:
+def _grouped_rows(x: Tensor, k: Tensor, queries: slice) -> Tensor:
     """A copy of some positions as (B, H_kv, rows, 2d): heads that share keys are rows of one matrix."""
     block = x[:, :, queries]
     return block.clone(memory_format=torch.contiguous_format).view(*k.shape[:2], -1, 2 * x.shape[-1])
@@ -389,7 +389,7 @@ def _place(cu_seqlens, heads, q_length, k_length, blocks, VARIABLE: tl.constexpr
 
 
 @jit
-def _tile(pointer, rows, stride, limit, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+def _addresses(pointer, rows, stride, limit, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """Addresses of rows of the real plane, (rows, BLOCK_D), and which of them exist."""
     channel = tl.arange(0, BLOCK_D)[None, :]
     address = pointer + rows[:, None].to(tl.int64) * stride + channel
@@ -400,14 +400,14 @@ def _tile(pointer, rows, stride, limit, WIDTH: tl.constexpr, BLOCK_D: tl.constex
 @jit
 def _load(pointer, rows, stride, limit, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """Both planes of rows of a planar tensor, 0 where there is nothing."""
-    address, inside = _tile(pointer, rows, stride, limit, WIDTH, BLOCK_D)
+    address, inside = _addresses(pointer, rows, stride, limit, WIDTH, BLOCK_D)
     return tl.load(address, mask=inside, other=0.0), tl.load(address + WIDTH, mask=inside, other=0.0)
 
 
 @jit
 def _store(pointer, re, im, rows, stride, limit, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write both planes of rows of a planar tensor."""
-    address, inside = _tile(pointer, rows, stride, limit, WIDTH, BLOCK_D)
+    address, inside = _addresses(pointer, rows, stride, limit, WIDTH, BLOCK_D)
     tl.store(address, re.to(pointer.dtype.element_ty), mask=inside)
     tl.store(address + WIDTH, im.to(pointer.dtype.element_ty), mask=inside)
 
