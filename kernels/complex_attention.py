@@ -147,7 +147,7 @@ def _takes_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
         with torch.enable_grad():
             torch.autograd.grad(attention(*leaves), leaves, grad)
 
-    key = ("complex_attention real", q.shape, k.shape, q.dtype, causal)
+    key = ("complex_attention real", *q.shape, *k.shape[1:3], q.dtype, causal)
     candidates = {
         "sdpa": lambda: train(lambda q, k, v: _sdpa(q, k, v, causal)),
         "triton": lambda: train(lambda q, k, v: complex_attention_forward(q, k, v, "real", causal)[0]),
@@ -773,7 +773,7 @@ def _forward_triton(
             **options,
         )
 
-    run(PINNED.choose(f"{score} forward", q, q.shape[-1], run))
+    run(PINNED.choose(f"{score} forward", q, q.shape[-1], run, *_deciding(q, k, causal, cu_seqlens)))
     return out, lse
 
 
@@ -817,8 +817,9 @@ def _backward_triton(
             **options,
         )
 
-    run_queries(PINNED.choose(f"{score} query gradient", q, q.shape[-1], run_queries))
-    run_keys(PINNED.choose(f"{score} key gradient", q, q.shape[-1], run_keys))
+    deciding = _deciding(q, k, causal, cu_seqlens)
+    run_queries(PINNED.choose(f"{score} query gradient", q, q.shape[-1], run_queries, *deciding))
+    run_keys(PINNED.choose(f"{score} key gradient", q, q.shape[-1], run_keys, *deciding))
     return dq, dk, dv
 
 
@@ -843,6 +844,11 @@ def _assert_bounds(q: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Non
     if max_seqlen is not None:
         shorter = (lengths <= max_seqlen).all()
         torch._assert_async(shorter, f"max_seqlen={max_seqlen} is less than the longest packed sequence")
+
+
+def _deciding(q: Tensor, k: Tensor, causal: bool, cu_seqlens: Tensor | None) -> tuple[object, ...]:
+    """What decides about the time of a kernel, beside the head size."""
+    return (*q.shape[:3], *k.shape[1:3], causal, cu_seqlens is not None)
 
 
 def _strides(*tensors: Tensor) -> list[int]:

@@ -315,7 +315,7 @@ def _launch_product(
         )
 
     kernel = "three_products" if products == 3 else "product" if activation == "none" else "epilogue"
-    run(PINNED.choose(kernel, x, min(columns, WIDEST), run))
+    run(PINNED.choose(kernel, x, min(columns, WIDEST), run, rows, columns, depth, activation))
 
 
 def _product_triton(
@@ -379,7 +379,7 @@ def _weight_gradient_triton(grad: Tensor, x: Tensor) -> Tensor:
         if splits > 1:
             weight_gradient.copy_(partial.sum(0))
 
-    run(PINNED.choose("weight_gradient", x, min(columns, WIDEST), run))
+    run(PINNED.choose("weight_gradient", x, min(columns, WIDEST), run, rows, columns, depth))
     return weight_gradient
 
 
@@ -401,7 +401,7 @@ def _runs_triton(
         return False
     if tuning(x):
         run(True)  # Chooses the launch options, which is not to be measured.
-        key = (f"complex_linear {operation}", x.dtype, weight_shape)
+        key = (f"complex_linear {operation}", x.dtype, x.shape[:-2].numel(), *weight_shape)
         return fastest(key, {"library": partial(run, False), "triton": partial(run, True)}) == "triton"
     dispatch: Any = PINNED.table["dispatch"]
     return bool(dispatch[target_name(x)][str(8 * x.element_size())][operation] == "triton")
