@@ -43,7 +43,7 @@ from kernels.launch import (
 )
 from kernels.operator import operator
 from kernels.planar import modulus_floor, upcast
-from kernels.triton_import import jit, tl
+from kernels.triton_import import jit, jit_unspecialised, tl
 
 SCORES = ("real", "magnitude", "phase")
 PINNED = pinned_beside(__file__)
@@ -366,6 +366,9 @@ def _scores(
 # One argument a line would hide the kernels.
 # fmt: off
 
+# One binary serves every number of heads and every length: decoding must not compile at each length that is
+# a multiple of 16.
+_jit = jit_unspecialised("heads", "kv_heads", "group", "q_length", "k_length", "longest")
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 
@@ -497,7 +500,7 @@ def _attend(
     return out_re, out_im, largest, total
 
 
-@jit
+@_jit
 def _forward_kernel(
     q, k, v, out, lse, cu_seqlens, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, heads, group, q_length,
     k_length, longest, scale, floor, SCORE: tl.constexpr, CAUSAL: tl.constexpr, VARIABLE: tl.constexpr,
@@ -585,7 +588,7 @@ def _query_gradient(
     return dq_re, dq_im
 
 
-@jit
+@_jit
 def _query_gradient_kernel(
     q, k, v, grad, out, lse, delta, dq, cu_seqlens, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h,
     g_s, heads, group, q_length, k_length, longest, scale, floor, SCORE: tl.constexpr, CAUSAL: tl.constexpr,
@@ -688,7 +691,7 @@ def _key_gradient(
     return dk_re, dk_im, dv_re, dv_im
 
 
-@jit
+@_jit
 def _key_gradient_kernel(
     q, k, v, grad, lse, delta, dk, dv, cu_seqlens, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s,
     kv_heads, group, q_length, k_length, longest, scale, floor, SCORE: tl.constexpr, CAUSAL: tl.constexpr,
@@ -959,19 +962,35 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor 
 complex_attention_forward.register_autograd(_gradients, setup_context=_keep)
 
 
+# The head size that leaves the fewest registers, by bits; the larger one of 32 bits spills in any variant.
+TIGHT = {"16": 128, "32": 64}
+
+
 def compile_cases() -> dict[str, Callable[[], object]]:
-    """What to compile ahead of time: every kind of score, dtype size and pinned head size."""
+    """What to compile ahead of time: every kind of score, dtype size and pinned head size.
+
+    For one head size also the variants that compile to something else.
+    """
     cases: dict[str, Callable[[], object]] = {}
     for score in SCORES:
         for bits, widths in PINNED.table[f"{score} forward"]["sm_80"].items():
+            dtype = {"16": torch.bfloat16, "32": torch.float32}[bits]
             for width in map(int, widths):
-                dtype = {"16": torch.bfloat16, "32": torch.float32}[bits]
-                cases[f"{score} {bits} bits, d={width}"] = partial(_launch_all, score, dtype, width)
+                label = f"{score} {bits} bits, d={width}"
+                cases[label] = partial(_launch_all, score, dtype, width)
+                if width == TIGHT[bits]:
+                    cases[f"{label}, not causal"] = partial(_launch_all, score, dtype, width, causal=False)
+                    cases[f"{label}, packed"] = partial(_launch_all, score, dtype, width, packed=True)
+                    cases[f"{label}, uneven"] = partial(_launch_all, score, dtype, width - 3)
     return cases
 
 
-def _launch_all(score: str, dtype: torch.dtype, width: int) -> None:
-    q = torch.empty(1, 4, 1024, 2, width, dtype=dtype)
-    k, v = torch.empty(2, 1, 2, 1024, 2, width, dtype=dtype)
-    out, lse = _forward_triton(q, k, v, score, True, None, None)
-    _backward_triton(q, q, k, v, out, lse, score, True, None, None)
+def _launch_all(
+    score: str, dtype: torch.dtype, width: int, causal: bool = True, packed: bool = False
+) -> None:
+    batch = 1 if packed else 2
+    q = torch.empty(batch, 4, 1024, 2, width, dtype=dtype)
+    k, v = torch.empty(2, batch, 2, 1024, 2, width, dtype=dtype)
+    bounds = torch.empty(3, dtype=torch.int32) if packed else None
+    out, lse = _forward_triton(q, k, v, score, causal, bounds, None)
+    _backward_triton(q, q, k, v, out, lse, score, causal, bounds, None)
