@@ -81,6 +81,10 @@ def test_value_is_the_definition(score, causal, sizes):
 @pytest.mark.parametrize("sizes", [(1, 2, 2, 4), (63, 2, 1, 12), (65, 2, 2, 7)])
 def test_accuracy(score, dtype, sizes, assert_as_accurate):
     inputs = operands(*sizes, dtype=dtype)
+    if score == "phase":
+        # Scores are then off 0, where any rounding of s turns its phase by whatever it likes.
+        inputs[0][..., 0, :] += 1
+        inputs[1][..., 0, :] += 1
     cotangent = torch.randn_like(inputs[0])
 
     def run(function, kind):
@@ -206,7 +210,9 @@ def test_more_keys_than_queries(score, dtype, causal, queries):
     q, k, v = operands(9, 4, 2, 5, dtype)
     whole = complex_attention(q, k, v, score, causal)
     last = complex_attention(q[:, :, -queries:], k, v, score, causal)
-    torch.testing.assert_close(last, whole[:, :, -queries:], atol=2 * torch.finfo(dtype).eps, rtol=2e-2)
+    # Weights of half precision are rounded apart, sums of float64 only taken in another order.
+    rounding = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(last, whole[:, :, -queries:], atol=rounding, rtol=rounding)
 
 
 @pytest.mark.parametrize("score", SCORES)

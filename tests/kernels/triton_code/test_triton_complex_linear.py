@@ -91,12 +91,12 @@ def activated(activation):
     return [partial(f, activation=activation) for f in (complex_linear_activated, plain_activated)]
 
 
-def check(function, plain_function, inputs, cotangents, assert_as_accurate):
+def check(function, plain_function, inputs, cotangents, assert_as_accurate, cancelling=1):
     results = run(function, inputs, cotangents)
     plain = run(plain_function, inputs, cotangents)
     exact = run(plain_function, {name: value.double() for name, value in inputs.items()}, cotangents)
     for result, other, truth in zip(results, plain, exact, strict=True):
-        assert_as_accurate(result, other, truth)
+        assert_as_accurate(result, other, truth, scale=cancelling * truth.abs().max().item())
     return results
 
 
@@ -199,10 +199,12 @@ def test_many_rows_are_split(dtype, activation, device, assert_as_accurate, monk
     monkeypatch.setattr(implementation, "launch", launch)
 
     function, plain = activated(activation)
-    results = check(function, plain, used, [t["grad"], t["grad_hidden"]], assert_as_accurate)
+    cotangents = [t["grad"], t["grad_hidden"]]
+    # The parameters' gradients are sums of 1025 terms of both signs, taken in turn; torch's go by pairs.
+    results = check(function, plain, used, cotangents, assert_as_accurate, cancelling=2)
     (split,) = splits
     assert 1 < split <= 16
-    again = run(function, used, [t["grad"], t["grad_hidden"]])
+    again = run(function, used, cotangents)
     assert all(torch.equal(one, other) for one, other in zip(results, again, strict=True))
 
 
