@@ -43,7 +43,7 @@ from kernels.launch import (
 )
 from kernels.operator import operator
 from kernels.planar import modulus_floor, upcast
-from kernels.triton_import import jit, tl
+from kernels.triton_import import jit, jit_unspecialised, tl
 
 SCORES = ("real", "magnitude", "phase")
 PINNED = pinned_beside(__file__)
@@ -71,15 +71,24 @@ def complex_attention(
             a query sees the keys of its own sequence only.
         max_seqlen: an upper bound of the packed lengths, by default S; it spares the kernel empty programs.
 
+    ``real`` goes to torch's SDPA on a CPU, and on a GPU where the table beside this file says that it is
+    faster or where heads are wider than the kernels take. In the backward pass of SDPA's flash kernel, and of
+    its memory-efficient one, programs that hold different keys add to the gradient of a query by atomics in
+    whatever order they finish, so repeated gradients differ in their last bits. All kernels here sum in one
+    order; under ``torch.use_deterministic_algorithms`` they make ``real``, too.
+
     Returns:
-        Planar (B, H, S, 2, d), in the dtype of v.
+        Planar (B, H, S, 2, d), in the dtype of q, k and v.
 
     Raises:
-        ValueError: the score is unknown, or the shapes do not belong together.
+        TypeError: the dtypes differ, or that of cu_seqlens is not int32.
+        ValueError: the score is unknown, the shapes do not belong together, or the boundaries are wrong. On a
+            GPU wrong numbers in cu_seqlens are an assertion of the device instead, a RuntimeError of the next
+            synchronisation.
     """
     _check(q, k, v, score, causal, cu_seqlens)
-    if score == "real" and _takes_sdpa(q, k, v, causal, cu_seqlens):
-        return _sdpa(q, k, v, causal, cu_seqlens)
+    if score == "real" and cu_seqlens is None and _takes_sdpa(q, k, v, causal):
+        return _sdpa(q, k, v, causal)
     if cu_seqlens is None and k.shape[2] <= HELD_KEYS and not use_triton(q):
         return _held(q, k, v, score, causal)
     out, _ = complex_attention_forward(q, k, v, score, causal, cu_seqlens, max_seqlen)
@@ -89,6 +98,10 @@ def complex_attention(
 def _check(q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool, cu_seqlens: Tensor | None) -> None:
     if score not in SCORES:
         raise ValueError(f"score={score} is not known; choose {', '.join(SCORES)}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"queries, keys and values of one dtype are needed, not {q.dtype}, {k.dtype}, {v.dtype}"
+        )
     if q.ndim != 5 or k.shape != v.shape or (q.shape[0], *q.shape[3:]) != (k.shape[0], *k.shape[3:]):
         raise ValueError(
             "planar queries (B, H, S, 2, d) and keys and values (B, H_kv, S_k, 2, d) are needed, not "
@@ -98,19 +111,32 @@ def _check(q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool, cu_seqlens
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key and value heads")
     if causal and k.shape[2] < q.shape[2]:
         raise ValueError(f"causal attention of {q.shape[2]} queries needs as many keys, not {k.shape[2]}")
-    if cu_seqlens is not None and (q.shape[0] != 1 or k.shape[2] != q.shape[2]):
+    if cu_seqlens is None:
+        return
+    if q.shape[0] != 1 or k.shape[2] != q.shape[2]:
         raise ValueError("packed sequences need a batch of one and as many keys as queries")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens must be int32, not {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.device != q.device:
+        raise ValueError(
+            f"cu_seqlens must be (n + 1,) on {q.device}, not {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
+        )
 
 
-def _takes_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None) -> bool:
+def _takes_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
     """Whether ``real`` goes to SDPA.
 
-    On a GPU that is pinned by architecture, and measured with MUSE_TUNE_KERNELS=1.
+    On a GPU that is pinned by architecture, and measured with MUSE_TUNE_KERNELS=1. Heads that are too wide
+    for the kernels always do. Otherwise gradients must not differ from call to call in torch's deterministic
+    mode, and the shift of a causal call with cached keys would take a mask of all queries and keys.
     On a CPU float32 does, and bfloat16 does not, because SDPA computes its products in float32 there.
     """
+    deterministic = torch.are_deterministic_algorithms_enabled()
     if not use_triton(q):
-        return q.is_cuda or q.dtype != torch.bfloat16
-    if cu_seqlens is not None:
+        return not deterministic if q.is_cuda else q.dtype != torch.bfloat16
+    if not PINNED.covers("real forward", q, q.shape[-1]):
+        return True
+    if deterministic or (causal and 1 < q.shape[2] < k.shape[2]):
         return False
     if not tuning(q):
         return bool(PINNED.table["dispatch"][target_name(q)][str(8 * q.element_size())]["real"] == "sdpa")
@@ -121,9 +147,9 @@ def _takes_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tenso
         with torch.enable_grad():
             torch.autograd.grad(attention(*leaves), leaves, grad)
 
-    key = ("complex_attention real", q.shape, k.shape, q.dtype, causal)
+    key = ("complex_attention real", *q.shape, *k.shape[1:3], q.dtype, causal)
     candidates = {
-        "sdpa": lambda: train(lambda q, k, v: _sdpa(q, k, v, causal, None)),
+        "sdpa": lambda: train(lambda q, k, v: _sdpa(q, k, v, causal)),
         "triton": lambda: train(lambda q, k, v: complex_attention_forward(q, k, v, "real", causal)[0]),
     }
     return fastest(key, candidates) == "sdpa"
@@ -132,11 +158,8 @@ def _takes_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tenso
 # --- Eager -----------------------------------------------------------------------------------------------
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """The score kind ``real`` as torch's attention of head dimension 2d on concatenated planes."""
-    if cu_seqlens is not None:
-        parts = _parts(q, cu_seqlens)
-        return torch.cat([_sdpa(q[:, :, p], k[:, :, p], v[:, :, p], causal, None) for p in parts], dim=2)
     queries, keys = q.shape[2], k.shape[2]
     mask = None
     if causal and 1 < queries < keys:
@@ -191,12 +214,18 @@ BLOCK_QUERIES = (64, 256)
 
 
 def _forward_eager(
-    q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool, cu_seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: str,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
 ) -> Tensor:
     out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
-    for part in _parts(q, cu_seqlens):
+    for part in _parts(q, cu_seqlens, max_seqlen):
         for queries, keys in _blocks(q[:, :, part], k[:, :, part], causal):
-            rows = _rows(q[:, :, part], k, queries).mul_(q.shape[-1] ** -0.5)
+            rows = _grouped_rows(q[:, :, part], k, queries).mul_(q.shape[-1] ** -0.5)
             flat_k, flat_v = (x[:, :, part][:, :, keys].flatten(-2) for x in (k, v))
             s_re, s_im, size = _scores(rows, flat_k, score, causal, queries)
             weight = size.softmax(-1)
@@ -219,8 +248,8 @@ def _backward_eager(
     grad_k, grad_v = (upcast(x).new_zeros(x.shape) for x in (k, v))
     for part in _parts(q, cu_seqlens):
         for queries, keys in _blocks(q[:, :, part], k[:, :, part], causal):
-            rows = _rows(q[:, :, part], k, queries).mul_(scale)
-            grad_rows = _rows(grad[:, :, part], k, queries).to(v.dtype)
+            rows = _grouped_rows(q[:, :, part], k, queries).mul_(scale)
+            grad_rows = _grouped_rows(grad[:, :, part], k, queries).to(v.dtype)
             flat_k, flat_v = (x[:, :, part][:, :, keys].flatten(-2) for x in (k, v))
             to_k, to_v = (x[:, :, part][:, :, keys].flatten(-2) for x in (grad_k, grad_v))
             s_re, s_im, size = _scores(rows, flat_k, score, causal, queries)
@@ -259,14 +288,18 @@ def _backward_eager(
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def _parts(q: Tensor, cu_seqlens: Tensor | None) -> list[slice]:
+def _parts(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None = None) -> list[slice]:
     """The sequences packed along the positions."""
     if cu_seqlens is None:
         return [slice(None)]
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != q.shape[2] or sorted(bounds) != bounds:
         raise ValueError(f"cu_seqlens must rise from 0 to the {q.shape[2]} packed tokens, not {bounds}")
-    return [slice(a, b) for a, b in pairwise(bounds)]
+    parts = [slice(a, b) for a, b in pairwise(bounds)]
+    longest = max(part.stop - part.start for part in parts)
+    if max_seqlen is not None and longest > max_seqlen:
+        raise ValueError(f"max_seqlen={max_seqlen} is too small; a packed sequence has {longest} tokens")
+    return parts
 
 
 def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
@@ -279,7 +312,7 @@ def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]
         yield slice(first, last), slice(0, last + k.shape[2] - count if causal else k.shape[2])
 
 
-def _rows(x: Tensor, k: Tensor, queries: slice) -> Tensor:
+def _grouped_rows(x: Tensor, k: Tensor, queries: slice) -> Tensor:
     """A copy of some positions as (B, H_kv, rows, 2d): heads that share keys are rows of one matrix."""
     block = x[:, :, queries]
     return block.clone(memory_format=torch.contiguous_format).view(*k.shape[:2], -1, 2 * x.shape[-1])
@@ -333,25 +366,33 @@ def _scores(
 # One argument a line would hide the kernels.
 # fmt: off
 
+# One binary serves every number of heads and every length: decoding must not compile at each length that is
+# a multiple of 16.
+_jit = jit_unspecialised("heads", "kv_heads", "group", "q_length", "k_length", "longest")
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 
 @jit
-def _place(cu_seqlens, heads, q_length, k_length, VARIABLE: tl.constexpr):
-    """Batch entry and head of this program; first token and lengths of its sequence."""
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
+def _place(cu_seqlens, heads, q_length, k_length, blocks, VARIABLE: tl.constexpr):
+    """Block, batch entry and head of this program; first token and lengths of its sequence.
+
+    All are folded into one axis of the grid, because the others end at 65535; the blocks of a head are
+    neighbours, which share its keys in the L2 cache.
+    """
+    block = tl.program_id(0) % blocks
+    batch = (tl.program_id(0) // blocks // heads).to(tl.int64)
+    head = (tl.program_id(0) // blocks % heads).to(tl.int64)
     start = tl.zeros((), tl.int64)
     if VARIABLE:
         start = tl.load(cu_seqlens + batch).to(tl.int64)
         q_length = (tl.load(cu_seqlens + batch + 1) - start).to(tl.int32)
         k_length = q_length
         batch = batch * 0
-    return batch, head, start, q_length, k_length
+    return block, batch, head, start, q_length, k_length
 
 
 @jit
-def _tile(pointer, rows, stride, limit, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+def _addresses(pointer, rows, stride, limit, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """Addresses of rows of the real plane, (rows, BLOCK_D), and which of them exist."""
     channel = tl.arange(0, BLOCK_D)[None, :]
     address = pointer + rows[:, None].to(tl.int64) * stride + channel
@@ -362,14 +403,14 @@ def _tile(pointer, rows, stride, limit, WIDTH: tl.constexpr, BLOCK_D: tl.constex
 @jit
 def _load(pointer, rows, stride, limit, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """Both planes of rows of a planar tensor, 0 where there is nothing."""
-    address, inside = _tile(pointer, rows, stride, limit, WIDTH, BLOCK_D)
+    address, inside = _addresses(pointer, rows, stride, limit, WIDTH, BLOCK_D)
     return tl.load(address, mask=inside, other=0.0), tl.load(address + WIDTH, mask=inside, other=0.0)
 
 
 @jit
 def _store(pointer, re, im, rows, stride, limit, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write both planes of rows of a planar tensor."""
-    address, inside = _tile(pointer, rows, stride, limit, WIDTH, BLOCK_D)
+    address, inside = _addresses(pointer, rows, stride, limit, WIDTH, BLOCK_D)
     tl.store(address, re.to(pointer.dtype.element_ty), mask=inside)
     tl.store(address + WIDTH, im.to(pointer.dtype.element_ty), mask=inside)
 
@@ -459,10 +500,10 @@ def _attend(
     return out_re, out_im, largest, total
 
 
-@jit
+@_jit
 def _forward_kernel(
     q, k, v, out, lse, cu_seqlens, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, heads, group, q_length,
-    k_length, scale, floor, SCORE: tl.constexpr, CAUSAL: tl.constexpr, VARIABLE: tl.constexpr,
+    k_length, longest, scale, floor, SCORE: tl.constexpr, CAUSAL: tl.constexpr, VARIABLE: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Output and log-sum-exp, in units of unscaled scores, of a block of queries.
@@ -470,9 +511,12 @@ def _forward_kernel(
     Memory: q and the output once, k and v once a block of queries (from the L2 cache when the heads fit).
     """
     positions = q_length
-    batch, head, start, q_length, k_length = _place(cu_seqlens, heads, q_length, k_length, VARIABLE)
+    blocks = tl.cdiv(longest, BLOCK_M)
+    block, batch, head, start, q_length, k_length = _place(
+        cu_seqlens, heads, q_length, k_length, blocks, VARIABLE
+    )
     # The last blocks have most to do under a causal mask, so they start first.
-    m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    m = (blocks - 1 - block) * BLOCK_M
     if m < q_length:
         query = m + tl.arange(0, BLOCK_M)
         q += batch * q_b + head * q_h + start * q_s
@@ -544,10 +588,10 @@ def _query_gradient(
     return dq_re, dq_im
 
 
-@jit
+@_jit
 def _query_gradient_kernel(
     q, k, v, grad, out, lse, delta, dq, cu_seqlens, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h,
-    g_s, heads, group, q_length, k_length, scale, floor, SCORE: tl.constexpr, CAUSAL: tl.constexpr,
+    g_s, heads, group, q_length, k_length, longest, scale, floor, SCORE: tl.constexpr, CAUSAL: tl.constexpr,
     VARIABLE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -556,8 +600,11 @@ def _query_gradient_kernel(
     Memory: q, the output and its gradient once, k and v once a block of queries.
     """
     positions = q_length
-    batch, head, start, q_length, k_length = _place(cu_seqlens, heads, q_length, k_length, VARIABLE)
-    m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    blocks = tl.cdiv(longest, BLOCK_M)
+    block, batch, head, start, q_length, k_length = _place(
+        cu_seqlens, heads, q_length, k_length, blocks, VARIABLE
+    )
+    m = (blocks - 1 - block) * BLOCK_M
     if m < q_length:
         query = m + tl.arange(0, BLOCK_M)
         q += batch * q_b + head * q_h + start * q_s
@@ -644,10 +691,10 @@ def _key_gradient(
     return dk_re, dk_im, dv_re, dv_im
 
 
-@jit
+@_jit
 def _key_gradient_kernel(
     q, k, v, grad, lse, delta, dk, dv, cu_seqlens, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s,
-    kv_heads, group, q_length, k_length, scale, floor, SCORE: tl.constexpr, CAUSAL: tl.constexpr,
+    kv_heads, group, q_length, k_length, longest, scale, floor, SCORE: tl.constexpr, CAUSAL: tl.constexpr,
     VARIABLE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -656,8 +703,10 @@ def _key_gradient_kernel(
     Memory: k, v and their gradients once, q and the gradient of the output once a block of keys.
     """
     positions, key_positions = q_length, k_length
-    batch, kv_head, start, q_length, k_length = _place(cu_seqlens, kv_heads, q_length, k_length, VARIABLE)
-    n = tl.program_id(0) * BLOCK_N
+    block, batch, kv_head, start, q_length, k_length = _place(
+        cu_seqlens, kv_heads, q_length, k_length, tl.cdiv(longest, BLOCK_N), VARIABLE
+    )
+    n = block * BLOCK_N
     if n < k_length:
         key = n + tl.arange(0, BLOCK_N)
         k += batch * k_b + kv_head * k_h + start * k_s
@@ -712,19 +761,22 @@ def _forward_triton(
     q, k, v = (_inner_contiguous(x) for x in (q, k, v))
     out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    sequences, q_longest, _ = _extent(q, k, cu_seqlens, max_seqlen)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
+        _assert_bounds(q, cu_seqlens, max_seqlen)
+    sequences, longest, _ = _extent(q, k, cu_seqlens, max_seqlen)
 
     def run(options: Options) -> None:
         launch(
             _forward_kernel,
-            (ceil_div(q_longest, options["BLOCK_M"]), sequences * q.shape[1]),
+            (ceil_div(longest, options["BLOCK_M"]) * sequences * q.shape[1],),
             *(q, k, v, out, lse, cu_seqlens, *_strides(q, k, v)),
-            *(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], *_scale_and_floor(q)),
+            *(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], longest, *_scale_and_floor(q)),
             **_constants(q, score, causal, cu_seqlens),
             **options,
         )
 
-    run(PINNED.choose(f"{score} forward", q, q.shape[-1], run))
+    run(PINNED.choose(f"{score} forward", q, q.shape[-1], run, *_deciding(q, k, causal, cu_seqlens)))
     return out, lse
 
 
@@ -743,6 +795,7 @@ def _backward_triton(
     q, k, v, grad = (_inner_contiguous(x) for x in (q, k, v, grad))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     sequences, q_longest, k_longest = _extent(q, k, cu_seqlens, max_seqlen)
     group = q.shape[1] // k.shape[1]
     constants = _constants(q, score, causal, cu_seqlens)
@@ -750,9 +803,9 @@ def _backward_triton(
     def run_queries(options: Options) -> None:
         launch(
             _query_gradient_kernel,
-            (ceil_div(q_longest, options["BLOCK_M"]), sequences * q.shape[1]),
+            (ceil_div(q_longest, options["BLOCK_M"]) * sequences * q.shape[1],),
             *(q, k, v, grad, out, lse, delta, dq, cu_seqlens, *_strides(q, k, v, grad)),
-            *(q.shape[1], group, q.shape[2], k.shape[2], *_scale_and_floor(q)),
+            *(q.shape[1], group, q.shape[2], k.shape[2], q_longest, *_scale_and_floor(q)),
             **constants,
             **options,
         )
@@ -760,15 +813,16 @@ def _backward_triton(
     def run_keys(options: Options) -> None:
         launch(
             _key_gradient_kernel,
-            (ceil_div(k_longest, options["BLOCK_N"]), sequences * k.shape[1]),
+            (ceil_div(k_longest, options["BLOCK_N"]) * sequences * k.shape[1],),
             *(q, k, v, grad, lse, delta, dk, dv, cu_seqlens, *_strides(q, k, v, grad)),
-            *(k.shape[1], group, q.shape[2], k.shape[2], *_scale_and_floor(q)),
+            *(k.shape[1], group, q.shape[2], k.shape[2], k_longest, *_scale_and_floor(q)),
             **constants,
             **options,
         )
 
-    run_queries(PINNED.choose(f"{score} query gradient", q, q.shape[-1], run_queries))
-    run_keys(PINNED.choose(f"{score} key gradient", q, q.shape[-1], run_keys))
+    deciding = _deciding(q, k, causal, cu_seqlens)
+    run_queries(PINNED.choose(f"{score} query gradient", q, q.shape[-1], run_queries, *deciding))
+    run_keys(PINNED.choose(f"{score} key gradient", q, q.shape[-1], run_keys, *deciding))
     return dq, dk, dv
 
 
@@ -781,8 +835,23 @@ def _extent(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | N
     """Sequences, and the largest numbers of queries and keys of one."""
     if cu_seqlens is None:
         return q.shape[0], q.shape[2], k.shape[2]
-    longest = min(max_seqlen or q.shape[2], q.shape[2])
+    longest = q.shape[2] if max_seqlen is None else min(max_seqlen, q.shape[2])
     return cu_seqlens.shape[0] - 1, longest, longest
+
+
+def _assert_bounds(q: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> None:
+    """What ``_parts`` checks, by the device: to read the boundaries here would wait for the GPU."""
+    lengths = cu_seqlens.diff()
+    covered = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == q.shape[2]) & (lengths >= 0).all()
+    torch._assert_async(covered, f"cu_seqlens must rise from 0 to the {q.shape[2]} packed tokens")
+    if max_seqlen is not None:
+        shorter = (lengths <= max_seqlen).all()
+        torch._assert_async(shorter, f"max_seqlen={max_seqlen} is less than the longest packed sequence")
+
+
+def _deciding(q: Tensor, k: Tensor, causal: bool, cu_seqlens: Tensor | None) -> tuple[object, ...]:
+    """What decides about the time of a kernel, beside the head size."""
+    return (*q.shape[:3], *k.shape[1:3], causal, cu_seqlens is not None)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -821,7 +890,8 @@ def complex_attention_forward(
     """The output, and what the Triton kernels keep of the softmax, float32 (B, H, S); nothing in eager."""
     if use_triton(q):
         return _forward_triton(q, k, v, score, causal, cu_seqlens, max_seqlen)
-    return _forward_eager(q, k, v, score, causal, cu_seqlens), q.new_empty(0, dtype=torch.float32)
+    out = _forward_eager(q, k, v, score, causal, cu_seqlens, max_seqlen)
+    return out, q.new_empty(0, dtype=torch.float32)
 
 
 @complex_attention_forward.register_fake
@@ -892,19 +962,35 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor 
 complex_attention_forward.register_autograd(_gradients, setup_context=_keep)
 
 
+# The head size that leaves the fewest registers, by bits; the larger one of 32 bits spills in any variant.
+TIGHT = {"16": 128, "32": 64}
+
+
 def compile_cases() -> dict[str, Callable[[], object]]:
-    """What to compile ahead of time: every kind of score, dtype size and pinned head size."""
+    """What to compile ahead of time: every kind of score, dtype size and pinned head size.
+
+    For one head size also the variants that compile to something else.
+    """
     cases: dict[str, Callable[[], object]] = {}
     for score in SCORES:
         for bits, widths in PINNED.table[f"{score} forward"]["sm_80"].items():
+            dtype = {"16": torch.bfloat16, "32": torch.float32}[bits]
             for width in map(int, widths):
-                dtype = {"16": torch.bfloat16, "32": torch.float32}[bits]
-                cases[f"{score} {bits} bits, d={width}"] = partial(_launch_all, score, dtype, width)
+                label = f"{score} {bits} bits, d={width}"
+                cases[label] = partial(_launch_all, score, dtype, width)
+                if width == TIGHT[bits]:
+                    cases[f"{label}, not causal"] = partial(_launch_all, score, dtype, width, causal=False)
+                    cases[f"{label}, packed"] = partial(_launch_all, score, dtype, width, packed=True)
+                    cases[f"{label}, uneven"] = partial(_launch_all, score, dtype, width - 3)
     return cases
 
 
-def _launch_all(score: str, dtype: torch.dtype, width: int) -> None:
-    q = torch.empty(1, 4, 1024, 2, width, dtype=dtype)
-    k, v = torch.empty(2, 1, 2, 1024, 2, width, dtype=dtype)
-    out, lse = _forward_triton(q, k, v, score, True, None, None)
-    _backward_triton(q, q, k, v, out, lse, score, True, None, None)
+def _launch_all(
+    score: str, dtype: torch.dtype, width: int, causal: bool = True, packed: bool = False
+) -> None:
+    batch = 1 if packed else 2
+    q = torch.empty(batch, 4, 1024, 2, width, dtype=dtype)
+    k, v = torch.empty(2, batch, 2, 1024, 2, width, dtype=dtype)
+    bounds = torch.empty(3, dtype=torch.int32) if packed else None
+    out, lse = _forward_triton(q, k, v, score, causal, bounds, None)
+    _backward_triton(q, q, k, v, out, lse, score, causal, bounds, None)

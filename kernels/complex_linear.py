@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.complex_pointwise import (
+    activated,
     activation_eager,
     activation_floor,
     complex_activation,
@@ -105,26 +106,6 @@ def _weight_gradient_eager(grad: Tensor, x: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------
 # Triton
-
-
-@jit
-def _activated(
-    re, im, offset, slope, floor,
-    ACTIVATION: tl.constexpr,
-):  # fmt: skip
-    """The activation of float32 tiles."""
-    if ACTIVATION == "split_gelu":
-        re = 0.5 * re * (1 + tl.erf(re * 0.7071067811865476))
-        im = 0.5 * im * (1 + tl.erf(im * 0.7071067811865476))
-    elif ACTIVATION == "mod_relu":
-        size = tl.sqrt(re * re + im * im + floor * floor)
-        gate = tl.maximum(size + offset, 0.0) / size
-        re, im = re * gate, im * gate
-    elif ACTIVATION == "mod_swish":
-        size = tl.sqrt(re * re + im * im + floor * floor)
-        gate = tl.sigmoid(slope * size + offset)
-        re, im = re * gate, im * gate
-    return re, im
 
 
 @jit
@@ -215,7 +196,8 @@ def _product_kernel(
             offset = tl.load(OFFSET + column, mask=column_there, other=0.0).to(tl.float32)[None, :]
         if SLOPE is not None:
             slope = tl.load(SLOPE + column, mask=column_there, other=0.0).to(tl.float32)[None, :]
-        re, im = _activated(re, im, offset, slope, floor, ACTIVATION)
+        if ACTIVATION != "none":
+            re, im = activated(re, im, offset, slope, floor, ACTIVATION)
         if RESIDUAL is not None:
             residual_pointers = RESIDUAL + row.to(tl.int64)[:, None] * residual_row + column[None, :]
             re += tl.load(residual_pointers, mask=there, other=0.0).to(tl.float32)
@@ -281,7 +263,7 @@ def _weight_gradient_kernel(
     tl.store(pointers + plane, im.to(OUT.dtype.element_ty), mask=there)
 
 
-def _rows(z: Tensor) -> Tensor:
+def _as_rows(z: Tensor) -> Tensor:
     """(..., 2, D) as (rows, 2, D) with channels side by side."""
     rows = z.reshape(z.shape[:-2].numel(), *z.shape[-2:])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -307,8 +289,8 @@ def _launch_product(
     slope: Tensor | None = None,
 ) -> None:
     """Fill ``hidden``, ``active`` or both."""
-    x = _rows(x)
-    residual = None if residual is None else _rows(residual)
+    x = _as_rows(x)
+    residual = None if residual is None else _as_rows(residual)
     bias, offset, slope = (None if t is None else t.contiguous() for t in (bias, offset, slope))
     if adjoint:
         weight = weight.mT
@@ -333,7 +315,7 @@ def _launch_product(
         )
 
     kernel = "three_products" if products == 3 else "product" if activation == "none" else "epilogue"
-    run(PINNED.choose(kernel, x, min(columns, WIDEST), run))
+    run(PINNED.choose(kernel, x, min(columns, WIDEST), run, rows, columns, depth, activation))
 
 
 def _product_triton(
@@ -370,7 +352,7 @@ def _activated_triton(
 
 
 def _weight_gradient_triton(grad: Tensor, x: Tensor) -> Tensor:
-    grad, x = _rows(grad), _rows(x)
+    grad, x = _as_rows(grad), _as_rows(x)
     (rows, _, columns), depth = grad.shape, x.shape[2]
     weight_gradient = x.new_empty(2, columns, depth)
 
@@ -397,7 +379,7 @@ def _weight_gradient_triton(grad: Tensor, x: Tensor) -> Tensor:
         if splits > 1:
             weight_gradient.copy_(partial.sum(0))
 
-    run(PINNED.choose("weight_gradient", x, min(columns, WIDEST), run))
+    run(PINNED.choose("weight_gradient", x, min(columns, WIDEST), run, rows, columns, depth))
     return weight_gradient
 
 
@@ -419,7 +401,7 @@ def _runs_triton(
         return False
     if tuning(x):
         run(True)  # Chooses the launch options, which is not to be measured.
-        key = (f"complex_linear {operation}", x.dtype, weight_shape)
+        key = (f"complex_linear {operation}", x.dtype, x.shape[:-2].numel(), *weight_shape)
         return fastest(key, {"library": partial(run, False), "triton": partial(run, True)}) == "triton"
     dispatch: Any = PINNED.table["dispatch"]
     return bool(dispatch[target_name(x)][str(8 * x.element_size())][operation] == "triton")
@@ -427,12 +409,6 @@ def _runs_triton(
 
 # ---------------------------------------------------------------------------------------------------------
 # Operations
-
-
-def _with_residual(y: Tensor, residual: Tensor | None) -> Tensor:
-    """An empty tensor for y + residual."""
-    dtype = y.dtype if residual is None else torch.promote_types(y.dtype, residual.dtype)
-    return torch.empty(y.shape, dtype=dtype, device=y.device)
 
 
 def _product_like(x: Tensor, weight: Tensor, residual: Tensor | None = None, adjoint: bool = False) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import ceil_div, launch, next_power_of_2, pinned_beside, use_triton
+from kernels.launch import Options, ceil_div, launch, next_power_of_2, pinned_beside, use_triton
 from kernels.operator import operator
 from kernels.planar import MODULUS_FLOOR, modulus_floor
 from kernels.triton_import import jit, tl
@@ -369,13 +369,17 @@ def _rms_norm_backward_kernel(
     tl.store(own + D, tl.sum(grad_g_im, 0), mask=inside)
 
 
-def _tile(kernel: str, z: Tensor, tokens: int) -> tuple[int, dict[str, int]]:
-    """How many programs, and the constants of their tiles of whole rows, for a kernel of the norms."""
-    pinned = dict(PINNED.options(kernel, z, z.shape[-1]))
-    block = next_power_of_2(z.shape[-1])
-    rows = max(1, pinned.pop("TILE") // block)
-    programs = min(pinned.pop("PROGRAMS", 2**31 - 1), ceil_div(tokens, rows))
-    return programs, {"ROWS": rows, "BLOCK_D": block, **pinned}
+def _by_whole_rows(kernel: str, z: Tensor, tokens: int, run: Callable[[int, Options], Any]) -> Any:
+    """Call ``run`` with how many programs a kernel of the norms gets, and the constants of their tiles."""
+
+    def run_with(pinned: Options) -> Any:
+        options = dict(pinned)
+        block = next_power_of_2(z.shape[-1])
+        rows = max(1, options.pop("TILE") // block)
+        programs = min(options.pop("PROGRAMS", 2**31 - 1), ceil_div(tokens, rows))
+        return run(programs, {"ROWS": rows, "BLOCK_D": block, **options})
+
+    return run_with(PINNED.choose(kernel, z, z.shape[-1], run_with, tokens))
 
 
 def _rms_norm_triton(z: Tensor, branch: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -385,13 +389,16 @@ def _rms_norm_triton(z: Tensor, branch: Tensor | None, gain: Tensor, eps: float)
     total = None if branch is None else torch.empty_like(z)
     out, rstd = torch.empty_like(z), z.new_empty(z.shape[:-2], dtype=torch.float32)
     tokens, width = rstd.numel(), z.shape[-1]
-    programs, options = _tile("rms_norm_forward", z, tokens)
-    launch(
-        _rms_norm_forward_kernel,
-        (programs,),
-        *(z, branch, gain.contiguous(), total, out, rstd, tokens, width, eps),
-        **options,
-    )
+
+    def run(programs: int, options: Options) -> None:
+        launch(
+            _rms_norm_forward_kernel,
+            (programs,),
+            *(z, branch, gain.contiguous(), total, out, rstd, tokens, width, eps),
+            **options,
+        )
+
+    _by_whole_rows("rms_norm_forward", z, tokens, run)
     return (out, rstd) if total is None else (total, out, rstd)
 
 
@@ -402,14 +409,18 @@ def _rms_norm_backward_triton(
     z, grad = z.contiguous(), grad.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     grad_z, tokens, width = torch.empty_like(z), rstd.numel(), z.shape[-1]
-    programs, options = _tile("rms_norm_backward", z, tokens)
-    partials = rstd.new_empty(programs, 2, width)
-    launch(
-        _rms_norm_backward_kernel,
-        (programs,),
-        *(grad, grad_total, z, gain.contiguous(), rstd, grad_z, partials, tokens, width),
-        **options,
-    )
+
+    def run(programs: int, options: Options) -> Tensor:
+        partials = rstd.new_empty(programs, 2, width)
+        launch(
+            _rms_norm_backward_kernel,
+            (programs,),
+            *(grad, grad_total, z, gain.contiguous(), rstd, grad_z, partials, tokens, width),
+            **options,
+        )
+        return partials
+
+    partials = _by_whole_rows("rms_norm_backward", z, tokens, run)
     return grad_z, partials.sum(0).to(gain.dtype)
 
 
@@ -699,13 +710,16 @@ def _layer_norm_triton(z: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tu
     z = z.contiguous()
     tokens, width = z.shape[:-2].numel(), z.shape[-1]
     out, statistics = torch.empty_like(z), z.new_empty(5, tokens, dtype=torch.float32)
-    programs, options = _tile("layer_norm_forward", z, tokens)
-    launch(
-        _layer_norm_forward_kernel,
-        (programs,),
-        *(z, gamma.contiguous(), beta.contiguous(), out, statistics, tokens, width, eps, TINY),
-        **options,
-    )
+
+    def run(programs: int, options: Options) -> None:
+        launch(
+            _layer_norm_forward_kernel,
+            (programs,),
+            *(z, gamma.contiguous(), beta.contiguous(), out, statistics, tokens, width, eps, TINY),
+            **options,
+        )
+
+    _by_whole_rows("layer_norm_forward", z, tokens, run)
     return out, statistics
 
 
@@ -715,14 +729,18 @@ def _layer_norm_backward_triton(
     """Reads z and the gradient and writes one, 6 T D e bytes. 54 FLOPs a channel."""
     z, grad = z.contiguous(), grad.contiguous()
     grad_z, tokens, width = torch.empty_like(z), statistics.shape[1], z.shape[-1]
-    programs, options = _tile("layer_norm_backward", z, tokens)
-    partials = statistics.new_empty(programs, 5, width)
-    launch(
-        _layer_norm_backward_kernel,
-        (programs,),
-        *(grad, z, gamma.contiguous(), statistics, grad_z, partials, tokens, width, eps),
-        **options,
-    )
+
+    def run(programs: int, options: Options) -> Tensor:
+        partials = statistics.new_empty(programs, 5, width)
+        launch(
+            _layer_norm_backward_kernel,
+            (programs,),
+            *(grad, z, gamma.contiguous(), statistics, grad_z, partials, tokens, width, eps),
+            **options,
+        )
+        return partials
+
+    partials = _by_whole_rows("layer_norm_backward", z, tokens, run)
     return grad_z, partials[:, :3].sum(0), partials[:, 3:].sum(0)
 
 
@@ -889,16 +907,14 @@ def _normal_cdf(x):
 
 
 @jit
-def _activation_forward_kernel(
-    z, offset, slope, out, tokens, D, floor,
-    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    cols = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-    mask = (rows < tokens) & (cols < D)
-    at = rows.to(tl.int64) * (2 * D) + cols
-    re = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
-    im = tl.load(z + at + D, mask=mask, other=0.0).to(tl.float32)
+def _mod_relu_gate(size, offset):
+    # Other divisions of a GPU give x / x only about 1, and the identity without an offset only about z.
+    return tl.div_rn(tl.maximum(size + offset, 0.0), size)
+
+
+@jit
+def activated(re, im, offset, slope, floor, KIND: tl.constexpr):
+    """The activation of float32 tiles; kinds without the parameters do not look at them."""
     if KIND == "split_gelu":
         re *= _normal_cdf(re)
         im *= _normal_cdf(im)
@@ -910,14 +926,32 @@ def _activation_forward_kernel(
         size = _modulus(re, im, floor)
         if KIND == "cardioid":
             gate = 0.5 * (1 + re / size)
+        elif KIND == "mod_relu":
+            gate = _mod_relu_gate(size, offset)
         else:
-            b = tl.load(offset + cols, mask=cols < D, other=0.0).to(tl.float32)
-            if KIND == "mod_relu":
-                gate = tl.maximum(size + b, 0.0) / size
-            else:
-                gate = _sigmoid(tl.load(slope + cols, mask=cols < D, other=0.0).to(tl.float32) * size + b)
+            gate = _sigmoid(slope * size + offset)
         re *= gate
         im *= gate
+    return re, im
+
+
+@jit
+def _activation_forward_kernel(
+    z, offset, slope, out, tokens, D, floor,
+    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    cols = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    mask = (rows < tokens) & (cols < D)
+    at = rows.to(tl.int64) * (2 * D) + cols
+    re = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
+    im = tl.load(z + at + D, mask=mask, other=0.0).to(tl.float32)
+    b, beta = 0.0, 0.0
+    if offset is not None:
+        b = tl.load(offset + cols, mask=cols < D, other=0.0).to(tl.float32)
+    if slope is not None:
+        beta = tl.load(slope + cols, mask=cols < D, other=0.0).to(tl.float32)
+    re, im = activated(re, im, b, beta, floor, KIND)
     tl.store(out + at, re, mask=mask)
     tl.store(out + at + D, im, mask=mask)
 
@@ -960,7 +994,7 @@ def _activation_backward_kernel(
                 d_re = gate * y_re + turn * (1 - cos * cos)
                 d_im = gate * y_im - turn * cos * (im / size)
             elif KIND == "mod_relu":
-                gate = tl.maximum(size + b, 0.0) / size
+                gate = _mod_relu_gate(size, b)
                 by_offset = tl.where(gate > 0, dot / size, 0.0)
                 grad_offset += by_offset
                 turn = by_offset * b / size / size
@@ -985,19 +1019,32 @@ def _activation_backward_kernel(
         tl.store(own + D, tl.sum(grad_slope, 0), mask=inside)
 
 
-def _grid(kernel: str, z: Tensor, tokens: int, sums: bool = False) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid over tokens and channels, and the constants, of a kernel that needs no whole rows.
+def _by_tiles(
+    kernel: str,
+    z: Tensor,
+    tokens: int,
+    run: Callable[[tuple[int, int], Options], Any],
+    *more: object,
+    sums: bool = False,
+) -> Any:
+    """Call ``run`` with a grid over tokens and channels, and the constants, of a kernel without whole rows.
 
-    A kernel that sums over tokens runs the pinned number of programs in all, others one a tile.
+    A kernel that sums over tokens runs the pinned number of programs in all, others one a tile. ``more`` is
+    what else decides about the time.
     """
-    pinned = dict(PINNED.options(kernel, z, ANY_WIDTH))
-    block = min(next_power_of_2(z.shape[-1]), pinned.pop("COLUMNS"))
-    rows = pinned.pop("TILE") // block
-    programs, columns = ceil_div(tokens, rows), ceil_div(z.shape[-1], block)
-    most = pinned.pop("PROGRAMS", 0)
-    if sums:
-        programs = min(programs, ceil_div(most, columns))
-    return (programs, columns), {"ROWS": rows, "BLOCK_D": block, **pinned}
+    width = z.shape[-1]
+
+    def run_with(pinned: Options) -> Any:
+        options = dict(pinned)
+        block = min(next_power_of_2(width), options.pop("COLUMNS"))
+        rows = options.pop("TILE") // block
+        programs, columns = ceil_div(tokens, rows), ceil_div(width, block)
+        most = options.pop("PROGRAMS", 0)
+        if sums:
+            programs = min(programs, ceil_div(most, columns))
+        return run((programs, columns), {"ROWS": rows, "BLOCK_D": block, **options})
+
+    return run_with(PINNED.choose(kernel, z, ANY_WIDTH, run_with, tokens, width, *more))
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -1008,14 +1055,17 @@ def _activation_triton(z: Tensor, kind: str, offset: Tensor | None, slope: Tenso
     """Reads z and writes out, 4 T D e bytes. 2 (z_relu) to 30 (split_gelu) FLOPs a channel."""
     z = z.contiguous()
     out, tokens, width = torch.empty_like(z), z.shape[:-2].numel(), z.shape[-1]
-    grid, options = _grid("activation_forward", z, tokens)
-    launch(
-        _activation_forward_kernel,
-        grid,
-        *(z, _contiguous(offset), _contiguous(slope), out, tokens, width, activation_floor(z, kind)),
-        KIND=kind,
-        **options,
-    )
+
+    def run(grid: tuple[int, int], options: Options) -> None:
+        launch(
+            _activation_forward_kernel,
+            grid,
+            *(z, _contiguous(offset), _contiguous(slope), out, tokens, width, activation_floor(z, kind)),
+            KIND=kind,
+            **options,
+        )
+
+    _by_tiles("activation_forward", z, tokens, run, kind)
     return out
 
 
@@ -1025,25 +1075,20 @@ def _activation_backward_triton(
     """Reads z and the gradient, writes one, 6 T D e bytes. 2 (z_relu) to 50 (split_gelu) FLOPs a channel."""
     z, grad = z.contiguous(), grad.contiguous()
     grad_z, tokens, width = torch.empty_like(z), z.shape[:-2].numel(), z.shape[-1]
-    grid, options = _grid("activation_backward", z, tokens, sums=ACTIVATIONS[kind] > 0)
-    partials = z.new_empty(grid[0], ACTIVATIONS[kind], width, dtype=torch.float32)
-    launch(
-        _activation_backward_kernel,
-        grid,
-        *(
-            grad,
-            z,
-            _contiguous(offset),
-            _contiguous(slope),
-            grad_z,
-            partials,
-            tokens,
-            width,
+
+    def run(grid: tuple[int, int], options: Options) -> Tensor:
+        partials = z.new_empty(grid[0], ACTIVATIONS[kind], width, dtype=torch.float32)
+        launch(
+            _activation_backward_kernel,
+            grid,
+            *(grad, z, _contiguous(offset), _contiguous(slope), grad_z, partials, tokens, width),
             activation_floor(z, kind),
-        ),
-        KIND=kind,
-        **options,
-    )
+            KIND=kind,
+            **options,
+        )
+        return partials
+
+    partials = _by_tiles("activation_backward", z, tokens, run, kind, sums=ACTIVATIONS[kind] > 0)
     return grad_z, partials.sum(0)
 
 
@@ -1220,14 +1265,18 @@ def _rotate_triton(z: Tensor, table: Tensor, inverse: bool) -> Tensor:
     """Reads z and writes out, 4 T D e bytes, and the table, 8 S D. 6 FLOPs a channel."""
     z = z.contiguous()
     out, tokens = torch.empty_like(z), z.shape[:-2].numel()
-    grid, options = _grid("rotate", z, tokens)
-    launch(
-        _rotate_kernel,
-        grid,
-        *(z, table.float().contiguous(), out, tokens, z.shape[-3], z.shape[-1]),
-        INVERSE=inverse,
-        **options,
-    )
+    table = table.float().contiguous()
+
+    def run(grid: tuple[int, int], options: Options) -> None:
+        launch(
+            _rotate_kernel,
+            grid,
+            *(z, table, out, tokens, z.shape[-3], z.shape[-1]),
+            INVERSE=inverse,
+            **options,
+        )
+
+    _by_tiles("rotate", z, tokens, run)
     return out
 
 
@@ -1236,14 +1285,18 @@ def _launch_split_heads(
 ) -> None:
     """Reads and writes the projection's size once, and the table. 6 FLOPs a channel of queries and keys."""
     batch, heads, length, _, width = q.shape
-    (rows, columns), options = _grid("split_heads", projection, batch * length)
-    launch(
-        _split_heads_kernel,
-        (rows, heads + 2 * k.shape[1], columns),
-        *(projection, q, k, v, table.float().contiguous(), batch * length, length, heads, k.shape[1], width),
-        BACKWARD=backward,
-        **options,
-    )
+    kv_heads, tokens, table = k.shape[1], batch * length, table.float().contiguous()
+
+    def run(grid: tuple[int, int], options: Options) -> None:
+        launch(
+            _split_heads_kernel,
+            (grid[0], heads + 2 * kv_heads, grid[1]),
+            *(projection, q, k, v, table, tokens, length, heads, kv_heads, width),
+            BACKWARD=backward,
+            **options,
+        )
+
+    _by_tiles("split_heads", projection, tokens, run, heads, kv_heads, backward)
 
 
 def _split_heads_triton(

@@ -141,19 +141,28 @@ class Pinned:
         """
         return self._of(target_name(x), kernel, x, width)
 
-    def choose(self, kernel: str, x: Tensor, width: int, run: Callable[[Options], object]) -> Options:
+    def covers(self, kernel: str, x: Tensor, width: int) -> bool:
+        """Whether a pinned width is not less than the wanted one, for tensors like ``x``."""
+        widths = self.table[kernel][target_name(x)][str(8 * x.element_size())]
+        return width <= max(map(int, widths))
+
+    def choose(
+        self, kernel: str, x: Tensor, width: int, run: Callable[[Options], object], *more: object
+    ) -> Options:
         """The pinned options; with MUSE_TUNE_KERNELS=1 on a GPU the fastest of those of all targets.
 
         ``run`` launches with the given options and must be repeatable. The choice is logged and kept for the
-        rest of the process.
+        rest of the process, for equal ``more``: what else decides about the time.
         """
         pinned = self.options(kernel, x, width)
         if not tuning(x):
             return pinned
         targets = (target.name for target in TARGETS)
         candidates = {str(options): options for options in (self._of(t, kernel, x, width) for t in targets)}
+        if len(candidates) == 1:
+            return pinned
         runs = {name: partial(run, options) for name, options in candidates.items()}
-        return candidates[fastest((self.name, kernel, x.dtype, width), runs)]
+        return candidates[fastest((self.name, kernel, x.dtype, width, *more), runs)]
 
     def _of(self, target: str, kernel: str, x: Tensor, width: int) -> Options:
         widths = self.table[kernel][target][str(8 * x.element_size())]
@@ -168,24 +177,52 @@ def tuning(x: Tensor) -> bool:
     return TUNING and _compiler is None and x.is_cuda and not torch.compiler.is_compiling()
 
 
-_fastest: dict[tuple[Any, ...], str] = {}
+_fastest: dict[str, str] = {}
 
 
-def fastest(key: tuple[Any, ...], candidates: Mapping[str, Callable[[], object]]) -> str:
-    """Name of the fastest candidate, measured once for each ``key`` in this process, and logged.
+def fastest(key: tuple[object, ...], candidates: Mapping[str, Callable[[], object]]) -> str:
+    """Name of the fastest candidate, measured once for each ``key``, logged, and the same on all ranks.
 
+    Sizes in the key count to the next power of two, so that a growing text is not measured at every length.
     A candidate that needs more of the GPU's resources than there are is passed over.
+
+    Raises:
+        RuntimeError: no candidate fits the GPU.
     """
-    if key not in _fastest:
-        times: dict[str, float] = {}
-        for name, run in candidates.items():
-            try:
-                times[name] = triton.testing.do_bench(run, return_mode="median")
-            except triton.runtime.errors.OutOfResources:
-                continue
-        _fastest[key] = min(times, key=times.__getitem__)
-        log.info("%s: %s of %s ms", " ".join(map(str, key)), _fastest[key], times)
-    return _fastest[key]
+    name = " ".join(str(next_power_of_2(part) if type(part) is int else part) for part in key)
+    if name not in _fastest:
+        _fastest[name] = _agreed(name, partial(_measured, name, candidates))
+    return _fastest[name]
+
+
+def _measured(name: str, candidates: Mapping[str, Callable[[], object]]) -> str:
+    times: dict[str, float] = {}
+    for candidate, run in candidates.items():
+        try:
+            times[candidate] = triton.testing.do_bench(run, return_mode="median")
+        except triton.runtime.errors.OutOfResources:
+            continue
+    if not times:
+        raise RuntimeError(f"{name}: none of {', '.join(candidates)} fits this GPU")
+    choice = min(times, key=times.__getitem__)
+    log.info("%s: %s of %s ms", name, choice, times)
+    return choice
+
+
+def _agreed(name: str, measure: Callable[[], str]) -> str:
+    """What the first of the ranks measured: kernels that sum in another order would let ranks drift apart.
+
+    Nobody waits for anybody, because ranks need not come to the same kernels in the same order.
+    """
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return measure()
+    store = distributed.distributed_c10d._get_default_store()
+    key = f"muse kernels: {name}"
+    if store.check([key]):
+        return str(store.get(key).decode())
+    return str(store.compare_set(key, "", measure()).decode())
 
 
 def pinned_beside(file: str) -> Pinned:

@@ -50,7 +50,7 @@ def compile_cases(target: Target, cases: dict[str, Callable[[], object]]) -> dic
 
         def compiler(kernel: Any, arguments: Any, options: Any, label: str = label) -> None:
             name = f"{label} {kernel.__name__.strip('_')}"
-            resources = _compile(target, kernel, arguments, options)
+            resources = _resources(compile_launch(target, kernel, arguments, options), target)
             before = found.get(name, resources)
             found[name] = {key: max(value, before[key]) for key, value in resources.items()}
 
@@ -59,7 +59,8 @@ def compile_cases(target: Target, cases: dict[str, Callable[[], object]]) -> dic
     return found
 
 
-def _compile(target: Target, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Resources:
+def compile_launch(target: Target, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Triton's compiled kernel of one launch, as ``compiling_for`` hands it over."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -86,11 +87,14 @@ def _compile(target: Target, kernel: Any, arguments: tuple[Any, ...], options: d
             raise TypeError(f"{kernel.__name__}: cannot compile for {name}={value!r}")
         if divisible:
             attributes[(position,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget(target.backend, target.arch, target.warp_size),
         options=own,
     )
+
+
+def _resources(compiled: Any, target: Target) -> Resources:
     registers, spilled = _registers_and_spills(compiled, target)
     return {"registers": registers, "shared": compiled.metadata.shared, "spilled": spilled}
 

@@ -26,4 +26,9 @@ except ImportError:  # Triton is a dependency on Linux only.
         return function
 
 
-__all__ = ["INTERPRETED", "jit", "tl", "triton"]
+def jit_unspecialised(*names: str) -> Callable[[Any], Any]:
+    """As ``jit``, but compiling once for every value of these integers."""
+    return jit if triton is None else triton.jit(do_not_specialize=list(names))
+
+
+__all__ = ["INTERPRETED", "jit", "jit_unspecialised", "tl", "triton"]

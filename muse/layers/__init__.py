@@ -1,7 +1,7 @@
 """Planar complex layers."""
 
 from muse.layers.activation import Cardioid, ModReLU, ModSwish, SplitGELU, ZReLU
-from muse.layers.attention import ComplexAttention
+from muse.layers.attention import ComplexAttention, KVCache
 from muse.layers.embedding import ComplexEmbedding
 from muse.layers.feedforward import ComplexFFN
 from muse.layers.linear import ComplexLinear
@@ -16,6 +16,7 @@ __all__ = [
     "ComplexLayerNorm",
     "ComplexLinear",
     "ComplexRMSNorm",
+    "KVCache",
     "ModReLU",
     "ModSwish",
     "SplitGELU",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,31 @@ from kernels.complex_attention import complex_attention
 from kernels.complex_pointwise import split_heads
 from muse.layers.linear import ComplexLinear
 from muse.layers.rotary import rotary_table
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens that one layer has seen.
+
+    Attributes:
+        keys: turned by their positions, planar (B, H_kv, length, 2, d); None before the first token.
+        values: as keys.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens seen."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of the tokens that follow, and return those of all."""
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 class ComplexAttention(nn.Module):
@@ -44,10 +70,36 @@ class ComplexAttention(nn.Module):
         self.projection = ComplexLinear(d_model, channels, bias=False, init=init, gain=apart)
         self.output = ComplexLinear(d_model, d_model, bias=False, init=init, gain=gain)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Map planar (B, S, 2, D) to planar (B, S, 2, D)."""
+    def forward(
+        self,
+        z: Tensor,
+        cache: KVCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """Map planar (B, S, 2, D) to planar (B, S, 2, D).
+
+        Args:
+            z: states.
+            cache: of the tokens before z, which those of z are added to. Decode without gradients.
+            cu_seqlens: int32 boundaries of sequences packed into a batch of one, see ``complex_attention``;
+                the positions of each begin at 0.
+            max_seqlen: an upper bound of the packed lengths.
+
+        Raises:
+            ValueError: a cache of packed sequences.
+        """
+        if cache is not None and cu_seqlens is not None:
+            raise ValueError("packed sequences have no cache")
         projection = self.projection(z).unflatten(-1, (-1, self.head_dim))
-        table = rotary_table(torch.arange(z.shape[1], device=z.device), self.head_dim)
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + z.shape[1], device=z.device)
+        if cu_seqlens is not None:
+            own = torch.bucketize(positions.to(cu_seqlens.dtype), cu_seqlens, right=True) - 1
+            positions = positions - cu_seqlens[own]
+        table = rotary_table(positions, self.head_dim)
         q, k, v = split_heads(projection, table, self.heads, self.kv_heads)
-        out = complex_attention(q, k, v, self.score)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        out = complex_attention(q, k, v, self.score, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         return self.output(out.permute(0, 2, 3, 1, 4).flatten(-2))

@@ -15,6 +15,7 @@ from muse.layers import (
     ComplexLayerNorm,
     ComplexLinear,
     ComplexRMSNorm,
+    KVCache,
     ModReLU,
 )
 from muse.layers.init import modulus_median, rayleigh_scale
@@ -35,8 +36,8 @@ class ComplexBlock(nn.Module):
         self.ffn = ComplexFFN(width.d_model, width.d_ff, stage.activation, stage.init, gain)
         self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
 
-    def forward(self, z: Tensor) -> Tensor:
-        z, normal = self.ffn_norm.of_sum(z, self.dropout(self.attention(self.attention_norm(z))))
+    def forward(self, z: Tensor, cache: KVCache | None = None) -> Tensor:
+        z, normal = self.ffn_norm.of_sum(z, self.dropout(self.attention(self.attention_norm(z), cache)))
         return z + self.dropout(self.ffn(normal))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from muse.config import StageConfig, WidthConfig
 from muse.dynamics import DuffingPotential, HamiltonianNeuralODE, MLPPotential, Potential
-from muse.layers import ComplexAttention
+from muse.layers import ComplexAttention, KVCache
 from muse.models.complex import build_norm, decoder_of
 from muse.models.language_model import LanguageModel
 
@@ -72,8 +72,8 @@ class HamiltonianBlock(nn.Module):
         self.flow = HamiltonianFlow(width, stage, name)
         self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
 
-    def forward(self, z: Tensor) -> Tensor:
-        z, normal = self.flow_norm.of_sum(z, self.dropout(self.attention(self.attention_norm(z))))
+    def forward(self, z: Tensor, cache: KVCache | None = None) -> Tensor:
+        z, normal = self.flow_norm.of_sum(z, self.dropout(self.attention(self.attention_norm(z), cache)))
         return z + self.dropout(self.flow(normal))
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muse.layers import ComplexAttention, KVCache
 from muse.models.loss import linear_cross_entropy
 
 
@@ -63,6 +64,20 @@ class LanguageModel(nn.Module):
     def next_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) of the token that follows ``tokens`` (B, S)."""
         return self._logits(self.features(tokens)[:, -1])
+
+    def new_caches(self) -> list[KVCache] | None:
+        """For each block a cache without tokens; None where blocks take none: stages 0 and 3a, mixer=none."""
+        if all(isinstance(getattr(block, "attention", None), ComplexAttention) for block in self.blocks):
+            return [KVCache() for _ in self.blocks]
+        return None
+
+    @torch.no_grad()
+    def continue_logits(self, tokens: Tensor, caches: list[KVCache]) -> Tensor:
+        """Logits (B, S, V) of tokens (B, S) that follow those in ``caches``, which they are added to."""
+        state = self.embedding(tokens)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            state = block(state, cache)
+        return self._logits(self.read_out(self.norm(state)))
 
     def _logits(self, features: Tensor) -> Tensor:
         weight, bias = self.head_parameters()

@@ -82,7 +82,7 @@ def shard(model: LanguageModel) -> None:
     for block in model.blocks:
         fully_shard(block, mp_policy=policy, shard_placement_fn=_placement)
     fully_shard(model, mp_policy=policy, shard_placement_fn=_placement)
-    for name in ("loss", "next_logits"):
+    for name in ("loss", "next_logits", "continue_logits"):
         register_fsdp_forward_method(model, name)
 
 

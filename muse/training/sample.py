@@ -22,6 +22,9 @@ def sample_text(
 ) -> str:
     """Continue ``prompt`` by ``tokens`` tokens and decode the whole.
 
+    Where the model takes a cache, a token costs one step, until there are ``seq_len`` of them: a window that
+    slides gives every token another past, so that the keys and values of all change.
+
     Args:
         prompt: token ids to start from, at least one.
         seq_len: tokens of context that the model sees.
@@ -34,10 +37,15 @@ def sample_text(
     training = model.training
     model.eval()
     ids = list(prompt)
+    caches = model.new_caches()
     try:
         for _ in range(tokens):
-            context = torch.tensor([ids[-seq_len:]], device=device)
-            logits = model.next_logits(context)[0].float().cpu() / temperature
+            if caches is not None and len(ids) <= seq_len:
+                new = torch.tensor([ids[caches[0].length :]], device=device)
+                logits = model.continue_logits(new, caches)[0, -1]
+            else:
+                logits = model.next_logits(torch.tensor([ids[-seq_len:]], device=device))[0]
+            logits = logits.float().cpu() / temperature
             best = logits.topk(min(top_k, logits.numel()))
             choice = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
             ids.append(int(best.indices[choice]))

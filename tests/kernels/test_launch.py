@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import distributed
 
-from kernels import complex_attention, complex_linear, launch
+from kernels import complex_attention, complex_linear, complex_pointwise, launch
 from kernels.launch import (
     INTERPRETER,
     TARGETS,
@@ -100,6 +102,163 @@ def test_the_fastest_is_measured_once_and_logged(monkeypatch, caplog):
     assert calls == ["a", "b"] * 2
 
 
+@pytest.fixture
+def timer(monkeypatch):
+    """A GPU in name, on which runs take the milliseconds that they return."""
+    monkeypatch.setattr(launch, "_fastest", {})
+    monkeypatch.setattr(launch, "TUNING", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    triton = SimpleNamespace(
+        testing=SimpleNamespace(do_bench=lambda run, return_mode: run()),
+        runtime=SimpleNamespace(errors=SimpleNamespace(OutOfResources=MemoryError)),
+    )
+    monkeypatch.setattr(launch, "triton", triton)
+
+
+class OnGPU(SimpleNamespace):
+    """As much of a tensor as the choice of a configuration looks at."""
+
+    dtype, is_cuda, device = torch.bfloat16, True, torch.device("cuda", 0)
+
+    def element_size(self):
+        return 2
+
+
+@pytest.fixture
+def different():
+    """A table with another block for each target, 80 to 942."""
+    widths = {t.name: {"16": {"64": {"BLOCK": int(t.name[-2:])}}} for t in TARGETS}
+    return Pinned("operation", {"forward": widths, "backward": widths})
+
+
+def test_tuning_takes_the_fastest_configuration_of_all_targets(timer, different, monkeypatch):
+    measured = []
+
+    def run(options):
+        measured.append(options["BLOCK"])
+        return abs(options["BLOCK"] - 85)
+
+    def choose(kernel="forward", width=64, *more):
+        measured.clear()
+        return different.choose(kernel, OnGPU(), width, run, *more)["BLOCK"]
+
+    assert choose() == 86
+    assert measured == [80, 86, 89, 90, 42]
+    assert choose() == 86
+    assert measured == []
+    # Whatever decides is measured anew: sizes by the next power of two.
+    for key in (("backward",), ("forward", 32), ("forward", 64, 100), ("forward", 64, 100, "phase")):
+        assert choose(*key) == 86
+        assert len(measured) == 5
+    choose("forward", 64, 128)
+    assert measured == []
+    choose("forward", 64, 129)
+    assert len(measured) == 5
+    monkeypatch.setattr(launch, "TUNING", False)
+    assert choose("forward", 64, 500) == 90
+    assert measured == []
+
+
+def test_one_configuration_is_not_measured(timer, pinned):
+    assert pinned.choose("forward", OnGPU(), 16, pytest.fail) == {"BLOCK": 1}
+
+
+def test_nothing_that_fits_the_gpu(timer):
+    def run():
+        raise MemoryError
+
+    with pytest.raises(RuntimeError, match="forward 64: none of a, b fits this GPU"):
+        fastest(("forward", 64), {"a": run, "b": run})
+
+
+def test_all_ranks_take_one_choice(timer, monkeypatch):
+    """That of the rank that comes first; here a rank is a process without choices, beside the same store."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert fastest(("forward", 64), {"a": lambda: 2.0, "b": lambda: 1.0}) == "b"
+        monkeypatch.setattr(launch, "_fastest", {})
+        assert fastest(("forward", 64), {"a": pytest.fail, "b": pytest.fail}) == "b"
+        # Two that measure at the same time.
+        monkeypatch.setattr(launch, "_fastest", {})
+
+        def meanwhile():
+            with monkeypatch.context() as other:
+                other.setattr(launch, "_fastest", {})
+                assert fastest(("forward", 32), {"a": lambda: 1.0, "b": lambda: 2.0}) == "a"
+            return 2.0
+
+        assert fastest(("forward", 32), {"a": meanwhile, "b": lambda: 1.0}) == "a"
+        assert fastest(("forward", 16), {"a": lambda: 2.0, "b": lambda: 1.0}) == "b"
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("choice", ["sdpa", "triton"])
+def test_tuning_of_real_attention(monkeypatch, choice):
+    seen = []
+
+    def fake(key, candidates):
+        seen.append((key, *candidates))
+        for run in candidates.values():
+            run()
+        return choice
+
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(complex_attention, "use_triton", lambda _: True)
+    monkeypatch.setattr(complex_attention, "tuning", lambda _: True)
+    monkeypatch.setattr(complex_attention, "fastest", fake)
+    monkeypatch.setattr(
+        complex_attention,
+        "complex_attention_forward",
+        lambda q, k, v, score, causal: (complex_attention._held(q, k, v, score, causal),),
+    )
+    q, k = torch.randn(3, 4, 5, 2, 16), torch.randn(3, 2, 5, 2, 16)
+    assert complex_attention._takes_sdpa(q, k, k, True) == (choice == "sdpa")
+    key = ("complex_attention real", 3, 4, 5, 2, 16, 2, 5, torch.float32, True)
+    assert seen == [(key, "sdpa", "triton")]
+
+
+@pytest.mark.parametrize("choice", ["library", "triton"])
+def test_tuning_of_the_complex_product(monkeypatch, choice):
+    seen, runs = [], []
+    monkeypatch.setattr(complex_linear, "use_triton", lambda _: True)
+    monkeypatch.setattr(complex_linear, "tuning", lambda _: True)
+
+    def fake(key, candidates):
+        seen.append(key)
+        assert runs == [True]
+        for run in candidates.values():
+            run()
+        return choice
+
+    monkeypatch.setattr(complex_linear, "fastest", fake)
+    x = torch.empty(3, 5, 2, 32)
+    taken = complex_linear._runs_triton("product", x, (2, 64, 32), runs.append)
+    assert taken == (choice == "triton")
+    assert seen == [("complex_linear product", torch.float32, 15, 2, 64, 32)]
+    assert runs == [True, False, True]
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+@pytest.mark.parametrize("operation", ["complex_attention", "complex_linear", "complex_pointwise"])
+def test_every_launch_takes_the_options_chosen(operation, monkeypatch):
+    """So that all of them obey MUSE_TUNE_KERNELS."""
+    chosen, launched = [], []
+    file = {m.__name__.rpartition(".")[2]: m for m in (complex_attention, complex_linear, complex_pointwise)}
+    choose = Pinned.choose
+
+    def spy(self, kernel, *arguments):
+        chosen.append(kernel)
+        return choose(self, kernel, *arguments)
+
+    monkeypatch.setattr(Pinned, "choose", spy)
+    with compiling_for(TARGETS[0], lambda kernel, *_: launched.append(kernel)), torch.device("meta"):
+        for case in file[operation].compile_cases().values():
+            case()
+    assert len(chosen) == len(launched) > 0
+
+
 def test_tables_cover_every_target():
     names = {INTERPRETER, *(target.name for target in TARGETS)}
     for path in launch.Path(launch.__file__).parent.glob("*.json"):
@@ -108,8 +267,10 @@ def test_tables_cover_every_target():
                 assert table.keys() == names, (path.stem, kernel)
 
 
-def test_the_choice_of_a_backend_is_traced_as_a_constant(monkeypatch):
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_choice_of_a_backend_is_traced_as_a_constant(monkeypatch, deterministic):
     """As torch.compile(fullgraph=True) meets it on a GPU, whose driver it cannot look into."""
+    torch.use_deterministic_algorithms(deterministic)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(complex_attention, "use_triton", lambda _: True)
     monkeypatch.setattr(complex_linear, "use_triton", lambda _: True)
@@ -119,7 +280,7 @@ def test_the_choice_of_a_backend_is_traced_as_a_constant(monkeypatch):
     def function(x, q, k, v):
         _, hidden = complex_linear.complex_linear_activated(x, weight, activation="split_gelu")
         assert not complex_linear._runs_triton("product", x, (2, 32, 16), print)
-        return hidden, complex_attention._takes_sdpa(q, k, v, True, None)
+        return hidden, complex_attention._takes_sdpa(q, k, v, True)
 
     graphs = []
 
@@ -128,5 +289,5 @@ def test_the_choice_of_a_backend_is_traced_as_a_constant(monkeypatch):
         return lambda *_: (x,)
 
     _, sdpa = torch.compile(function, fullgraph=True, backend=backend)(x, q, k, v)
-    assert sdpa
+    assert sdpa != deterministic
     assert "complex_product_activated" in graphs[0]

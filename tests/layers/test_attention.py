@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.complex_attention import SCORES
-from muse.layers import ComplexAttention
+from muse.layers import ComplexAttention, KVCache
 from muse.planar import multiply
 
 
@@ -41,3 +41,65 @@ def test_module_knows_positions(score):
     swapped = z.clone()
     swapped[:, [2, 5]] = z[:, [5, 2]]
     assert (layer(z) - layer(swapped))[:, -1].abs().max() > 1e-4
+
+
+def in_parts(layer, z, sizes):
+    """Part by part, with the keys and values of earlier parts in a cache."""
+    cache = KVCache()
+    outs = []
+    for part in z.split(sizes, dim=1):
+        assert cache.length == sum(out.shape[1] for out in outs)
+        outs.append(layer(part, cache))
+    return torch.cat(outs, dim=1)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [[1] * 9, [4, 1, 4], [9], [1, 8]])
+def test_tokens_after_those_in_a_cache(score, dtype, sizes, assert_as_accurate):
+    """As accurate as all of them at once, and each is what it would be without the later ones."""
+    layer = ComplexAttention(12, 4, 2, score).to(dtype)
+    z = torch.randn(2, 9, 2, 12, dtype=torch.float64).to(dtype)
+    with torch.no_grad():
+        out, whole = in_parts(layer, z, sizes), layer(z)
+        assert_as_accurate(out, whole, layer.double()(z.double()))
+        layer.to(dtype)
+        z[:, 5:] = 7
+        assert torch.equal(in_parts(layer, z, sizes)[:, :5], out[:, :5])
+    if dtype == torch.float64:
+        torch.testing.assert_close(out, whole)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_packed_sequences_are_those_apart(score, dtype, assert_as_accurate):
+    layer = ComplexAttention(12, 4, 2, score).to(dtype)
+    z = torch.randn(1, 14, 2, 12, dtype=torch.float64).to(dtype)
+    bounds = torch.tensor([0, 1, 9, 9, 14], dtype=torch.int32)
+
+    def run(kind, packed):
+        layer.to(kind)
+        leaf = z.to(kind).requires_grad_()
+        if packed:
+            out = layer(leaf, cu_seqlens=bounds, max_seqlen=8)
+        else:
+            out = torch.cat([layer(part) for part in leaf.split([1, 8, 5], dim=1)], dim=1)
+        return out.detach(), torch.autograd.grad(out.float().square().sum(), leaf)[0]
+
+    for result, other, exact in zip(
+        run(dtype, True), run(dtype, False), run(torch.float64, False), strict=True
+    ):
+        assert_as_accurate(result, other, exact)
+    layer.to(dtype)
+    with torch.no_grad():
+        before = layer(z, cu_seqlens=bounds)
+        z[:, 5] = 7
+        after = layer(z, cu_seqlens=bounds)
+    changed = [not torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True)]
+    assert changed == [5 <= n < 9 for n in range(14)]
+
+
+def test_packed_sequences_have_no_cache():
+    bounds = torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="packed sequences have no cache"):
+        ComplexAttention(12, 4)(torch.randn(1, 3, 2, 12), KVCache(), bounds)

@@ -50,6 +50,24 @@ def test_no_token_sees_a_later_one(build, options, precision):
                 assert not torch.equal(after[:, position + 1], before[:, position + 1])
 
 
+@pytest.mark.parametrize("options", [*SCORES, {"norm": "layer"}, *STAGE_2], ids=label)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("sizes", [[1] * 12, [7, 1, 1, 3]], ids=["one by one", "by parts"])
+def test_tokens_after_those_in_caches(build, options, precision, sizes, assert_as_accurate):
+    model = build(**options, precision=precision).eval()
+    x = tokens(12)
+    caches = model.new_caches()
+    logits = torch.cat([model.continue_logits(part, caches) for part in x.split(sizes, dim=1)], dim=1)
+    assert [cache.length for cache in caches] == [12] * len(model.blocks)
+    with torch.no_grad():
+        assert_as_accurate(logits, model(x), model.double()(x))
+
+
+@pytest.mark.parametrize("options", [{"number": 0}, {"mixer": "none"}], ids=label)
+def test_models_without_caches(build, options):
+    assert build(**options).new_caches() is None
+
+
 @pytest.mark.parametrize("options", [{"number": 0}, *SCORES, *STAGE_2], ids=label)
 def test_gradient_of_a_logit_stops_at_its_token(build, options):
     model = build(**options)

@@ -17,10 +17,10 @@ def tokenizer(tmp_path) -> Tokenizer:
     return build_tokenizer(TokenizerConfig(name="word"), Corpus([TEXT], [TEXT], [TEXT]), tmp_path)
 
 
-def model(tokenizer: Tokenizer, dropout: float = 0.0) -> LanguageModel:
+def model(tokenizer: Tokenizer, dropout: float = 0.0, stage: int = 1) -> LanguageModel:
     width = WidthConfig(d_model=8, layers=1, heads=2, kv_heads=1, d_ff=16)
     sizes = ModelConfig("nano", tokenizer.vocab_size, SEQ_LEN, real=width, complex=width)
-    return build_model(stage_config(1, dropout=dropout), sizes, tokenizer.vocab_size)
+    return build_model(stage_config(stage, dropout=dropout), sizes, tokenizer.vocab_size)
 
 
 def test_a_sample_is_decided_by_its_seed_alone(tokenizer):
@@ -52,8 +52,9 @@ def test_only_the_last_seq_len_tokens_count(tokenizer):
     assert endings[0] == endings[1]
 
 
-def test_one_candidate_is_the_likeliest_token(tokenizer):
-    net = model(tokenizer).eval()
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_one_candidate_is_the_likeliest_token(tokenizer, stage):
+    net = model(tokenizer, stage=stage).eval()
     ids = [1, 2, 3]
     for _ in range(12):
         with torch.no_grad():
@@ -62,6 +63,18 @@ def test_one_candidate_is_the_likeliest_token(tokenizer):
         assert sample_text(net, tokenizer, ids[:3], 12, SEQ_LEN, top_k=1, seed=seed) == tokenizer.decode(ids)
     cold = sample_text(net, tokenizer, ids[:3], 12, SEQ_LEN, temperature=1e-4, seed=2)
     assert cold == tokenizer.decode(ids)
+
+
+def test_tokens_of_the_past_are_kept_while_the_window_does_not_slide(tokenizer):
+    net = model(tokenizer)
+    sizes = []
+
+    def forward(module, inputs):
+        sizes.append(inputs[0].shape[1])
+
+    net.embedding.register_forward_pre_hook(forward)
+    sample_text(net, tokenizer, [1, 2, 3], SEQ_LEN, SEQ_LEN)
+    assert sizes == [3] + [1] * (SEQ_LEN - 3) + [SEQ_LEN] * 2
 
 
 def test_the_likeliest_tokens_only_are_drawn(tokenizer):
