@@ -46,7 +46,7 @@ from kernels.launch import (
     use_triton,
 )  # fmt: skip
 from kernels.operator import operator
-from kernels.triton_import import jit, tl, triton
+from kernels.triton_import import jit, jit_unspecialised, tl
 
 PINNED = pinned_beside(__file__)
 
@@ -442,11 +442,6 @@ def _force_backward_eager(
 # those of a whole row do not fit on chip when D is large or the dtype is float32.
 
 
-def _jit_unspecialised(*names: str) -> Callable[[Any], Any]:
-    """Compile once for every value of these integers: the same stage must always run the same binary."""
-    return jit if triton is None else triton.jit(do_not_specialize=list(names))
-
-
 @jit
 def _rounded(x):
     """The nearest whole number, ties to even as torch.round, and odd: 2^23 leaves no bits for a fraction."""
@@ -588,7 +583,7 @@ def _minus_force(
     return minus_f
 
 
-@_jit_unspecialised("first", "last")
+@jit_unspecialised("first", "last")
 def _flow_kernel(
     q_ptr, p_ptr, w1_ptr, b1_ptr, w2_ptr, stages_ptr, peak_ptr,
     first, last, tokens, width, hidden, confinement, scale, inverse,

@@ -18,9 +18,18 @@ def called(tree: ast.AST) -> list[tuple[str, ast.Call]]:
     return [(call.func.attr, call) for call in calls if isinstance(call.func, ast.Attribute)]
 
 
-def precision(call: ast.Call) -> object:
+def precisions(call: ast.Call, tree: ast.AST) -> set[object]:
+    """What the precision of a product may be: a literal, or PRECISION, which is what _precision returns."""
     given = {keyword.arg: keyword.value for keyword in call.keywords}.get("input_precision")
-    return given.value if isinstance(given, ast.Constant) else None
+    if isinstance(given, ast.Name) and given.id == "PRECISION":
+        makers = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "_precision"]
+        returned = [n.value for maker in makers for n in ast.walk(maker) if isinstance(n, ast.Return)]
+        choices = [
+            part for x in returned for part in ((x.body, x.orelse) if isinstance(x, ast.IfExp) else (x,))
+        ]
+    else:
+        choices = [given]
+    return {choice.value if isinstance(choice, ast.Constant) else None for choice in choices} or {None}
 
 
 def broken_rules(source: str) -> list[str]:
@@ -28,7 +37,7 @@ def broken_rules(source: str) -> list[str]:
     found = [
         f"line {call.lineno}: {name}"
         for name, call in called(tree)
-        if (name.startswith("dot") and precision(call) in (None, "tf32"))
+        if (name.startswith("dot") and precisions(call, tree) & {None, "tf32"})
         or name.startswith("atomic_")
         or name == "make_block_ptr"
     ]
@@ -63,6 +72,8 @@ def test_the_kernels_multiply():
         "tl.dot(a, b)",
         "tl.dot(a, b, acc, input_precision='tf32')",
         "tl.dot(a, b, input_precision=PRECISION)",
+        "def _precision(): return 'tf32' if wide else 'ieee'\ntl.dot(a, b, input_precision=PRECISION)",
+        "tl.dot(a, b, input_precision=other)",
         "tl.atomic_add(pointer, value)",
         "tl.make_block_ptr(pointer)",
         "from triton.language import dot",
@@ -70,3 +81,8 @@ def test_the_kernels_multiply():
 )
 def test_a_broken_rule_is_found(line):
     assert len(broken_rules(line)) == 1
+
+
+def test_three_products_in_tf32_are_allowed():
+    line = "def _precision(): return 'tf32x3' if narrow else 'ieee'\ntl.dot(a, b, input_precision=PRECISION)"
+    assert broken_rules(line) == []
