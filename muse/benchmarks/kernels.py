@@ -595,7 +595,7 @@ def symplectic_cases(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> Iterat
     w2 = normal(sizes.hidden, scale=(sizes.width / sizes.hidden) ** 0.5)
     for name, b1, spring in (
         ("symplectic flow", normal(sizes.hidden, scale=0.1), 0.0),
-        ("symplectic flow, b1 by token", normal(*shape[:2], sizes.hidden), 0.5),
+        ("flow, b1 by token", normal(*shape[:2], sizes.hidden), 0.5),
     ):
         ours, plain, checkpointed, fixed_point = (
             partial(function, kicks=kicks, drifts=drifts, spring=spring)
