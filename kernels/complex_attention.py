@@ -314,8 +314,9 @@ def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]
 
 def _grouped_rows(x: Tensor, k: Tensor, queries: slice) -> Tensor:
     """A copy of some positions as (B, H_kv, rows, 2d): heads that share keys are rows of one matrix."""
-    block = x[:, :, queries]
-    return block.clone(memory_format=torch.contiguous_format).view(*k.shape[:2], -1, 2 * x.shape[-1])
+    block = x[:, :, queries].clone(memory_format=torch.contiguous_format)
+    batch, heads, length, _, channels = block.shape
+    return block.view(batch, k.shape[1], heads // k.shape[1] * length, 2 * channels)
 
 
 def _put(rows: Tensor, x: Tensor, queries: slice) -> None:

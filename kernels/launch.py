@@ -168,7 +168,10 @@ class Pinned:
         widths = self.table[kernel][target][str(8 * x.element_size())]
         fitting = [int(key) for key in widths if int(key) >= width]
         if not fitting:
-            raise ValueError(f"{self.name}: width {width} is too large; at most {max(map(int, widths))}")
+            raise ValueError(
+                f"{self.name}: width {width} is too large; at most {max(map(int, widths))}, or choose "
+                "hardware.kernels=eager"
+            )
         return widths[str(min(fitting))]
 
 

@@ -98,7 +98,10 @@ class Potential(nn.Module):
                 with torch.enable_grad():
                     at = _value(q, scale).detach().requires_grad_()
                     force = self.force(at, *leaves)
-                    changes = torch.autograd.grad(force, (at, *leaves), kick * grad_p, allow_unused=True)
+                    # A constant force depends on nothing.
+                    changes: tuple[Tensor | None, ...] = (None,) * (1 + len(leaves))
+                    if force.requires_grad:
+                        changes = torch.autograd.grad(force, (at, *leaves), kick * grad_p, allow_unused=True)
                 p, _ = _moved(p, -kick * (scale or 1) * force.detach())
                 # None: the force does not depend on it.
                 grad_q, *sums = (

@@ -103,10 +103,14 @@ def test_free_motion_covers_the_whole_time():
         def force(self, q, *coefficients):
             return torch.zeros_like(q)
 
-    z = state(4, 3, dtype=torch.float64)
-    end = flow(Free(), 3, 0.1, "leapfrog")(z)
-    torch.testing.assert_close(end[:, 0], z[:, 0] + 0.3 * z[:, 1])
-    torch.testing.assert_close(end[:, 1], z[:, 1])
+    z = state(4, 3, dtype=torch.float64).requires_grad_()
+    for gradient in ("backprop", "checkpoint", "reversible"):
+        end = flow(Free(), 3, 0.1, "leapfrog", gradient=gradient)(z)
+        torch.testing.assert_close(end[:, 0], z[:, 0] + 0.3 * z[:, 1])
+        torch.testing.assert_close(end[:, 1], z[:, 1])
+        (grad,) = torch.autograd.grad(end.sum(), z)
+        torch.testing.assert_close(grad[:, 0], torch.ones(4, 3).double())
+        torch.testing.assert_close(grad[:, 1], torch.full((4, 3), 1.3).double())
 
 
 @pytest.mark.parametrize("steps", [0, -1])

@@ -146,6 +146,27 @@ def test_gradcheck(score, causal):
 
 
 @pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradcheck_of_the_registered_operation(score, packed):
+    """Which ``complex_attention`` does not call where keys are few or SDPA does as well."""
+    q, k, v = (x[:1].requires_grad_() for x in operands(5, 2, 1, 2))
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32) if packed else None
+    assert torch.autograd.gradcheck(
+        lambda *x: complex_attention_forward(*x, score, True, bounds)[0], (q, k, v)
+    )
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 2, 300, 2, 4), (0, 2, 5, 2, 4), (2, 2, 0, 2, 4)], ids=str)
+def test_nothing_to_attend_to(score, dtype, shape):
+    q = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    out = complex_attention(q, q, q, score)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == shape
+
+
+@pytest.mark.parametrize("score", SCORES)
 def test_operands_need_not_be_contiguous(score):
     q, k, v = (x.permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4) for x in operands(9))
     assert not q.is_contiguous()
