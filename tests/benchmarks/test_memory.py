@@ -1,7 +1,10 @@
+import dataclasses
+
 import pytest
 import torch
 
 from muse.benchmarks.memory import GB, measure_memory
+from muse.benchmarks.setting import settle
 from muse.benchmarks.step import baseline_of, benchmark_model
 
 CPU = torch.device("cpu")
@@ -36,6 +39,17 @@ def test_the_step_never_holds_the_logits(bench_config):
     logits = 8 * 32 * 50_000 * 4 / GB
     measured = measure_memory(config, CPU)
     assert measured["activations"] < logits / 20
+
+
+def test_the_peak_does_not_grow_with_the_steps_of_an_exact_flow(bench_config):
+    def peak(gradient, steps):
+        config = bench_config(2, seq_len=64, ode_steps=steps)
+        config = dataclasses.replace(config, stage=dataclasses.replace(config.stage, gradient=gradient))
+        return measure_memory(settle(config, "vram"), CPU)["peak"]
+
+    few, many = peak("exact", 5), peak("exact", 40)
+    assert many == pytest.approx(few, rel=0.05)
+    assert many < peak("backprop", 10) / 2
 
 
 def test_the_baseline_differs_in_the_stage_only(bench_config):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from kernels.complex_linear import (
 )
 from kernels.launch import INTERPRETER, TARGETS
 from kernels.planar import modulus, modulus_floor, upcast
+from muse.planar import multiply
 
 ROWS, FAN_IN, FAN_OUT = 3, 4, 5
 ACTIVATIONS = list(PARAMETERS)
@@ -75,6 +78,27 @@ def test_product_is_the_complex_product(products, extra):
     got = gradients([y], used, [cotangent])
     for actual, wanted in zip(got, gradients([expected], used, [cotangent]), strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("products", [3, 4])
+def test_a_phase_of_the_input_is_one_of_the_product(products):
+    t = tensors(requires_grad=False)
+    phase = torch.tensor([[math.cos(0.7)], [math.sin(0.7)]], dtype=torch.float64)
+    turned = complex_linear(multiply(t["x"], phase), t["weight"], products=products)
+    torch.testing.assert_close(
+        turned, multiply(complex_linear(t["x"], t["weight"], products=products), phase)
+    )
+
+
+@pytest.mark.parametrize("products", [3, 4])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_repeated_gradients_are_the_same_bits(products, activation):
+    t = tensors(torch.float32, 65, 33, 17)
+    leaves = [t[name] for name in ("x", "weight", "bias")]
+    active, _ = complex_linear_activated(**chosen(t, activation), activation=activation)
+    total = active.sum() + complex_linear(*leaves, products=products).square().sum()
+    first, second = (torch.autograd.grad(total, leaves, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("products", [3, 4])

@@ -234,8 +234,7 @@ def test_registration(name, dtype):
 
 @pytest.mark.slow
 def test_compiles_in_one_graph():
-    names = ["add_rms_norm", "layer_norm", "mod_swish", "rotate", "split_heads"]
-    cases = [case(name, dtype=torch.float32) for name in names]
+    cases = [case(name, dtype=torch.float32) for name in OPERATIONS]
     leaves = [leaf for *_, own in cases for leaf in own]
 
     def everything(*leaves):

@@ -510,12 +510,13 @@ def test_opcheck(scale, by_token):
 
 
 @pytest.mark.slow
-def test_compiles():
+@pytest.mark.parametrize("by_token", [False, True])
+def test_compiles(by_token):
     def step(*x):
-        q, p, peak = symplectic_flow(*x, *leapfrog(3, 0.1), scale=SCALE)
+        q, p, peak = symplectic_flow(*x, *leapfrog(3, 0.1), confinement=0.5, scale=SCALE)
         return q * 2 + force(q, *x[2:]), p, peak
 
-    tensors = make(33, 16)
+    tensors = make(33, 16, by_token=by_token)
     compiled = torch.compile(step, fullgraph=True)
     for x, y in zip(gradients(compiled, tensors), gradients(step, tensors), strict=True):
         torch.testing.assert_close(x, y)
