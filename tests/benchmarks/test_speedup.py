@@ -10,7 +10,7 @@ from muse import bench_run
 from muse.acceleration import Execution, KernelOptimizer
 from muse.benchmarks import speedup, suite
 from muse.benchmarks.criteria_stack import PLAIN
-from muse.benchmarks.setting import settle
+from muse.benchmarks.setting import check_updates, settle
 from muse.benchmarks.speedup import (
     Plan,
     find_plan,
@@ -271,6 +271,26 @@ def test_stages_and_benchmarks_that_do_not_go_together(speedup_config, tmp_path,
     config = dataclasses.replace(config, stage=stage, benchmark=BenchmarkConfig(name=name))
     with pytest.raises(ConfigError, match=f"benchmark={name} does not go with stage={number}"):
         bench_run.run_benchmark(config, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["speedup", "all"])
+@pytest.mark.parametrize(("steps", "accumulation"), [(0, 1), (0, 8), (7, 8)])
+def test_a_training_without_an_update_is_refused(speedup_config, tmp_path, name, steps, accumulation):
+    config = speedup_config(accumulation=accumulation, train_steps=steps, name=name)
+    told = (
+        f"benchmark.train_steps={steps} is too small for benchmark=speedup; it must be at least "
+        f"optim.accumulation={accumulation}, the batches of one update"
+    )
+    with pytest.raises(ConfigError) as raised:
+        bench_run.run_benchmark(config, tmp_path)
+    assert str(raised.value) == told
+
+
+def test_one_update_is_enough_and_other_benchmarks_need_none(speedup_config):
+    check_updates(speedup_config(accumulation=8, train_steps=8))
+    check_updates(speedup_config(accumulation=8, train_steps=0, name="kernels"))
+    config = dataclasses.replace(speedup_config(train_steps=0, name="all"), stage=StageConfig())
+    check_updates(config)
 
 
 RUN = {
