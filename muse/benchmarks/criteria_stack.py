@@ -104,7 +104,9 @@ def _speedup_of(folder: Path, config: BenchConfig, report: Report, asked: bool) 
         "checkpoints_pass": loads,
         "parameters": ours["parameters"],
     }
-    report.values |= found if asked else {f"{key}_accumulation_{count}": found[key] for key in found}
+    if config.stack.speculation:
+        found |= {key: ours[key] for key in DECODE_KEYS}
+    report.values |= {_key(key, config, asked): value for key, value in found.items()}
     report.criteria += [
         (f"time saved, whole run, {label}", less, f">= {SAVED_TARGET}", at_least(less, SAVED_TARGET)),
         (
@@ -121,7 +123,6 @@ def _speedup_of(folder: Path, config: BenchConfig, report: Report, asked: bool) 
         (f"checkpoints load, {label}", loads, "yes", loads),
     ]
     if config.stack.speculation:
-        report.values |= {key: ours[key] for key in DECODE_KEYS}
         title = f"texts that decode to the tokens of plain greedy decoding, {label}"
         same = f"{ours['decode_texts_equal']} of {ours['decode_texts']}" if ours else None
         report.criteria.append((title, same, "all", ours["decode_equal"]))
@@ -131,6 +132,11 @@ def _speedup_of(folder: Path, config: BenchConfig, report: Report, asked: bool) 
         report.values |= {"target_step": step, "target_within_run": within}
         reached = step is not None if ours else None
         report.criteria.append((f"batch at which the loss is {TARGET_LOSS}", step, "any", reached))
+
+
+def _key(name: str, config: BenchConfig, asked: bool) -> str:
+    """The key in result.json: the setting that was not asked for has the accumulation in its keys."""
+    return name if asked else f"{name}_accumulation_{config.optim.accumulation}"
 
 
 def _over(runs: dict[str, dict[str, Any]], join: Callable[[list[float]], float], key: str) -> float | None:

@@ -9,7 +9,7 @@ import torch
 from muse import bench_run
 from muse.acceleration import Execution, KernelOptimizer
 from muse.benchmarks import speedup, suite
-from muse.benchmarks.criteria_stack import PLAIN
+from muse.benchmarks.criteria_stack import DECODE_KEYS, PLAIN
 from muse.benchmarks.setting import check_updates, settle
 from muse.benchmarks.speedup import (
     Plan,
@@ -356,6 +356,22 @@ def test_everything_passes_when_it_does(speedup_config, monkeypatch):
     assert values["loss_diff"] == pytest.approx(0.01)
     assert values["throughput_improvement_pct"] == pytest.approx(50)
     assert (values["target_step"], values["target_within_run"]) == (90, False)
+
+
+def test_each_setting_has_its_own_keys(speedup_config, monkeypatch):
+    config = speedup_config(accumulation=8)
+    report_of(monkeypatch, config)
+    answer = suite.measure_apart
+
+    def measure(name, config):
+        found = answer(name, config)
+        return {**found, "decode_plain": 1.0, "loss": 2.0} if config.optim.accumulation == 1 else found
+
+    monkeypatch.setattr(suite, "measure_apart", measure)
+    values = suite.run_suite(config, Path("unused")).values
+    assert (values["decode_plain"], values["decode_plain_accumulation_1"]) == (100.0, 1.0)
+    assert (values["stack_loss"], values["stack_loss_accumulation_1"]) == (6.51, 2.0)
+    assert {f"{key}_accumulation_1" for key in ("speedup_pct", *DECODE_KEYS)} <= set(values)
 
 
 @pytest.mark.parametrize(
