@@ -284,7 +284,7 @@ def measure_speedup_run(
         ``losses_hash``, equal for equal losses; ``nan_count`` and ``inf_count`` among all losses, gradient
         norms and, in the end, elements of parameters;
         ``parameters``; what ``_decoding`` measures; ``target_step``, the batch at which the mean of ten
-        losses was first at most ``until``.
+        losses was first at most ``until``, by default ``TARGET_LOSS`` if the training gets there.
 
     Raises:
         RunError: when a loss or gradient is not finite, or the checkpoint cannot be written.
@@ -351,7 +351,9 @@ def measure_speedup_run(
     result["checkpoint_loads"] = loads
     if config.stack.speculation:
         result |= _decoding(training, engine, prompt, sampled)
-    if until is not None:
+    if until is None:
+        result["target_step"] = _batch_of(losses, TARGET_LOSS)
+    else:
         result["target_step"] = _reached(training, losses, until)
     return result
 
@@ -464,15 +466,17 @@ def _gap(model: LanguageModel, plain: list[int], other: list[int]) -> float:
     return ((logits[plain[at]] - logits[other[at]]).abs() / logits.abs().max()).item()
 
 
+def _batch_of(losses: list[float], target: float) -> int | None:
+    """The batch at which the mean of ten losses is first at most ``target``."""
+    ends = range(10, len(losses) + 1)
+    return next((end for end in ends if sum(losses[end - 10 : end]) / 10 <= target), None)
+
+
 def _reached(training: Training, losses: list[float], target: float) -> int | None:
     """Go on training until the mean of ten losses is at most ``target``; the batch of that, or None."""
-    while True:
-        for end in range(10, len(losses) + 1):
-            if sum(losses[end - 10 : end]) / 10 <= target:
-                return end
-        if len(losses) >= LONGEST:
-            return None
+    while (end := _batch_of(losses, target)) is None and len(losses) < LONGEST:
         losses += [training.step(index) for index in range(len(losses), len(losses) + 10)]
+    return end
 
 
 @restored_threads()

@@ -247,6 +247,16 @@ def test_training_goes_on_until_the_loss_is_reached(speedup_config, monkeypatch)
         assert sum(loss for _, loss in curve[easy - 10 : easy]) / 10 <= 5.4
 
 
+@pytest.mark.parametrize(("target", "step"), [(5.0, 12), (0.5, None)])
+def test_a_training_that_does_not_go_on_says_when_the_loss_was_reached(
+    speedup_config, monkeypatch, target, step
+):
+    falling = [6.0] * 10 + [1.0] * 10
+    monkeypatch.setattr(speedup.Training, "step", lambda _, index: falling[index])
+    monkeypatch.setattr(speedup, "TARGET_LOSS", target)
+    assert measure_speedup_run(speedup_config(PLAIN), CPU)["target_step"] == step
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -355,7 +365,6 @@ def test_everything_passes_when_it_does(speedup_config, monkeypatch):
     assert values["speedup_pct_accumulation_1"] == pytest.approx(40)
     assert values["loss_diff"] == pytest.approx(0.01)
     assert values["throughput_improvement_pct"] == pytest.approx(50)
-    assert (values["target_step"], values["target_within_run"]) == (90, False)
 
 
 def test_each_setting_has_its_own_keys(speedup_config, monkeypatch):
@@ -372,6 +381,36 @@ def test_each_setting_has_its_own_keys(speedup_config, monkeypatch):
     assert (values["decode_plain"], values["decode_plain_accumulation_1"]) == (100.0, 1.0)
     assert (values["stack_loss"], values["stack_loss_accumulation_1"]) == (6.51, 2.0)
     assert {f"{key}_accumulation_1" for key in ("speedup_pct", *DECODE_KEYS)} <= set(values)
+
+
+@pytest.mark.parametrize(("step", "within"), [(20, True), (21, False)])
+def test_the_batch_at_which_the_loss_is_reached_is_of_each_setting(speedup_config, monkeypatch, step, within):
+    """Few updates do not reach it and have no criterion of it, but a key and why it is null."""
+
+    def measure(name, config):
+        found = answer(name, config)
+        return {**found, "target_step": None} if config.optim.accumulation == 8 else found
+
+    config = speedup_config(accumulation=8)
+    report_of(monkeypatch, config, target_step=step)
+    answer = suite.measure_apart
+    monkeypatch.setattr(suite, "measure_apart", measure)
+    report = suite.run_suite(config, Path("unused"))
+    values = report.values
+    assert (values["target_step"], values["target_within_run"]) == (None, False)
+    assert values["target_step_accumulation_1"] == step
+    assert values["target_within_run_accumulation_1"] is within
+    assert set(report.unjudged) == {"target_step"}
+    told = "20 batches, 8 batches an update, do not take the loss to 6.0, and only the training with"
+    assert report.unjudged["target_step"].startswith(told)
+    assert [row[1:] for row in report.criteria if row[0].startswith("batch at")] == [(step, "any", True)]
+    assert values["all_pass"] is True
+
+
+def test_few_updates_that_reach_the_loss_say_where(speedup_config, monkeypatch):
+    report = report_of(monkeypatch, speedup_config(accumulation=8), target_step=9)
+    assert (report.values["target_step"], report.values["target_within_run"]) == (9, True)
+    assert report.unjudged == {}
 
 
 @pytest.mark.parametrize(
