@@ -26,6 +26,7 @@ DECODE_KEYS = (
     "decode_gap",
     "decode_equal_unguessed",
 )
+PARTS = ("KernelOptimizer", "SemanticCompressor", "InferenceScalingEngine")
 # The stack that changes nothing.
 PLAIN = StackConfig(level=0, compression="off", speculation=False)
 
@@ -104,6 +105,7 @@ def _speedup_of(folder: Path, config: BenchConfig, report: Report, asked: bool) 
         "grad_norm_min": smallest,
         "grad_norm_max": largest,
         "checkpoints_pass": loads,
+        "left_off": [d["name"] for d in ours["decisions"] if not d["kept"]] if ours else None,
         "parameters": ours["parameters"],
     }
     if config.stack.speculation:
@@ -153,7 +155,10 @@ def _over(runs: dict[str, dict[str, Any]], join: Callable[[list[float]], float],
 
 
 def _ablation(folder: Path, config: BenchConfig, report: Report) -> None:
-    """Each part of the stack alone, and the stack without it, against the runs there are already."""
+    """Each part of the stack alone, and the stack without it, against the runs there are already.
+
+    A part pays where it saves time both alone and beside the others.
+    """
     stack = config.stack
     forced = dataclasses.replace(stack, compression="on")
     variants = {
@@ -175,18 +180,22 @@ def _ablation(folder: Path, config: BenchConfig, report: Report) -> None:
     plain = runs["plain"]["seconds"]
     shares = {name: saved(run["seconds"], plain) for name, run in runs.items()}
     report.values["ablation_saved"] = shares
-    for part in ("KernelOptimizer", "SemanticCompressor", "InferenceScalingEngine"):
+    pays: dict[str, bool | None] = dict.fromkeys(PARTS)
+    for part in PARTS:
         alone, whole, without = (shares[key] for key in (f"{part} alone", "all three", f"without {part}"))
         if alone is None or whole is None or without is None:
             print(f"  {part}: not measured")
             continue
-        verdict = "pays" if alone > 0 and whole > without else "does not pay"
+        pays[part] = alone > 0 and whole > without
+        verdict = "pays" if pays[part] else "does not pay"
         print(
             f"  {part} {verdict}: alone it saves {alone:.1%} of the plain time, beside the others "
             f"{whole - without:.1%}"
         )
-    left = [d["name"] for d in _run_of(report, "stack", config)["decisions"] or [] if not d["kept"]]
-    print(f"  left off by the stack itself: {', '.join(left) or 'nothing'}")
+    report.values["ablation_pays"] = pays
+    left = report.values["left_off"]
+    told = "not measured" if left is None else ", ".join(left) or "nothing"
+    print(f"  left off by the stack itself: {told}")
 
 
 def _run_of(report: Report, kind: str, config: BenchConfig) -> dict[str, Any]:

@@ -331,7 +331,10 @@ STACK = {
     "decode_gap": None,
     "decode_equal_unguessed": True,
     "target_step": 90,
-    "decisions": [{"name": "loss", "kept": False, "why": "left off"}],
+    "decisions": [
+        {"name": "attention", "kept": True, "why": "kept"},
+        {"name": "loss", "kept": False, "why": "left off"},
+    ],
 }
 MEMORY = {
     "plain_mb": 600.0,
@@ -479,8 +482,57 @@ def test_the_ablation_says_what_does_not_pay(speedup_config, monkeypatch, capsys
     assert saved["SemanticCompressor alone"] == pytest.approx(-0.15)
     assert saved["without SemanticCompressor"] == pytest.approx(0.45)
     assert len(saved) == 8
+    assert report.values["ablation_pays"] == {
+        "KernelOptimizer": True, "SemanticCompressor": False, "InferenceScalingEngine": True,
+    }  # fmt: skip
+    assert report.values["left_off"] == ["loss"]
     told = capsys.readouterr().out
     assert "KernelOptimizer pays" in told
     assert "SemanticCompressor does not pay" in told
     assert "InferenceScalingEngine pays" in told
     assert "left off by the stack itself: loss" in told
+
+
+def test_a_part_that_pays_only_alone_does_not_pay(speedup_config, monkeypatch):
+    def measure(name, config):
+        stack = config.stack
+        both = stack.level > 0 and stack.speculation
+        time = 100.0 - 40 * (stack.level > 0) - 5 * stack.speculation + 10 * both
+        return {**answer(name, config), "seconds": time}
+
+    config = speedup_config(ablation=True)
+    report_of(monkeypatch, config)
+    answer = suite.measure_apart
+    monkeypatch.setattr(suite, "measure_apart", measure)
+    pays = suite.run_suite(config, Path("unused")).values["ablation_pays"]
+    assert pays == {"KernelOptimizer": True, "SemanticCompressor": False, "InferenceScalingEngine": False}
+
+
+def test_a_part_without_a_run_has_no_verdict(speedup_config, monkeypatch, capsys):
+    def measure(name, config):
+        stack = config.stack
+        if name == "speedup" and (stack.level, stack.compression, stack.speculation) == (0, "off", True):
+            raise RunError("it broke")
+        return answer(name, config)
+
+    config = speedup_config(ablation=True)
+    report_of(monkeypatch, config)
+    answer = suite.measure_apart
+    monkeypatch.setattr(suite, "measure_apart", measure)
+    pays = suite.run_suite(config, Path("unused")).values["ablation_pays"]
+    assert [part for part, verdict in pays.items() if verdict is None] == ["InferenceScalingEngine"]
+    assert "InferenceScalingEngine: not measured" in capsys.readouterr().out
+
+
+def test_a_stack_that_did_not_run_left_nothing_off_that_is_known(speedup_config, monkeypatch, capsys):
+    def measure(name, config):
+        if name == "speedup until learned":
+            raise RunError("it broke")
+        return answer(name, config)
+
+    config = speedup_config(ablation=True)
+    report_of(monkeypatch, config)
+    answer = suite.measure_apart
+    monkeypatch.setattr(suite, "measure_apart", measure)
+    assert suite.run_suite(config, Path("unused")).values["left_off"] is None
+    assert "left off by the stack itself: not measured" in capsys.readouterr().out
