@@ -27,6 +27,7 @@ from muse.acceleration import (
     SemanticCompressor,
     greedy_decode,
 )
+from muse.acceleration.compiler import find_compiler
 from muse.acceleration.kernel_optimizer import Decision
 from muse.benchmarks.gradient_error import joined, relative_error
 from muse.benchmarks.operations import InsideOperations
@@ -200,6 +201,8 @@ def _setting(config: BenchConfig, model: LanguageModel) -> str:
         os.cpu_count(),
         torch.get_num_threads(),
         torch.__version__,
+        # A plan that compiles is of no use without a compiler, nor one that had none where there is one.
+        find_compiler(device) if config.stack.level >= 3 else None,
     )
     parts = (config.stage, config.model, config.optim, config.stack, config.benchmark.train_steps)
     options = [part if isinstance(part, int) else dataclasses.asdict(part) for part in parts]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from muse import bench_run
-from muse.acceleration import Execution, KernelOptimizer
+from muse.acceleration import Execution, KernelOptimizer, kernel_optimizer
 from muse.benchmarks import speedup, suite
 from muse.benchmarks.criteria_stack import DECODE_KEYS, PLAIN
 from muse.benchmarks.setting import check_updates, settle
@@ -155,6 +155,40 @@ def test_choices_are_kept_for_reruns(speedup_config, monkeypatch):
     for changed in (again, other):
         with pytest.raises(AssertionError, match="measured again"):
             find_plan(changed, data, model)
+
+
+def test_a_plan_that_compiles_is_not_used_once_the_compiler_is_gone(speedup_config, monkeypatch):
+    """The training goes on without compilation and says so."""
+
+    def no_compiler(*arguments, **options):
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(kernel_optimizer, "COMPILE_SECONDS", -math.inf)
+    monkeypatch.setattr(speedup, "find_compiler", lambda _: "/bin/compiler")
+    config, data, model = started(speedup_config(StackConfig(level=3)))
+    plan = find_plan(config, data, model)
+    (path,) = Path(config.data.cache).glob("plans/*.json")
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"execution": kept["execution"] | {"compile": True}}))
+    assert find_plan(config, data, model).execution == dataclasses.replace(plan.execution, compile=True)
+
+    monkeypatch.setattr(speedup, "find_compiler", lambda _: None)
+    result = measure_speedup_run(config, CPU)
+    (decision,) = (d for d in result["decisions"] if d["name"] == "compile")
+    assert decision["kept"] is False
+    assert decision["why"] == "left off: cannot compile here: no compiler found"
+    assert result["updates"] == 20
+
+    monkeypatch.setattr(speedup, "find_compiler", lambda _: "/bin/compiler")
+    assert find_plan(config, data, model).execution.compile
+
+
+def test_a_plan_that_does_not_compile_needs_no_compiler(speedup_config, monkeypatch):
+    config, data, model = started(speedup_config(StackConfig(level=2)))
+    plan = find_plan(config, data, model)
+    monkeypatch.setattr(speedup, "find_compiler", lambda _: None)
+    assert find_plan(config, data, model) == plan
 
 
 def test_a_damaged_plan_is_measured_anew(speedup_config):
