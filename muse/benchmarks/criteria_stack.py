@@ -42,6 +42,7 @@ def judge_stack(folder: Path, config: BenchConfig, report: Report) -> None:
     values |= {
         "plain_memory_mb": memory["plain_mb"],
         "peak_memory_mb": memory["stack_mb"],
+        "peak_memory_uncompiled": memory["uncompiled"],
         "compression_used": memory["compressed"],
         "compression_ratio": memory["ratio"],
         "compression_gradient_error": memory["gradient_error"],
@@ -50,7 +51,8 @@ def judge_stack(folder: Path, config: BenchConfig, report: Report) -> None:
     }
     peak, held = memory["stack_mb"], memory["ratio"]
     small = None if peak is None else peak < STACK_MB
-    criteria.append(("peak memory with the stack [MB]", peak, f"< {STACK_MB}", small))
+    counted = "the stack without compilation" if memory["uncompiled"] else "the stack"
+    criteria.append((f"peak memory with {counted} [MB]", peak, f"< {STACK_MB}", small))
     title = "compressed / float32 activations"
     criteria.append((title, held, f"<= {config.stack.ratio}", at_most(held, config.stack.ratio)))
     if config.benchmark.ablation:

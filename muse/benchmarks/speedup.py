@@ -226,17 +226,24 @@ def _measured_plan(config: BenchConfig, data: TokenData, model: LanguageModel) -
         decisions.append(Decision("compression", True, None, None, "on by request"))
     if stack.compression == "auto":
         began = time.perf_counter()
-        uncompiled = Plan(dataclasses.replace(execution, compile=False))
-        peak = peak_memory(config, data, copy.deepcopy(model), uncompiled) / MB
+        counted = _countable(execution, device)
+        peak = peak_memory(config, data, copy.deepcopy(model), Plan(counted)) / MB
         forced = peak > stack.memory_mb
         verdict = "kept" if forced else "left off, it only costs time"
         why = f"{verdict}: a step takes {peak:.0f} MB without it, stack.memory_mb={stack.memory_mb:.0f}"
+        if counted != execution:
+            why += "; counted without compilation"
         if forced and execution.compile:
             execution = dataclasses.replace(execution, compile=False)
             why += "; compilation is left off for it"
         decisions.append(Decision("compression", forced, None, None, why))
         seconds += time.perf_counter() - began
     return Plan(execution, forced, decisions, seconds, optimizer.compile_seconds)
+
+
+def _countable(execution: Execution, device: torch.device) -> Execution:
+    """As much of an execution as ``peak_memory`` can count: MemTracker does not see into compiled code."""
+    return execution if device.type == "cuda" else dataclasses.replace(execution, compile=False)
 
 
 def peak_memory(config: BenchConfig, data: TokenData, model: LanguageModel, plan: Plan) -> float:
@@ -523,10 +530,12 @@ def measure_speedup_memory(config: BenchConfig, device: torch.device) -> dict[st
     """Peak memory of a step, plainly and with the stack, and what compressed activations cost and save.
 
     Returns:
-        ``plain_mb``; ``stack_mb``, as the stack is used; ``uncompressed_mb`` and ``compressed_mb``, the stack
-        without and with compression, both without compilation; ``ratio``, held / float32 size of what was
-        compressed, None where nothing was large enough; ``gradient_error``, relative, of one batch;
-        ``time_ratio`` of a batch forward and backward, compressed / not (median of turns); ``compressed``,
+        ``plain_mb``; ``stack_mb``, as the stack is used; ``uncompiled``, whether that leaves out a
+        compilation that the stack uses, because what compiled code holds cannot be counted on a CPU;
+        ``uncompressed_mb`` and ``compressed_mb``, the stack without and with compression, both without
+        compilation; ``ratio``, held / float32 size of what was compressed, None where nothing was large
+        enough; ``gradient_error``, relative, of one batch; ``time_ratio`` of a batch forward and backward,
+        compressed / not (median of turns), both without compilation, too; ``compressed``,
         whether the stack uses it.
     """
     config, data, model = _start(config, device)
@@ -541,7 +550,11 @@ def measure_speedup_memory(config: BenchConfig, device: torch.device) -> dict[st
     measured: dict[str, Any] = {
         name: peak_memory(config, data, copy.deepcopy(model), other) / MB for name, other in peaks.items()
     }
-    measured["stack_mb"] = measured["compressed_mb" if plan.compress else "uncompressed_mb"]
+    used = Plan(_countable(plan.execution, device), plan.compress)
+    if used.execution.compile:
+        measured["stack_mb"] = peak_memory(config, data, copy.deepcopy(model), used) / MB
+    else:
+        measured["stack_mb"] = measured["compressed_mb" if plan.compress else "uncompressed_mb"]
     times: list[list[float]] = [[], []]
     trainings = [_training(config, data, copy.deepcopy(model), other) for other in (off, on)]
     for turn in range(1 + config.benchmark.repeats):
@@ -562,5 +575,6 @@ def measure_speedup_memory(config: BenchConfig, device: torch.device) -> dict[st
         "gradient_error": relative_error(rounded, exact),
         "time_ratio": median(b / a for a, b in zip(*times, strict=True)),
         "compressed": plan.compress,
+        "uncompiled": used.execution != plan.execution,
         "parameters": count_parameters(model),
     }

@@ -230,6 +230,52 @@ def test_what_compression_costs_is_told(speedup_config):
     assert measured["ratio"] <= 0.3
     assert 0 < measured["gradient_error"] < 0.05
     assert measured["compressed_mb"] < measured["uncompressed_mb"] == measured["stack_mb"]
+    assert measured["uncompiled"] is False
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A stack that compiles, and the plans whose memory is counted: 1 MB, compiled 2 MB."""
+    plans = []
+
+    def peak(config, data, model, plan):
+        plans.append(plan)
+        return 2e6 if plan.execution.compile else 1e6
+
+    monkeypatch.setattr(speedup, "peak_memory", peak)
+    monkeypatch.setattr(speedup, "find_plan", lambda *_: Plan(Execution(loss=True, compile=True)))
+    return plans
+
+
+def test_memory_of_compiled_code_is_not_counted_on_a_cpu_and_that_is_said(speedup_config, counted):
+    measured = measure_speedup_memory(speedup_config(), CPU)
+    assert measured["uncompiled"] is True
+    assert measured["stack_mb"] == 1
+    assert not any(plan.execution.compile for plan in counted)
+
+
+def test_memory_of_compiled_code_is_that_of_the_stack_where_it_can_be_counted(
+    speedup_config, counted, monkeypatch
+):
+    execution = Execution(loss=True, compile=True)
+    assert speedup._countable(execution, torch.device("cuda")) == execution
+    assert speedup._countable(execution, CPU) == Execution(loss=True)
+    monkeypatch.setattr(speedup, "_countable", lambda execution, _: execution)
+    measured = measure_speedup_memory(speedup_config(), CPU)
+    assert measured["uncompiled"] is False
+    assert (measured["stack_mb"], measured["uncompressed_mb"]) == (2, 1)
+    assert counted[-1] == Plan(execution)
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_memory_that_decides_on_compression_says_if_it_is_without_compilation(
+    speedup_config, monkeypatch, compiles
+):
+    chosen = Execution(loss=True, compile=compiles)
+    monkeypatch.setattr(KernelOptimizer, "choose", lambda *_: (chosen, []))
+    plan = find_plan(*started(speedup_config()))
+    assert plan.execution == chosen
+    assert plan.decisions[-1].why.endswith("; counted without compilation") is compiles
 
 
 def test_pairs_are_of_the_same_batches(speedup_config):
@@ -376,6 +422,7 @@ MEMORY = {
     "uncompressed_mb": 400.0,
     "compressed_mb": 300.0,
     "compressed": False,
+    "uncompiled": False,
     "ratio": 0.28,
     "gradient_error": 1e-3,
     "time_ratio": 1.3,
@@ -474,6 +521,14 @@ def test_each_criterion_can_fail(speedup_config, monkeypatch, changed):
     report = report_of(monkeypatch, speedup_config(), **changed)
     assert report.values["all_pass"] is False
     assert [passed for *_, passed in report.criteria].count(False) == 1
+
+
+@pytest.mark.parametrize("uncompiled", [True, False])
+def test_memory_without_compilation_is_called_so(speedup_config, monkeypatch, uncompiled):
+    report = report_of(monkeypatch, speedup_config(), memory={"uncompiled": uncompiled})
+    assert report.values["peak_memory_uncompiled"] is uncompiled
+    told = "the stack without compilation" if uncompiled else "the stack"
+    assert f"peak memory with {told} [MB]" in [title for title, *_ in report.criteria]
 
 
 @pytest.mark.parametrize("failing", ["speedup", "speedup until learned", "speedup pairs", "speedup memory"])
