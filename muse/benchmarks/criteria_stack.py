@@ -99,6 +99,8 @@ def _speedup_of(folder: Path, config: BenchConfig, report: Report, asked: bool) 
         "stack_update_ms": pairs["stack_ms"],
         "plain_seconds": plain["seconds"],
         "stack_seconds": ours["seconds"],
+        "stack_tuning_seconds": ours["tuning_seconds"],
+        "stack_compile_seconds": ours["compile_seconds"],
         "plain_loss": plain["loss"],
         "stack_loss": ours["loss"],
         "loss_diff": apart,

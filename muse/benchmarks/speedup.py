@@ -287,7 +287,8 @@ def measure_speedup_run(
         until: a loss that the training goes on for when it is over, outside of all times.
 
     Returns:
-        ``seconds`` from the initial weights to the last sample, and their parts; ``loss`` (mean of the last
+        ``seconds`` from the initial weights to the last sample, and their parts; ``compile_seconds``, which
+        are in them, too, as part of tuning and of training; ``loss`` (mean of the last
         epoch's batches), ``valid_loss``, ``curve``; ``tokens_per_second`` of the median batch; ``norm_min``
         and ``norm_max`` of whole gradients, ``grad_norm_min`` and ``grad_norm_max`` of single parameters;
         ``decisions``; ``texts``, the last sample and where the checkpoint is; ``checkpoint_loads``;
@@ -339,7 +340,7 @@ def measure_speedup_run(
     result: dict[str, Any] = {
         "seconds": sum(spent.values()),
         **{f"{part}_seconds": seconds for part, seconds in spent.items()},
-        "compile_seconds": plan.compile_seconds + (times[0] - median(times) if compiled else 0.0),
+        "compile_seconds": plan.compile_seconds + (max(0.0, times[0] - median(times)) if compiled else 0.0),
         "wall_seconds": time.perf_counter() - began,
         "tokens_per_second": size * length / median(times),
         "loss": sum(last) / len(last),

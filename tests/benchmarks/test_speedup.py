@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,31 @@ def test_times_are_complete_and_the_result_is_json(speedup_config):
     assert Path(result["texts"]["checkpoint"]).is_dir()
     assert result["texts"]["sample"].startswith("line")
     assert 0 < result["grad_norm_min"] <= result["grad_norm_max"] <= result["norm_max"]
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_compilation_is_told_apart_and_counts_in_the_total(speedup_config, monkeypatch, compiles):
+    """Also that of an attempt which did not lead to compiled code."""
+
+    def slow(function):
+        first = iter([0.3])
+
+        def call(*arguments, **options):
+            time.sleep(next(first, 0.0))
+            return function(*arguments, **options)
+
+        return call
+
+    plan = Plan(Execution(compile=compiles), seconds=5.0, compile_seconds=3.0)
+    monkeypatch.setattr(torch, "compile", slow)
+    monkeypatch.setattr(speedup, "find_plan", lambda *_: plan)
+    result = measure_speedup_run(speedup_config(), CPU)
+    # Each of the two blocks is compiled in the first batch.
+    in_training = result["compile_seconds"] - 3.0
+    assert in_training > 0.4 if compiles else in_training == 0
+    assert result["tuning_seconds"] == 5
+    assert result["training_seconds"] > in_training
+    assert result["seconds"] > 5.0 + in_training
 
 
 def test_an_update_from_two_batches_is_that_of_one_twice_as_large(speedup_config):
@@ -385,6 +411,8 @@ def test_one_update_is_enough_and_other_benchmarks_need_none(speedup_config):
 
 RUN = {
     "seconds": 100.0,
+    "tuning_seconds": 0.0,
+    "compile_seconds": 0.0,
     "tokens_per_second": 1000.0,
     "loss": 6.5,
     "valid_loss": 6.6,
@@ -400,6 +428,8 @@ RUN = {
 STACK = {
     **RUN,
     "seconds": 60.0,
+    "tuning_seconds": 9.0,
+    "compile_seconds": 4.0,
     "tokens_per_second": 1500.0,
     "loss": 6.51,
     "decode_ratio": 3.0,
@@ -448,6 +478,7 @@ def test_everything_passes_when_it_does(speedup_config, monkeypatch):
     assert values["speedup_pct"] == pytest.approx(40)
     assert values["speedup_pct_accumulation_1"] == pytest.approx(40)
     assert values["loss_diff"] == pytest.approx(0.01)
+    assert (values["stack_tuning_seconds"], values["stack_compile_seconds"]) == (9.0, 4.0)
     assert values["throughput_improvement_pct"] == pytest.approx(50)
 
 
