@@ -10,7 +10,7 @@ from typing import Any
 from muse.benchmarks.criteria_decoder import VRAM_TARGET
 from muse.benchmarks.criteria_flow import VRAM_REDUCTION
 from muse.benchmarks.report import Report
-from muse.benchmarks.setting import check_flow
+from muse.benchmarks.setting import check_flow, check_updates
 from muse.benchmarks.stored import check_checkpoint
 from muse.benchmarks.suite import run_suite
 from muse.config import BENCHMARKS, BenchConfig
@@ -60,6 +60,7 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
             "benchmark=speedup, and only stage=3a has it"
         )
     check_flow(config, given_options())
+    check_updates(config)
     check_checkpoint(config)
     use_hardware(config.hardware)
     result = _finished(config) if sweep_folder() is not None and not config.benchmark.rerun else None

@@ -456,6 +456,7 @@ class BenchmarkConfig:
         batch_size: windows in a measured batch; null for the benchmark's own (muse/benchmarks/setting.py).
         seq_len: tokens in a measured window; null for the benchmark's own.
         train_steps: steps that both models are trained for when no checkpoint is given; 0 for none.
+            ``speedup`` takes at least ``optim.accumulation``.
         checkpoint: run folder, or exported file, of the model under test; the options must be those that it
             was trained with.
         baseline_checkpoint: run folder, or exported file, of the baseline.

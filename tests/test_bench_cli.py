@@ -193,6 +193,37 @@ def test_the_stack_of_stage_3a_and_a_rerun_of_it(tmp_path):
 
 
 @pytest.mark.slow
+def test_an_ablation_says_which_part_pays(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {n} says {n * n}\n" for n in range(3000)))
+    done = bench(
+        tmp_path, "stage=3a", "benchmark=speedup", "benchmark.ablation=true", "data=text",
+        f"data.path={text}", "benchmark.train_steps=4", "benchmark.batch_size=4", "benchmark.repeats=1",
+        "benchmark.warmup=0", "optim.accumulation=1", "benchmark.seq_len=32",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("bench/*/*/result.json")
+    result = json.loads(path.read_text())
+    saved, pays = result["ablation_saved"], result["ablation_pays"]
+    assert set(pays) == {"KernelOptimizer", "SemanticCompressor", "InferenceScalingEngine"}
+    for part, verdict in pays.items():
+        both = saved[f"{part} alone"] > 0 and saved["all three"] > saved[f"without {part}"]
+        assert verdict is both, part
+        assert f"{part} {'pays' if verdict else 'does not pay'}: alone it saves" in done.stdout
+    runs = result["details"]["ablation"]
+    assert set(runs) == set(saved)
+    assert all(run["updates"] == 4 for run in runs.values())
+    decisions = {name: {d["name"]: d["kept"] for d in run["decisions"]} for name, run in runs.items()}
+    assert decisions["SemanticCompressor alone"] == {"compression": True}
+    assert "attention" in decisions["KernelOptimizer alone"]
+    assert "decode_ratio" in runs["InferenceScalingEngine alone"]
+    assert "decode_ratio" not in runs["without InferenceScalingEngine"]
+    # So small a step fits into memory, and compiling cannot pay in four.
+    assert {"compression", "compile"} <= set(result["left_off"])
+    assert f"left off by the stack itself: {', '.join(result['left_off'])}" in done.stdout
+
+
+@pytest.mark.slow
 def test_the_simple_and_the_scaled_transformer_side_by_side_on_synthetic_data(tmp_path):
     done = bench(
         tmp_path, "-m", "stage=3a", "benchmark=speedup", "model=simple,scaled", "data=synthetic",

@@ -88,6 +88,8 @@ BENCH_DEFAULTS = {
 # Put before options of a command that holds the first of the two.
 DEFAULTS_WITH = {
     "profile=true": "train.steps=12",
+    # At least one update within the steps.
+    "benchmark=speedup": "optim.accumulation=2",
     "hydra/sweeper=search": "hydra.sweeper.n_trials=1",
     "hydra/launcher=submitit_local": "hydra.launcher.timeout_min=9",
 }

@@ -99,6 +99,21 @@ def check_flow(config: BenchConfig, given: Collection[str]) -> None:
                 )
 
 
+def check_updates(config: BenchConfig) -> None:
+    """See that the trainings of ``speedup`` update the parameters at least once.
+
+    Raises:
+        ConfigError: there are fewer batches than one update takes.
+    """
+    needed = config.optim.accumulation
+    measured = config.stage.number == "3a" and config.benchmark.name in ("speedup", "all")
+    if measured and config.benchmark.train_steps < needed:
+        raise ConfigError(
+            f"benchmark.train_steps={config.benchmark.train_steps} is too small for benchmark=speedup; it "
+            f"must be at least optim.accumulation={needed}, the batches of one update"
+        )
+
+
 def flow_of(config: BenchConfig) -> dict[str, Any]:
     """Steps and integrator of the flow of a settled benchmark, for its result; none but in stage 2."""
     return {option: getattr(config.stage, option) for option in FLOW} if config.stage.number == "2" else {}

@@ -27,6 +27,7 @@ from muse.acceleration import (
     SemanticCompressor,
     greedy_decode,
 )
+from muse.acceleration.compiler import find_compiler
 from muse.acceleration.kernel_optimizer import Decision
 from muse.benchmarks.gradient_error import joined, relative_error
 from muse.benchmarks.operations import InsideOperations
@@ -200,6 +201,8 @@ def _setting(config: BenchConfig, model: LanguageModel) -> str:
         os.cpu_count(),
         torch.get_num_threads(),
         torch.__version__,
+        # A plan that compiles is of no use without a compiler, nor one that had none where there is one.
+        find_compiler(device) if config.stack.level >= 3 else None,
     )
     parts = (config.stage, config.model, config.optim, config.stack, config.benchmark.train_steps)
     options = [part if isinstance(part, int) else dataclasses.asdict(part) for part in parts]
@@ -223,17 +226,24 @@ def _measured_plan(config: BenchConfig, data: TokenData, model: LanguageModel) -
         decisions.append(Decision("compression", True, None, None, "on by request"))
     if stack.compression == "auto":
         began = time.perf_counter()
-        uncompiled = Plan(dataclasses.replace(execution, compile=False))
-        peak = peak_memory(config, data, copy.deepcopy(model), uncompiled) / MB
+        counted = _countable(execution, device)
+        peak = peak_memory(config, data, copy.deepcopy(model), Plan(counted)) / MB
         forced = peak > stack.memory_mb
         verdict = "kept" if forced else "left off, it only costs time"
         why = f"{verdict}: a step takes {peak:.0f} MB without it, stack.memory_mb={stack.memory_mb:.0f}"
+        if counted != execution:
+            why += "; counted without compilation"
         if forced and execution.compile:
             execution = dataclasses.replace(execution, compile=False)
             why += "; compilation is left off for it"
         decisions.append(Decision("compression", forced, None, None, why))
         seconds += time.perf_counter() - began
     return Plan(execution, forced, decisions, seconds, optimizer.compile_seconds)
+
+
+def _countable(execution: Execution, device: torch.device) -> Execution:
+    """As much of an execution as ``peak_memory`` can count: MemTracker does not see into compiled code."""
+    return execution if device.type == "cuda" else dataclasses.replace(execution, compile=False)
 
 
 def peak_memory(config: BenchConfig, data: TokenData, model: LanguageModel, plan: Plan) -> float:
@@ -277,14 +287,15 @@ def measure_speedup_run(
         until: a loss that the training goes on for when it is over, outside of all times.
 
     Returns:
-        ``seconds`` from the initial weights to the last sample, and their parts; ``loss`` (mean of the last
+        ``seconds`` from the initial weights to the last sample, and their parts; ``compile_seconds``, which
+        are in them, too, as part of tuning and of training; ``loss`` (mean of the last
         epoch's batches), ``valid_loss``, ``curve``; ``tokens_per_second`` of the median batch; ``norm_min``
         and ``norm_max`` of whole gradients, ``grad_norm_min`` and ``grad_norm_max`` of single parameters;
         ``decisions``; ``texts``, the last sample and where the checkpoint is; ``checkpoint_loads``;
         ``losses_hash``, equal for equal losses; ``nan_count`` and ``inf_count`` among all losses, gradient
         norms and, in the end, elements of parameters;
         ``parameters``; what ``_decoding`` measures; ``target_step``, the batch at which the mean of ten
-        losses was first at most ``until``.
+        losses was first at most ``until``, by default ``TARGET_LOSS`` if the training gets there.
 
     Raises:
         RunError: when a loss or gradient is not finite, or the checkpoint cannot be written.
@@ -329,7 +340,7 @@ def measure_speedup_run(
     result: dict[str, Any] = {
         "seconds": sum(spent.values()),
         **{f"{part}_seconds": seconds for part, seconds in spent.items()},
-        "compile_seconds": plan.compile_seconds + (times[0] - median(times) if compiled else 0.0),
+        "compile_seconds": plan.compile_seconds + (max(0.0, times[0] - median(times)) if compiled else 0.0),
         "wall_seconds": time.perf_counter() - began,
         "tokens_per_second": size * length / median(times),
         "loss": sum(last) / len(last),
@@ -351,7 +362,9 @@ def measure_speedup_run(
     result["checkpoint_loads"] = loads
     if config.stack.speculation:
         result |= _decoding(training, engine, prompt, sampled)
-    if until is not None:
+    if until is None:
+        result["target_step"] = _batch_of(losses, TARGET_LOSS)
+    else:
         result["target_step"] = _reached(training, losses, until)
     return result
 
@@ -464,15 +477,17 @@ def _gap(model: LanguageModel, plain: list[int], other: list[int]) -> float:
     return ((logits[plain[at]] - logits[other[at]]).abs() / logits.abs().max()).item()
 
 
+def _batch_of(losses: list[float], target: float) -> int | None:
+    """The batch at which the mean of ten losses is first at most ``target``."""
+    ends = range(10, len(losses) + 1)
+    return next((end for end in ends if sum(losses[end - 10 : end]) / 10 <= target), None)
+
+
 def _reached(training: Training, losses: list[float], target: float) -> int | None:
     """Go on training until the mean of ten losses is at most ``target``; the batch of that, or None."""
-    while True:
-        for end in range(10, len(losses) + 1):
-            if sum(losses[end - 10 : end]) / 10 <= target:
-                return end
-        if len(losses) >= LONGEST:
-            return None
+    while (end := _batch_of(losses, target)) is None and len(losses) < LONGEST:
         losses += [training.step(index) for index in range(len(losses), len(losses) + 10)]
+    return end
 
 
 @restored_threads()
@@ -516,10 +531,12 @@ def measure_speedup_memory(config: BenchConfig, device: torch.device) -> dict[st
     """Peak memory of a step, plainly and with the stack, and what compressed activations cost and save.
 
     Returns:
-        ``plain_mb``; ``stack_mb``, as the stack is used; ``uncompressed_mb`` and ``compressed_mb``, the stack
-        without and with compression, both without compilation; ``ratio``, held / float32 size of what was
-        compressed, None where nothing was large enough; ``gradient_error``, relative, of one batch;
-        ``time_ratio`` of a batch forward and backward, compressed / not (median of turns); ``compressed``,
+        ``plain_mb``; ``stack_mb``, as the stack is used; ``uncompiled``, whether that leaves out a
+        compilation that the stack uses, because what compiled code holds cannot be counted on a CPU;
+        ``uncompressed_mb`` and ``compressed_mb``, the stack without and with compression, both without
+        compilation; ``ratio``, held / float32 size of what was compressed, None where nothing was large
+        enough; ``gradient_error``, relative, of one batch; ``time_ratio`` of a batch forward and backward,
+        compressed / not (median of turns), both without compilation, too; ``compressed``,
         whether the stack uses it.
     """
     config, data, model = _start(config, device)
@@ -534,7 +551,11 @@ def measure_speedup_memory(config: BenchConfig, device: torch.device) -> dict[st
     measured: dict[str, Any] = {
         name: peak_memory(config, data, copy.deepcopy(model), other) / MB for name, other in peaks.items()
     }
-    measured["stack_mb"] = measured["compressed_mb" if plan.compress else "uncompressed_mb"]
+    used = Plan(_countable(plan.execution, device), plan.compress)
+    if used.execution.compile:
+        measured["stack_mb"] = peak_memory(config, data, copy.deepcopy(model), used) / MB
+    else:
+        measured["stack_mb"] = measured["compressed_mb" if plan.compress else "uncompressed_mb"]
     times: list[list[float]] = [[], []]
     trainings = [_training(config, data, copy.deepcopy(model), other) for other in (off, on)]
     for turn in range(1 + config.benchmark.repeats):
@@ -555,5 +576,6 @@ def measure_speedup_memory(config: BenchConfig, device: torch.device) -> dict[st
         "gradient_error": relative_error(rounded, exact),
         "time_ratio": median(b / a for a, b in zip(*times, strict=True)),
         "compressed": plan.compress,
+        "uncompiled": used.execution != plan.execution,
         "parameters": count_parameters(model),
     }

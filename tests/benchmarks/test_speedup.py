@@ -1,16 +1,17 @@
 import dataclasses
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from muse import bench_run
-from muse.acceleration import Execution, KernelOptimizer
+from muse.acceleration import Execution, KernelOptimizer, kernel_optimizer
 from muse.benchmarks import speedup, suite
-from muse.benchmarks.criteria_stack import PLAIN
-from muse.benchmarks.setting import settle
+from muse.benchmarks.criteria_stack import DECODE_KEYS, PLAIN
+from muse.benchmarks.setting import check_updates, settle
 from muse.benchmarks.speedup import (
     Plan,
     find_plan,
@@ -119,6 +120,31 @@ def test_times_are_complete_and_the_result_is_json(speedup_config):
     assert 0 < result["grad_norm_min"] <= result["grad_norm_max"] <= result["norm_max"]
 
 
+@pytest.mark.parametrize("compiles", [True, False])
+def test_compilation_is_told_apart_and_counts_in_the_total(speedup_config, monkeypatch, compiles):
+    """Also that of an attempt which did not lead to compiled code."""
+
+    def slow(function):
+        first = iter([0.3])
+
+        def call(*arguments, **options):
+            time.sleep(next(first, 0.0))
+            return function(*arguments, **options)
+
+        return call
+
+    plan = Plan(Execution(compile=compiles), seconds=5.0, compile_seconds=3.0)
+    monkeypatch.setattr(torch, "compile", slow)
+    monkeypatch.setattr(speedup, "find_plan", lambda *_: plan)
+    result = measure_speedup_run(speedup_config(), CPU)
+    # Each of the two blocks is compiled in the first batch.
+    in_training = result["compile_seconds"] - 3.0
+    assert in_training > 0.4 if compiles else in_training == 0
+    assert result["tuning_seconds"] == 5
+    assert result["training_seconds"] > in_training
+    assert result["seconds"] > 5.0 + in_training
+
+
 def test_an_update_from_two_batches_is_that_of_one_twice_as_large(speedup_config):
     two, one = speedup_config(accumulation=2), speedup_config(batch_size=8)
     models = []
@@ -155,6 +181,40 @@ def test_choices_are_kept_for_reruns(speedup_config, monkeypatch):
     for changed in (again, other):
         with pytest.raises(AssertionError, match="measured again"):
             find_plan(changed, data, model)
+
+
+def test_a_plan_that_compiles_is_not_used_once_the_compiler_is_gone(speedup_config, monkeypatch):
+    """The training goes on without compilation and says so."""
+
+    def no_compiler(*arguments, **options):
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(kernel_optimizer, "COMPILE_SECONDS", -math.inf)
+    monkeypatch.setattr(speedup, "find_compiler", lambda _: "/bin/compiler")
+    config, data, model = started(speedup_config(StackConfig(level=3)))
+    plan = find_plan(config, data, model)
+    (path,) = Path(config.data.cache).glob("plans/*.json")
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"execution": kept["execution"] | {"compile": True}}))
+    assert find_plan(config, data, model).execution == dataclasses.replace(plan.execution, compile=True)
+
+    monkeypatch.setattr(speedup, "find_compiler", lambda _: None)
+    result = measure_speedup_run(config, CPU)
+    (decision,) = (d for d in result["decisions"] if d["name"] == "compile")
+    assert decision["kept"] is False
+    assert decision["why"] == "left off: cannot compile here: no compiler found"
+    assert result["updates"] == 20
+
+    monkeypatch.setattr(speedup, "find_compiler", lambda _: "/bin/compiler")
+    assert find_plan(config, data, model).execution.compile
+
+
+def test_a_plan_that_does_not_compile_needs_no_compiler(speedup_config, monkeypatch):
+    config, data, model = started(speedup_config(StackConfig(level=2)))
+    plan = find_plan(config, data, model)
+    monkeypatch.setattr(speedup, "find_compiler", lambda _: None)
+    assert find_plan(config, data, model) == plan
 
 
 def test_a_damaged_plan_is_measured_anew(speedup_config):
@@ -196,6 +256,52 @@ def test_what_compression_costs_is_told(speedup_config):
     assert measured["ratio"] <= 0.3
     assert 0 < measured["gradient_error"] < 0.05
     assert measured["compressed_mb"] < measured["uncompressed_mb"] == measured["stack_mb"]
+    assert measured["uncompiled"] is False
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A stack that compiles, and the plans whose memory is counted: 1 MB, compiled 2 MB."""
+    plans = []
+
+    def peak(config, data, model, plan):
+        plans.append(plan)
+        return 2e6 if plan.execution.compile else 1e6
+
+    monkeypatch.setattr(speedup, "peak_memory", peak)
+    monkeypatch.setattr(speedup, "find_plan", lambda *_: Plan(Execution(loss=True, compile=True)))
+    return plans
+
+
+def test_memory_of_compiled_code_is_not_counted_on_a_cpu_and_that_is_said(speedup_config, counted):
+    measured = measure_speedup_memory(speedup_config(), CPU)
+    assert measured["uncompiled"] is True
+    assert measured["stack_mb"] == 1
+    assert not any(plan.execution.compile for plan in counted)
+
+
+def test_memory_of_compiled_code_is_that_of_the_stack_where_it_can_be_counted(
+    speedup_config, counted, monkeypatch
+):
+    execution = Execution(loss=True, compile=True)
+    assert speedup._countable(execution, torch.device("cuda")) == execution
+    assert speedup._countable(execution, CPU) == Execution(loss=True)
+    monkeypatch.setattr(speedup, "_countable", lambda execution, _: execution)
+    measured = measure_speedup_memory(speedup_config(), CPU)
+    assert measured["uncompiled"] is False
+    assert (measured["stack_mb"], measured["uncompressed_mb"]) == (2, 1)
+    assert counted[-1] == Plan(execution)
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_memory_that_decides_on_compression_says_if_it_is_without_compilation(
+    speedup_config, monkeypatch, compiles
+):
+    chosen = Execution(loss=True, compile=compiles)
+    monkeypatch.setattr(KernelOptimizer, "choose", lambda *_: (chosen, []))
+    plan = find_plan(*started(speedup_config()))
+    assert plan.execution == chosen
+    assert plan.decisions[-1].why.endswith("; counted without compilation") is compiles
 
 
 def test_pairs_are_of_the_same_batches(speedup_config):
@@ -247,6 +353,16 @@ def test_training_goes_on_until_the_loss_is_reached(speedup_config, monkeypatch)
         assert sum(loss for _, loss in curve[easy - 10 : easy]) / 10 <= 5.4
 
 
+@pytest.mark.parametrize(("target", "step"), [(5.0, 12), (0.5, None)])
+def test_a_training_that_does_not_go_on_says_when_the_loss_was_reached(
+    speedup_config, monkeypatch, target, step
+):
+    falling = [6.0] * 10 + [1.0] * 10
+    monkeypatch.setattr(speedup.Training, "step", lambda _, index: falling[index])
+    monkeypatch.setattr(speedup, "TARGET_LOSS", target)
+    assert measure_speedup_run(speedup_config(PLAIN), CPU)["target_step"] == step
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -273,8 +389,30 @@ def test_stages_and_benchmarks_that_do_not_go_together(speedup_config, tmp_path,
         bench_run.run_benchmark(config, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["speedup", "all"])
+@pytest.mark.parametrize(("steps", "accumulation"), [(0, 1), (0, 8), (7, 8)])
+def test_a_training_without_an_update_is_refused(speedup_config, tmp_path, name, steps, accumulation):
+    config = speedup_config(accumulation=accumulation, train_steps=steps, name=name)
+    told = (
+        f"benchmark.train_steps={steps} is too small for benchmark=speedup; it must be at least "
+        f"optim.accumulation={accumulation}, the batches of one update"
+    )
+    with pytest.raises(ConfigError) as raised:
+        bench_run.run_benchmark(config, tmp_path)
+    assert str(raised.value) == told
+
+
+def test_one_update_is_enough_and_other_benchmarks_need_none(speedup_config):
+    check_updates(speedup_config(accumulation=8, train_steps=8))
+    check_updates(speedup_config(accumulation=8, train_steps=0, name="kernels"))
+    config = dataclasses.replace(speedup_config(train_steps=0, name="all"), stage=StageConfig())
+    check_updates(config)
+
+
 RUN = {
     "seconds": 100.0,
+    "tuning_seconds": 0.0,
+    "compile_seconds": 0.0,
     "tokens_per_second": 1000.0,
     "loss": 6.5,
     "valid_loss": 6.6,
@@ -290,6 +428,8 @@ RUN = {
 STACK = {
     **RUN,
     "seconds": 60.0,
+    "tuning_seconds": 9.0,
+    "compile_seconds": 4.0,
     "tokens_per_second": 1500.0,
     "loss": 6.51,
     "decode_ratio": 3.0,
@@ -301,7 +441,10 @@ STACK = {
     "decode_gap": None,
     "decode_equal_unguessed": True,
     "target_step": 90,
-    "decisions": [{"name": "loss", "kept": False, "why": "left off"}],
+    "decisions": [
+        {"name": "attention", "kept": True, "why": "kept"},
+        {"name": "loss", "kept": False, "why": "left off"},
+    ],
 }
 MEMORY = {
     "plain_mb": 600.0,
@@ -309,6 +452,7 @@ MEMORY = {
     "uncompressed_mb": 400.0,
     "compressed_mb": 300.0,
     "compressed": False,
+    "uncompiled": False,
     "ratio": 0.28,
     "gradient_error": 1e-3,
     "time_ratio": 1.3,
@@ -334,8 +478,54 @@ def test_everything_passes_when_it_does(speedup_config, monkeypatch):
     assert values["speedup_pct"] == pytest.approx(40)
     assert values["speedup_pct_accumulation_1"] == pytest.approx(40)
     assert values["loss_diff"] == pytest.approx(0.01)
+    assert (values["stack_tuning_seconds"], values["stack_compile_seconds"]) == (9.0, 4.0)
     assert values["throughput_improvement_pct"] == pytest.approx(50)
-    assert (values["target_step"], values["target_within_run"]) == (90, False)
+
+
+def test_each_setting_has_its_own_keys(speedup_config, monkeypatch):
+    config = speedup_config(accumulation=8)
+    report_of(monkeypatch, config)
+    answer = suite.measure_apart
+
+    def measure(name, config):
+        found = answer(name, config)
+        return {**found, "decode_plain": 1.0, "loss": 2.0} if config.optim.accumulation == 1 else found
+
+    monkeypatch.setattr(suite, "measure_apart", measure)
+    values = suite.run_suite(config, Path("unused")).values
+    assert (values["decode_plain"], values["decode_plain_accumulation_1"]) == (100.0, 1.0)
+    assert (values["stack_loss"], values["stack_loss_accumulation_1"]) == (6.51, 2.0)
+    assert {f"{key}_accumulation_1" for key in ("speedup_pct", *DECODE_KEYS)} <= set(values)
+
+
+@pytest.mark.parametrize(("step", "within"), [(20, True), (21, False)])
+def test_the_batch_at_which_the_loss_is_reached_is_of_each_setting(speedup_config, monkeypatch, step, within):
+    """Few updates do not reach it and have no criterion of it, but a key and why it is null."""
+
+    def measure(name, config):
+        found = answer(name, config)
+        return {**found, "target_step": None} if config.optim.accumulation == 8 else found
+
+    config = speedup_config(accumulation=8)
+    report_of(monkeypatch, config, target_step=step)
+    answer = suite.measure_apart
+    monkeypatch.setattr(suite, "measure_apart", measure)
+    report = suite.run_suite(config, Path("unused"))
+    values = report.values
+    assert (values["target_step"], values["target_within_run"]) == (None, False)
+    assert values["target_step_accumulation_1"] == step
+    assert values["target_within_run_accumulation_1"] is within
+    assert set(report.unjudged) == {"target_step"}
+    told = "20 batches, 8 batches an update, do not take the loss to 6.0, and only the training with"
+    assert report.unjudged["target_step"].startswith(told)
+    assert [row[1:] for row in report.criteria if row[0].startswith("batch at")] == [(step, "any", True)]
+    assert values["all_pass"] is True
+
+
+def test_few_updates_that_reach_the_loss_say_where(speedup_config, monkeypatch):
+    report = report_of(monkeypatch, speedup_config(accumulation=8), target_step=9)
+    assert (report.values["target_step"], report.values["target_within_run"]) == (9, True)
+    assert report.unjudged == {}
 
 
 @pytest.mark.parametrize(
@@ -362,6 +552,14 @@ def test_each_criterion_can_fail(speedup_config, monkeypatch, changed):
     report = report_of(monkeypatch, speedup_config(), **changed)
     assert report.values["all_pass"] is False
     assert [passed for *_, passed in report.criteria].count(False) == 1
+
+
+@pytest.mark.parametrize("uncompiled", [True, False])
+def test_memory_without_compilation_is_called_so(speedup_config, monkeypatch, uncompiled):
+    report = report_of(monkeypatch, speedup_config(), memory={"uncompiled": uncompiled})
+    assert report.values["peak_memory_uncompiled"] is uncompiled
+    told = "the stack without compilation" if uncompiled else "the stack"
+    assert f"peak memory with {told} [MB]" in [title for title, *_ in report.criteria]
 
 
 @pytest.mark.parametrize("failing", ["speedup", "speedup until learned", "speedup pairs", "speedup memory"])
@@ -404,8 +602,57 @@ def test_the_ablation_says_what_does_not_pay(speedup_config, monkeypatch, capsys
     assert saved["SemanticCompressor alone"] == pytest.approx(-0.15)
     assert saved["without SemanticCompressor"] == pytest.approx(0.45)
     assert len(saved) == 8
+    assert report.values["ablation_pays"] == {
+        "KernelOptimizer": True, "SemanticCompressor": False, "InferenceScalingEngine": True,
+    }  # fmt: skip
+    assert report.values["left_off"] == ["loss"]
     told = capsys.readouterr().out
     assert "KernelOptimizer pays" in told
     assert "SemanticCompressor does not pay" in told
     assert "InferenceScalingEngine pays" in told
     assert "left off by the stack itself: loss" in told
+
+
+def test_a_part_that_pays_only_alone_does_not_pay(speedup_config, monkeypatch):
+    def measure(name, config):
+        stack = config.stack
+        both = stack.level > 0 and stack.speculation
+        time = 100.0 - 40 * (stack.level > 0) - 5 * stack.speculation + 10 * both
+        return {**answer(name, config), "seconds": time}
+
+    config = speedup_config(ablation=True)
+    report_of(monkeypatch, config)
+    answer = suite.measure_apart
+    monkeypatch.setattr(suite, "measure_apart", measure)
+    pays = suite.run_suite(config, Path("unused")).values["ablation_pays"]
+    assert pays == {"KernelOptimizer": True, "SemanticCompressor": False, "InferenceScalingEngine": False}
+
+
+def test_a_part_without_a_run_has_no_verdict(speedup_config, monkeypatch, capsys):
+    def measure(name, config):
+        stack = config.stack
+        if name == "speedup" and (stack.level, stack.compression, stack.speculation) == (0, "off", True):
+            raise RunError("it broke")
+        return answer(name, config)
+
+    config = speedup_config(ablation=True)
+    report_of(monkeypatch, config)
+    answer = suite.measure_apart
+    monkeypatch.setattr(suite, "measure_apart", measure)
+    pays = suite.run_suite(config, Path("unused")).values["ablation_pays"]
+    assert [part for part, verdict in pays.items() if verdict is None] == ["InferenceScalingEngine"]
+    assert "InferenceScalingEngine: not measured" in capsys.readouterr().out
+
+
+def test_a_stack_that_did_not_run_left_nothing_off_that_is_known(speedup_config, monkeypatch, capsys):
+    def measure(name, config):
+        if name == "speedup until learned":
+            raise RunError("it broke")
+        return answer(name, config)
+
+    config = speedup_config(ablation=True)
+    report_of(monkeypatch, config)
+    answer = suite.measure_apart
+    monkeypatch.setattr(suite, "measure_apart", measure)
+    assert suite.run_suite(config, Path("unused")).values["left_off"] is None
+    assert "left off by the stack itself: not measured" in capsys.readouterr().out
