@@ -17,6 +17,8 @@ from muse.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "datasets", "hydra-core", "omegaconf", "wandb")
+# What the compiler made of each configuration, in kernels/: a record that nothing runs by.
+RESOURCES = "resources.json"
 # Options that change where a run writes or what it shows, but not a number in it.
 UNIDENTIFYING = ("resume", "logger", "hardware", "output_root", "profile")
 
@@ -46,12 +48,16 @@ def commit() -> str | None:
 
 @cache
 def source_hash() -> str:
-    """SHA-256 over the project's Python files: two results with equal hashes come from equal code."""
+    """SHA-256 over the project's Python files and the kernels' launch configurations.
+
+    Two results with equal hashes come from equal code.
+    """
     digest = hashlib.sha256()
-    for folder in ("muse", "kernels"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(str(path.relative_to(ROOT)).encode())
-            digest.update(path.read_bytes())
+    code = [path for folder in ("muse", "kernels") for path in sorted((ROOT / folder).rglob("*.py"))]
+    pinned = [path for path in sorted((ROOT / "kernels").glob("*.json")) if path.name != RESOURCES]
+    for path in code + pinned:
+        digest.update(str(path.relative_to(ROOT)).encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

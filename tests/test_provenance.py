@@ -112,3 +112,14 @@ def test_the_source_hash_follows_the_sources(tmp_path, monkeypatch):
     assert hashes[3] == hashes[2]
     (tmp_path / "muse" / "a.py").rename(tmp_path / "muse" / "c.py")
     assert source_hash.__wrapped__() not in hashes
+
+
+def test_the_source_hash_follows_the_launch_configurations(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    hashes = []
+    for name in ("flow.json", "flow.json", "resources.json"):
+        with open(tmp_path / "kernels" / name, "a") as file:
+            file.write("{}")
+        hashes.append(source_hash.__wrapped__())
+    assert hashes[0] != hashes[1] == hashes[2]
