@@ -23,7 +23,8 @@ RESOURCES = "resources.json"
 UNIDENTIFYING = ("resume", "logger", "hardware", "output_root", "profile")
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Version of an installed package; None where it is missing."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -74,8 +75,9 @@ def identity(config: RunConfig, extra: str = "") -> str:
 
 def provenance(config: RunConfig) -> dict[str, Any]:
     """Versions, commit, seed, configuration and time, for the JSON files of a run."""
+    packages = {name: package_version(name) for name in PACKAGES}
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **packages},
         "commit": commit(),
         "seed": config.seed,
         "config": dataclasses.asdict(config),
