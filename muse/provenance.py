@@ -69,6 +69,7 @@ def identity(config: RunConfig, extra: str = "") -> str:
         options.pop(name)
     options["data"].pop("cache")
     options["train"].pop("async_checkpoint")
+    options.get("benchmark", {}).pop("rerun", None)
     text = json.dumps(options, sort_keys=True) + extra
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -115,6 +115,13 @@ def test_cells_that_differ_in_their_hardware_are_all_measured(sweep):
     assert [sweep(**cell) for cell in cells[::-1]] == [("reused", float(n)) for n in range(5, 0, -1)]
 
 
+def test_a_sweep_takes_what_was_measured_again(sweep):
+    again = BenchmarkConfig(name="gradients", rerun=True)
+    assert [sweep() for _ in range(2)] == [("measured", 1.0), ("reused", 1.0)]
+    assert [sweep(again) for _ in range(2)] == [("measured", 2.0), ("measured", 3.0)]
+    assert [sweep() for _ in range(2)] == [("reused", 3.0)] * 2
+
+
 @pytest.mark.parametrize("what", ["describe", "package_version"])
 def test_a_result_of_another_device_or_torch_is_not_reused(sweep, monkeypatch, what):
     assert sweep() == ("measured", 1.0)
