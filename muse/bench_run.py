@@ -16,7 +16,7 @@ from muse.benchmarks.suite import run_suite
 from muse.config import BENCHMARKS, BenchConfig
 from muse.errors import ConfigError
 from muse.files import find_files, write_json
-from muse.hardware import use_hardware
+from muse.hardware import machine, restored_threads, use_hardware
 from muse.provenance import identity, provenance, source_hash
 from muse.report.metrics import MetricsLog
 from muse.report.plots import plot_lines, plot_ratios, plot_stacked
@@ -29,12 +29,13 @@ RESULT = "result.json"
 CRITERION = ("criterion", "measured", "target", "pass")
 
 
+@restored_threads()
 def run_benchmark(config: BenchConfig, run: Path) -> int:
     """Measure as configured, write the results into the folder ``run`` and return the exit status.
 
     The status is 1 where a measurement failed; what the others found is written all the same.
-    In a multirun a cell that an earlier sweep has finished with the same options and the same code is
-    taken from there, and goes into the summary of the sweep like every other.
+    In a multirun a cell that an earlier sweep has finished with the same options and the same code on the
+    same hardware is taken from there, and goes into the summary of the sweep like every other.
     """
     if launched_ranks():
         raise ConfigError(
@@ -62,11 +63,11 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
     check_flow(config, given_options())
     check_updates(config)
     check_checkpoint(config)
-    use_hardware(config.hardware)
-    result = _finished(config) if sweep_folder() is not None and not config.benchmark.rerun else None
+    here = machine(config.hardware, use_hardware(config.hardware))
+    result = _finished(config, here) if sweep_folder() is not None and not config.benchmark.rerun else None
     status = "measured" if result is None else "reused"
     if result is None:
-        result = _measure(config, run)
+        result = _measure(config, run, here)
     else:
         print(f"already measured in {result['folder']}; benchmark.rerun=true measures again")
         write_json(run / RESULT, result)
@@ -80,7 +81,7 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
     return int(bool(failures))
 
 
-def _measure(config: BenchConfig, run: Path) -> dict[str, Any]:
+def _measure(config: BenchConfig, run: Path, here: dict[str, Any]) -> dict[str, Any]:
     report = run_suite(config, run)
     result = {
         **report.values,
@@ -90,6 +91,7 @@ def _measure(config: BenchConfig, run: Path) -> dict[str, Any]:
         "failures": report.failures,
         "unjudged": report.unjudged,
         "source": source_hash(),
+        "machine": here,
         "folder": str(run),
         **provenance(config),
     }
@@ -233,9 +235,9 @@ def _plots(report: Report, run: Path) -> list[Path]:
     return plots
 
 
-def _finished(config: BenchConfig) -> dict[str, Any] | None:
-    """The newest finished result of the same options and code below ``output_root``."""
-    wanted, source = identity(config), source_hash()
+def _finished(config: BenchConfig, here: dict[str, Any]) -> dict[str, Any] | None:
+    """The newest finished result of the same options, code and machine below ``output_root``."""
+    wanted = {"identity": identity(config), "source": source_hash(), "machine": here}
     found = find_files(Path(config.output_root) / "bench", RESULT)
     paths = sorted(found, key=lambda path: -path.stat().st_mtime_ns)
     for path in paths:
@@ -243,7 +245,7 @@ def _finished(config: BenchConfig) -> dict[str, Any] | None:
             result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        same = result.get("identity") == wanted and result.get("source") == source
+        same = all(result.get(key) == value for key, value in wanted.items())
         if same and not result.get("failures"):
             return result
     return None

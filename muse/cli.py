@@ -24,8 +24,9 @@ from muse.sweep import check_plugins, digest, finish_sweep, record, record_failu
 from muse.torchrun import launched_rank, launched_ranks
 
 _statuses: list[int] = []
-# What torch.distributed, gloo and NCCL say when ranks do not find each other, or no longer.
-_LOST = re.compile(r"gloo|nccl|connect|socket|peer\b|store\b|timed out", re.IGNORECASE)
+# How errors of gloo and of a collective's wait begin, which have no class of their own, where ranks do not
+# find each other, or no longer. A failed check of gloo's begins with [enforce fail at and is none of them.
+_LOST = re.compile(r"\[\S*/gloo/\S+:\d+\]|Gloo connectFullMesh failed|Operation timed out!|Wait timeout")
 # Seconds in which the first rank may say what is wrong on all.
 FIRST_RANK_SPEAKS = 10.0
 
@@ -78,7 +79,7 @@ def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
         _say(error)
         status = 1
     except RuntimeError as error:
-        if launched_ranks() < 2 or not _LOST.search(str(error)):
+        if launched_ranks() < 2 or not _of_lost_ranks(error):
             record_failure(error)
             raise
         reason = str(error).splitlines()[0]
@@ -104,6 +105,14 @@ def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
     asked = stop.asked()
     if stop.is_command() and (status > 128 or asked is not None):
         sys.exit(status if asked is None else 128 + asked)
+
+
+def _of_lost_ranks(error: RuntimeError) -> bool:
+    """Whether an error is what torch.distributed, gloo or NCCL raise when ranks do not reach each other."""
+    # Not above: a process that only waits for another one does not need torch.
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or _LOST.match(str(error)) is not None
 
 
 def _say(error: ConfigError | RunError) -> None:

@@ -6,12 +6,15 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from kernels.launch import use_eager
 from muse.config import HardwareConfig
 from muse.errors import ConfigError, RunError
+from muse.provenance import package_version
 from muse.torchrun import check_launch, launched_ranks
 
 
@@ -81,6 +84,16 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def machine(config: HardwareConfig, device: torch.device) -> dict[str, Any]:
+    """What a measured time depends on beside options and code: equal where one may stand for another."""
+    return {
+        "hardware": asdict(config),
+        "device": describe(device),
+        "cores": os.cpu_count(),
+        **{package: package_version(package) for package in ("torch", "triton")},
+    }
 
 
 def synchronize(device: torch.device) -> None:

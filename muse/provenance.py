@@ -17,11 +17,14 @@ from muse.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "datasets", "hydra-core", "omegaconf", "wandb")
+# What the compiler made of each configuration, in kernels/: a record that nothing runs by.
+RESOURCES = "resources.json"
 # Options that change where a run writes or what it shows, but not a number in it.
 UNIDENTIFYING = ("resume", "logger", "hardware", "output_root", "profile")
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Version of an installed package; None where it is missing."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -46,12 +49,16 @@ def commit() -> str | None:
 
 @cache
 def source_hash() -> str:
-    """SHA-256 over the project's Python files: two results with equal hashes come from equal code."""
+    """SHA-256 over the project's Python files and the kernels' launch configurations.
+
+    Two results with equal hashes come from equal code.
+    """
     digest = hashlib.sha256()
-    for folder in ("muse", "kernels"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(str(path.relative_to(ROOT)).encode())
-            digest.update(path.read_bytes())
+    code = [path for folder in ("muse", "kernels") for path in sorted((ROOT / folder).rglob("*.py"))]
+    pinned = [path for path in sorted((ROOT / "kernels").glob("*.json")) if path.name != RESOURCES]
+    for path in code + pinned:
+        digest.update(str(path.relative_to(ROOT)).encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -62,14 +69,16 @@ def identity(config: RunConfig, extra: str = "") -> str:
         options.pop(name)
     options["data"].pop("cache")
     options["train"].pop("async_checkpoint")
+    options.get("benchmark", {}).pop("rerun", None)
     text = json.dumps(options, sort_keys=True) + extra
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def provenance(config: RunConfig) -> dict[str, Any]:
     """Versions, commit, seed, configuration and time, for the JSON files of a run."""
+    packages = {name: package_version(name) for name in PACKAGES}
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **packages},
         "commit": commit(),
         "seed": config.seed,
         "config": dataclasses.asdict(config),

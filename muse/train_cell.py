@@ -26,9 +26,9 @@ def run_train(config: RunConfig, run: Path) -> int:
         # The process of the cell knows nothing of Hydra.
         config = dataclasses.replace(config, logger=dataclasses.replace(config.logger, group=sweep.name))
     if sweep is None or "submitit" in HydraConfig.get().launcher._target_:
-        status = _train(config, run)
+        status = _train(config, run, sweep is not None)
     else:
-        status = run_apart(_train, config, run)
+        status = run_apart(_train, config, run, True)
     if status == 0 and sweep is not None:
         result = _result(run)
         record(_values(result, run), "reused" if "reused_from" in result else "trained")
@@ -41,12 +41,12 @@ def validation_loss() -> float:
     return math.inf if loss is None else float(loss)
 
 
-def _train(config: RunConfig, run: Path) -> int:
+def _train(config: RunConfig, run: Path, in_sweep: bool) -> int:
     # A process that only waits for another one does not need torch.
     from muse.train_run import run_training
 
     with full_disk_told(run):
-        return run_training(config, run)
+        return run_training(config, run, in_sweep)
 
 
 def _result(run: Path) -> dict[str, Any]:

@@ -31,25 +31,30 @@ RESULT_FILE = "result.json"
 PROMPT = 16
 
 
-def run_training(config: RunConfig, run: Path) -> int:
+def run_training(config: RunConfig, run: Path, in_sweep: bool = False) -> int:
     """Train as configured and write the results into the folder ``run``.
 
     Of several ranks the first one writes, and all others train with it.
+
+    Args:
+        config: what to train and how.
+        run: folder of the run.
+        in_sweep: whether the run is a cell of a sweep, whose cells may differ in ``hardware`` alone.
 
     Returns:
         Exit status: 0, or 128 + the number of the signal that interrupted the run.
     """
     device = use_hardware(config.hardware)
     with joined_ranks(device):
-        return _run_on_ranks(config, same(run), device)
+        return _run_on_ranks(config, same(run), device, in_sweep)
 
 
-def _run_on_ranks(config: RunConfig, run: Path, device: torch.device) -> int:
+def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: bool) -> int:
     if config.data.name == "synthetic":
         raise ConfigError(
             "data=synthetic has nothing to learn, it is for benchmarks; choose data=stdlib, wikitext2 or text"
         )
-    previous, checkpoint = first_rank_does(lambda: _found_to_resume(config))
+    previous, checkpoint = first_rank_does(lambda: _found_to_resume(config, in_sweep))
     if previous is not None and (previous / RESULT_FILE).exists():
         if rank() == 0:
             finished = json.loads((previous / RESULT_FILE).read_text(encoding="utf-8"))
@@ -159,21 +164,25 @@ def _table(result: TrainResult) -> str:
     )
 
 
-def _found_to_resume(config: RunConfig) -> tuple[Path | None, Path | None]:
+def _found_to_resume(config: RunConfig, in_sweep: bool) -> tuple[Path | None, Path | None]:
     """Folder of the run that ``resume`` means and its newest sound checkpoint; None to start afresh.
 
     Raises:
         ConfigError: when a folder is named that holds no checkpoint or another configuration.
         RunError: when every checkpoint of the run is damaged.
     """
-    previous = run_to_resume(config)
+    previous = run_to_resume(config, in_sweep)
     if previous is None or (previous / RESULT_FILE).exists():
         return previous, None
     return previous, find_sound_checkpoint(previous)
 
 
-def run_to_resume(config: RunConfig) -> Path | None:
+def run_to_resume(config: RunConfig, same_hardware: bool = False) -> Path | None:
     """Folder of the run that ``resume`` means; None to start afresh.
+
+    Args:
+        config: of the run that goes on.
+        same_hardware: whether ``resume=auto`` takes runs with the same ``hardware`` options alone.
 
     Raises:
         ConfigError: when a folder is named that holds no checkpoint or another configuration.
@@ -185,22 +194,31 @@ def run_to_resume(config: RunConfig) -> Path | None:
         run = Path(config.resume)
         if find_checkpoint(run) is None or not (run / RUN_FILE).exists():
             raise ConfigError(f"resume={config.resume} holds no checkpoint; give a run folder, auto or never")
-        if _identity_of(run) != wanted:
+        if _described(run).get("identity") != wanted:
             raise ConfigError(
                 f"resume={config.resume} was trained with other options (see {run / RUN_FILE}); repeat its "
                 "options, only hardware, logger, profile and output_root may differ"
             )
         return run
+
+    def fits(run: dict[str, Any]) -> bool:
+        hardware = dataclasses.asdict(config.hardware)
+        return run.get("identity") == wanted and (
+            not same_hardware or run.get("config", {}).get("hardware") == hardware
+        )
+
     candidates = [
         file.parent
         for file in find_files(Path(config.output_root) / "train", RUN_FILE)
-        if _identity_of(file.parent) == wanted and find_checkpoint(file.parent) is not None
+        if fits(_described(file.parent)) and find_checkpoint(file.parent) is not None
     ]
     return max(candidates, key=lambda run: (run / RUN_FILE).stat().st_mtime_ns, default=None)
 
 
-def _identity_of(run: Path) -> str | None:
+def _described(run: Path) -> dict[str, Any]:
+    """What a run wrote of itself; nothing where that cannot be read."""
     try:
-        return json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["identity"]
-    except (OSError, ValueError, KeyError):
-        return None
+        found = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

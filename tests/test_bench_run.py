@@ -1,14 +1,17 @@
 """What a run of bench.py leaves, whatever goes wrong on the way."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
+import torch
 
-from muse import bench_run
+from muse import bench_run, hardware
 from muse.benchmarks import suite
 from muse.config import BenchConfig, BenchmarkConfig, HardwareConfig, LoggerConfig
 from muse.errors import RunError
+from muse.hardware import machine
 
 CONFIG = BenchConfig(
     benchmark=BenchmarkConfig(),
@@ -78,12 +81,64 @@ def test_the_result_is_written_before_anything_is_drawn(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "result.json").read_text())["vram_gb"] == 1.0
 
 
+@pytest.fixture
+def sweep(tmp_path, monkeypatch, recorded):
+    """Runs a cell of a sweep; its status, and the gradient norm that the cell told.
+
+    Each measurement finds a larger norm than the one before.
+    """
+    numbers = itertools.count(1)
+
+    def measure_next(name, config):
+        return {"grad_norm_min": 1e-3, "grad_norm_max": float(next(numbers))}
+
+    monkeypatch.setattr(suite, "measure_apart", measure_next)
+    monkeypatch.setattr(bench_run, "sweep_folder", lambda: tmp_path)
+
+    def cell(benchmark=BenchmarkConfig(name="gradients"), **hardware):
+        config = dataclasses.replace(
+            CONFIG,
+            benchmark=benchmark,
+            hardware=HardwareConfig(**{"device": "cpu", **hardware}),
+            output_root=str(tmp_path),
+        )
+        assert bench_run.run_benchmark(config, tmp_path / "bench" / str(len(recorded))) == 0
+        values, status = recorded[-1]
+        return status, values["grad_norm_max"]
+
+    return cell
+
+
+def test_cells_that_differ_in_their_hardware_are_all_measured(sweep):
+    cells = [{"threads": 1}, {"threads": 2}, {}, {"kernels": "eager"}, {"compile": True}]
+    assert [sweep(**cell) for cell in cells] == [("measured", float(n)) for n in range(1, 6)]
+    assert [sweep(**cell) for cell in cells[::-1]] == [("reused", float(n)) for n in range(5, 0, -1)]
+
+
+def test_a_sweep_takes_what_was_measured_again(sweep):
+    again = BenchmarkConfig(name="gradients", rerun=True)
+    assert [sweep() for _ in range(2)] == [("measured", 1.0), ("reused", 1.0)]
+    assert [sweep(again) for _ in range(2)] == [("measured", 2.0), ("measured", 3.0)]
+    assert [sweep() for _ in range(2)] == [("reused", 3.0)] * 2
+
+
+@pytest.mark.parametrize("what", ["describe", "package_version"])
+def test_a_result_of_another_device_or_torch_is_not_reused(sweep, monkeypatch, what):
+    assert sweep() == ("measured", 1.0)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(hardware, what, lambda _: "another")
+        assert sweep() == ("measured", 2.0)
+        assert sweep() == ("reused", 2.0)
+    assert sweep() == ("reused", 1.0)
+
+
 @pytest.mark.usefixtures("recorded")
 def test_a_result_with_failures_is_not_reused(tmp_path, monkeypatch):
     root = dataclasses.replace(CONFIG, output_root=str(tmp_path))
+    here = machine(root.hardware, torch.device("cpu"))
     bench_run.run_benchmark(root, tmp_path / "bench" / "first")
-    assert bench_run._finished(root) is None
+    assert bench_run._finished(root, here) is None
     keys = ("tokens_per_second", "products_ratio", "products_and_sdpa_ratio", "products_ms", "step_ms_p50")
     monkeypatch.setitem(MEASURED, "throughput", dict.fromkeys(keys, 1.0))
     bench_run.run_benchmark(root, tmp_path / "bench" / "second")
-    assert bench_run._finished(root)["tokens_per_second"] == 1.0
+    assert bench_run._finished(root, here)["tokens_per_second"] == 1.0

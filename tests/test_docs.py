@@ -1,4 +1,4 @@
-"""Every command in README.md and docs/ works: composed as it is written, and run in small."""
+"""Every command in README.md and docs/ works: composed as it is written, and run in small. So does Python."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from muse import train_cell
 from muse.benchmarks import suite
 from muse.benchmarks.cell import MEASUREMENTS
 from muse.config import BenchConfig, build_config, quote_stage, register_schemas
+from muse.export import export_run
 from muse.files import find_files
 from muse.hardware import describe, use_hardware
 
@@ -41,7 +42,8 @@ COMMANDS = ("python ", "torchrun ", "wandb ", "pip ")
 # Only these are not run, and why.
 NOT_RUN = {
     "python -m venv": "the gate does it (.ci/run)",
-    "pip install": "the gate installs the project (.ci/run); this environment must not change",
+    'pip install -e ".[ray]"': "nothing installs Ray, which is large; tests/test_sweep.py plays its launcher",
+    "pip install": "the gate installs .[dev] (.ci/run), which has the other extras",
     "python -m pytest": "the gate does it (.ci/run)",
     "python -m kernels.resources": "compiles for minutes; tests/kernels/test_resources.py compiles the same",
     "wandb login": "needs an account",
@@ -123,15 +125,30 @@ GROUPS = {"hardware": "cpu", "logger": "none", "data": "text"}
 
 @dataclass(frozen=True)
 class Command:
-    """A command of a page.
+    """A command of a page, or a block of Python.
 
     Attributes:
         where: file and line.
-        text: as it is written, without its comment.
+        text: as it is written, a command without its comment.
     """
 
     where: str
     text: str
+
+
+def blocks_of(text: str) -> list[re.Match[str]]:
+    """The blocks of code of a page: their language and their text."""
+    return list(re.finditer(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+
+
+def python_of(page: Path) -> list[Command]:
+    """The blocks of Python of a page."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        Command(f"{page.name}:{text.count(chr(10), 0, block.start(2)) + 1}", block[2])
+        for block in blocks_of(text)
+        if block[1] in ("python", "py")
+    ]
 
 
 def commands_of(page: Path) -> list[Command]:
@@ -145,8 +162,7 @@ def commands_of(page: Path) -> list[Command]:
             line = text.count("\n", 0, start) + 1
             found.append(Command(f"{page.name}:{line}", piece))
 
-    blocks = list(re.finditer(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-    for block in blocks:
+    for block in blocks_of(text):
         if block[1] not in ("", "bash", "sh", "console"):
             continue
         start = block.start(2)
@@ -164,6 +180,7 @@ def commands_of(page: Path) -> list[Command]:
 
 ALL = [command for page in PAGES for command in commands_of(page)]
 UNIQUE = list({command.text: command for command in reversed(ALL)}.values())[::-1]
+PYTHON = [block for page in PAGES for block in python_of(page)]
 RUN = [c for c in UNIQUE if not any(part in c.text for part in NOT_RUN)]
 
 
@@ -401,6 +418,15 @@ def test_a_command_runs(command, place, tmp_path, finished_run, monkeypatch, cap
     assert printed.out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("block", **named(PYTHON))
+def test_python_runs(block, tmp_path, finished_run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for weights in re.findall(r"\w+\.safetensors", block.text):
+        export_run(finished_run("2"), tmp_path / weights)
+    exec(compile(block.text, block.where, "exec"), {"__name__": "__main__"})
+
+
 def test_an_option_that_does_not_exist_is_found():
     command = Command("here:1", "python train.py train.stepz=3")
     with pytest.raises(Exception, match="stepz"):
@@ -410,6 +436,7 @@ def test_an_option_that_does_not_exist_is_found():
 def test_commands_are_found():
     assert {Path(c.where.partition(":")[0]).name for c in ALL} >= {"README.md", "measurements.md"}
     assert any(c.text.startswith("python bench.py -m") for c in RUN)
+    assert {block.where.partition(":")[0] for block in PYTHON} >= {"README.md", "distributed.md"}
 
 
 @pytest.mark.parametrize("part", NOT_RUN)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from muse import provenance as module
-from muse.config import RunConfig
+from muse.config import BenchConfig, RunConfig
 from muse.provenance import PACKAGES, commit, identity, provenance, source_hash
 
 
@@ -22,9 +22,8 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     return [leaf for name in names for leaf in leaves(getattr(value, name), (*path, name))]
 
 
-def changed(path: tuple[str, ...]) -> RunConfig:
-    """The default configuration with another value for one option, unchecked."""
-    config = RunConfig()
+def changed(path: tuple[str, ...], config: RunConfig) -> RunConfig:
+    """A configuration with another value for one option, unchecked."""
     owner: Any = config
     for name in path[:-1]:
         owner = getattr(owner, name)
@@ -43,10 +42,16 @@ def changed(path: tuple[str, ...]) -> RunConfig:
 
 @pytest.mark.parametrize("path", leaves(RunConfig()), ids=".".join)
 def test_identity_changes_with_every_option_that_decides_numbers(path):
-    before, after = identity(RunConfig()), identity(changed(path))
+    before, after = identity(RunConfig()), identity(changed(path, RunConfig()))
     unidentifying = ("logger", "hardware", "output_root", "resume", "profile")
     elsewhere = path[0] in unidentifying or path in (("data", "cache"), ("train", "async_checkpoint"))
     assert (before == after) == elsewhere
+
+
+@pytest.mark.parametrize("path", [("benchmark", "rerun"), ("benchmark", "repeats")], ids=".".join)
+def test_what_is_measured_again_has_the_identity_of_the_measurement_before(path):
+    same = identity(BenchConfig()) == identity(changed(path, BenchConfig()))
+    assert same == (path[-1] == "rerun")
 
 
 def test_identity_is_the_same_in_every_process():
@@ -112,3 +117,14 @@ def test_the_source_hash_follows_the_sources(tmp_path, monkeypatch):
     assert hashes[3] == hashes[2]
     (tmp_path / "muse" / "a.py").rename(tmp_path / "muse" / "c.py")
     assert source_hash.__wrapped__() not in hashes
+
+
+def test_the_source_hash_follows_the_launch_configurations(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    hashes = []
+    for name in ("flow.json", "flow.json", "resources.json"):
+        with open(tmp_path / "kernels" / name, "a") as file:
+            file.write("{}")
+        hashes.append(source_hash.__wrapped__())
+    assert hashes[0] != hashes[1] == hashes[2]

@@ -194,6 +194,14 @@ def test_a_repeated_sweep_trains_nothing(place, undisturbed):
 
 
 @pytest.mark.slow
+def test_cells_that_differ_in_their_hardware_are_all_trained(place):
+    status, _, err = sweep(place, "hardware", "hardware.threads=1,2", "train.steps=2", "resume=auto")
+    assert status == 0, err
+    (folder,) = sweeps(place, "hardware")
+    assert outcomes(folder, "hardware.threads") == [("1", "trained"), ("2", "trained")]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["processes", "basic"])
 def test_a_sweep_that_is_killed_and_repeated_ends_with_the_same_bits(place, undisturbed, launcher):
     root = f"killed {launcher}"

@@ -341,17 +341,39 @@ def test_a_disk_that_is_full_for_another_file_is_one_sentence(place, multirun):
         assert f"error: {cell['error']}" == message
 
 
+def flip_a_bit(checkpoint: Path) -> None:
+    """Damage a checkpoint, and every one that is linked to it."""
+    with open(checkpoint / "__0_0.distcp", "r+b") as file:
+        file.seek(10_000)
+        byte = file.read(1)
+        file.seek(10_000)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.slow
+def test_a_continued_run_whose_checkpoint_is_damaged_before_it_saved_goes_on(place, undisturbed):
+    arguments = [*options(place, "damaged early"), "resume=auto"]
+    for steps in (7, 1):
+        process, run = held(place, arguments, steps)
+        process.kill()
+        process.communicate()
+    flip_a_bit(find_checkpoint(run))
+    status, out, err = run_cli(place, *arguments)
+    assert status == 0, err
+    assert f"the checkpoint {find_checkpoint(run)} is damaged" in err
+    assert f"resuming {run} after step 3" in out
+    last = run_folders(place, "damaged early")[-1]
+    assert weights(last) == weights(undisturbed)
+    assert logged(last) == logged(undisturbed)
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(place, undisturbed):
     one, every = (unfinished(undisturbed, place / "damaged" / name) for name in ("one", "every"))
     before, *_, newest = sorted(path.name for path in (one / "checkpoints").glob("step_*"))[-2:]
     spoiled = [one / "checkpoints" / newest, *(every / "checkpoints").glob("step_*")]
     for checkpoint in spoiled:
-        with open(checkpoint / "__0_0.distcp", "r+b") as file:
-            file.seek(10_000)
-            byte = file.read(1)
-            file.seek(10_000)
-            file.write(bytes([byte[0] ^ 1]))
+        flip_a_bit(checkpoint)
     status, out, err = run_cli(place, "-m", *options(place, "damaged"), f"resume={one},{every}")
     assert status == 1
     (message,) = errors(err)

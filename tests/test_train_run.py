@@ -1,10 +1,11 @@
+import dataclasses
 import json
 
 import pytest
 
-from muse.config import DataConfig, RunConfig
+from muse.config import DataConfig, HardwareConfig, RunConfig
 from muse.errors import ConfigError
-from muse.provenance import identity
+from muse.provenance import identity, provenance
 from muse.report.metrics import FILE
 from muse.train_run import RUN_FILE, lines_before, run_to_resume
 
@@ -39,3 +40,20 @@ def test_a_run_is_continued_if_it_has_a_checkpoint_whatever_became_of_other_file
         config.resume = str(run)
         with pytest.raises(ConfigError, match="holds no checkpoint"):
             run_to_resume(config)
+
+
+def test_a_cell_of_a_sweep_is_not_that_of_other_hardware(tmp_path):
+    config = RunConfig(data=DataConfig(name="stdlib"), output_root=str(tmp_path), resume="auto")
+    runs = {}
+    for threads in (1, 2):
+        run = runs[threads] = tmp_path / "train" / f"threads {threads}"
+        (run / "checkpoints" / "step_00000004").mkdir(parents=True)
+        there = dataclasses.replace(config, hardware=HardwareConfig(threads=threads))
+        (run / RUN_FILE).write_text(json.dumps(provenance(there)))
+    for threads, own in ((1, runs[1]), (2, runs[2]), (None, None)):
+        config.hardware = HardwareConfig(threads=threads)
+        assert run_to_resume(config, same_hardware=True) == own
+        # A training alone goes on wherever it is.
+        assert run_to_resume(config) == runs[2]
+    config.resume = str(runs[1])
+    assert run_to_resume(config, same_hardware=True) == runs[1]

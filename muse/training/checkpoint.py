@@ -323,9 +323,12 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def adopt_checkpoints(previous: Path, checkpoint: Path, run: Path) -> None:
-    """Give ``run``, which continues ``checkpoint`` of ``previous``, that one and the best so far.
+    """Give ``run``, which continues ``checkpoint`` of ``previous``, that one, the one before and the best.
 
-    Files are linked where the file system can, since checkpoints are never rewritten.
+    Files are linked where the file system can, since checkpoints are never rewritten. So what damages the
+    continued one damages it in both runs, and the one before is what is left.
+
+    Warns of a best one that is damaged, and leaves it out.
     """
 
     def link(source: str, target: str) -> None:
@@ -346,8 +349,20 @@ def adopt_checkpoints(previous: Path, checkpoint: Path, run: Path) -> None:
     best = checkpoint if load_state(checkpoint).best else find_checkpoint(previous, "best")
     # The best one first: a run that can be continued must not lack it.
     if best is not None and best.name <= checkpoint.name:
-        adopt(best)
-        write_atomically(folder / BEST, best.name)
+        # The continued one was found sound.
+        damage = find_damage(best) if best.name < checkpoint.name else None
+        if damage is None:
+            adopt(best)
+            write_atomically(folder / BEST, best.name)
+        else:
+            warnings.warn(
+                f"the best checkpoint {best} is damaged: {damage}; the run goes on without it", stacklevel=2
+            )
+    before = next(
+        (path for path in _newest_first(previous / "checkpoints") if path.name < checkpoint.name), None
+    )
+    if before is not None:
+        adopt(before)
     adopt(checkpoint)
 
 

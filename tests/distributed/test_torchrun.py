@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 import runpy
 import shutil
@@ -26,10 +28,12 @@ from distributed_helpers import (
 )
 
 from muse import cli, train_run
+from muse.benchmarks import kernels
 from muse.dynamics import HamiltonianNeuralODE
 from muse.errors import ConfigError, RunError
 from muse.torchrun import launched_rank
 from muse.training.checkpoint import find_checkpoint
+from muse.training.profile import STEPS as STEPS_OF_PROFILE
 
 STEPS = 40
 LOST = re.compile(r"error: the ranks do not reach each other \(.+\); if one of them ended, it said why")
@@ -142,6 +146,30 @@ def test_a_damaged_file_of_one_rank_makes_all_take_the_checkpoint_before(place, 
     assert ranks.err()[1] == ""
     assert f"resuming {run} after step 30" in ranks.out()[0]
     assert_same_end(run_folders(root)[-1], undisturbed[together])
+
+
+def make_peak_product_small() -> None:
+    kernels.PEAK_SIDE = {"cpu": 64}
+
+
+@pytest.mark.slow
+def test_a_profile_of_two_ranks_is_that_of_the_first_one_and_changes_no_bit(place):
+    short = ["train.steps=12", "train.eval_every=0", "train.checkpoint_every=0", "train.sample_tokens=0"]
+    arguments = run_options(place, "profiled", "fsdp", *short)
+    for more in ([], ["profile=true"]):
+        ranks = train_py(2, place, [*arguments, *more], prepare=make_peak_product_small)
+        assert ranks.wait() == [0, 0], ranks.err()
+        assert ranks.out()[1] + ranks.err()[1] == ""
+    plain, profiled = run_folders(place / "profiled")
+    assert_same_end(plain, profiled)
+    told = read_json(profiled / "profile.json")
+    assert (told["steps"], told["recorded_steps"]) == (STEPS_OF_PROFILE, 3)
+    # The collectives of the first rank are in its profile.
+    events = json.loads(gzip.decompress((profiled / "trace.json.gz").read_bytes()))["traceEvents"]
+    assert any("allgather" in event.get("name", "") for event in events)
+    assert {"profile.json", *told["files"]} == {
+        path.name for path in profiled.iterdir() if path.name not in {other.name for other in plain.iterdir()}
+    }
 
 
 @pytest.mark.slow

@@ -268,18 +268,21 @@ def test_a_pointer_to_nothing_is_no_checkpoint(tmp_path, content):
     assert find_sound_checkpoint(tmp_path) == find_checkpoint(tmp_path) == saved
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_a_continued_run_takes_over_its_checkpoint_and_an_older_best_one(tmp_path, monkeypatch, links):
-    def no_links(*_: object) -> None:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+def no_links(*_: object) -> None:
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_continued_run_takes_over_its_checkpoint_the_one_before_and_an_older_best_one(
+    tmp_path, monkeypatch, links
+):
     if not links:
         monkeypatch.setattr(os, "link", no_links)
     for step, best in ((1, True), (2, False), (3, True)):
         save(tmp_path / "old", step, small_model(seed=step), best)
     old = tmp_path / "old" / "checkpoints"
     for name, kept, best in (
-        ("step_00000003", ["best", "step_00000003"], "step_00000003"),
+        ("step_00000003", ["best", "step_00000002", "step_00000003"], "step_00000003"),
         # The best one comes later than what is continued, and will come again.
         ("step_00000002", ["step_00000002"], None),
     ):
@@ -303,6 +306,41 @@ def test_a_best_checkpoint_is_adopted_as_such_although_its_process_ended_before_
     adopt_checkpoints(tmp_path / "old", saved, tmp_path / "new")
     assert find_checkpoint(tmp_path / "new", "best") == find_checkpoint(tmp_path / "new")
     assert load_state(find_checkpoint(tmp_path / "new")).step == 2
+
+
+def test_a_damaged_best_checkpoint_is_left_behind_with_a_warning(tmp_path):
+    best, _, last = (save(tmp_path / "old", step, best=step == 1) for step in (1, 2, 3))
+    damage(best / TENSORS, "changed")
+    with pytest.warns(UserWarning, match="damaged") as caught:
+        adopt_checkpoints(tmp_path / "old", last, tmp_path / "new")
+    (message,) = [str(warning.message) for warning in caught]
+    assert str(best) in message
+    assert TENSORS in message
+    assert "\n" not in message
+    assert folders(tmp_path / "new") == ["step_00000002", "step_00000003"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_checkpoint_that_is_damaged_after_it_was_taken_over_costs_the_steps_since_the_one_before(
+    tmp_path, monkeypatch, links
+):
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    before, last = (save(tmp_path / "old", step, small_model(seed=step)) for step in (2, 3))
+    adopt_checkpoints(tmp_path / "old", last, tmp_path / "new")
+    taken = find_sound_checkpoint(tmp_path / "new")
+    flip(taken / TENSORS, (taken / TENSORS).stat().st_size // 2)
+    with pytest.warns(UserWarning, match="damaged"):
+        left = find_sound_checkpoint(tmp_path / "new")
+    assert left.parent == taken.parent
+    assert same(contents(left), contents(before))
+    # What goes on from there takes nothing over that is damaged.
+    adopt_checkpoints(tmp_path / "new", left, tmp_path / "newest")
+    assert folders(tmp_path / "newest") == [left.name]
+    # And the next checkpoint makes the oldest one go, as ever.
+    save(tmp_path / "newest", 3)
+    save(tmp_path / "newest", 4)
+    assert folders(tmp_path / "newest") == ["step_00000003", "step_00000004"]
 
 
 # ---- Asynchronous writing
