@@ -75,7 +75,11 @@ def _product_eager(
         y = _flat(x) @ real_form(weight)
     else:
         y = F.linear(_flat(x), real_form(weight), None if bias is None else bias.reshape(-1))
-    y = y.view(shape)
+    return _plus(y.view(shape), residual)
+
+
+def _plus(y: Tensor, residual: Tensor | None) -> Tensor:
+    """The sum, in the memory of y if it has the dtype."""
     if residual is None:
         return y
     return y.add_(residual) if residual.dtype == y.dtype else y + residual
@@ -463,7 +467,7 @@ def _complex_product_activated(
         return _activated_triton(x, weight, bias, offset, slope, residual, activation)
     hidden = _product_eager(x, weight, bias, None, 4, False)
     active = activation_eager(hidden, activation, offset, slope)
-    return active if residual is None else active + residual, hidden
+    return _plus(active, residual), hidden
 
 
 @_complex_product_activated.register_fake
