@@ -122,6 +122,7 @@ PLOTTED: tuple[tuple[str, str, dict[str, str]], ...] = (
         "vram_symplectic_gb",
         "peak memory [GB]",
         {
+            "vram_symplectic_gb": "exact",
             "vram_reversible_gb": "reversible",
             "vram_checkpoint_gb": "checkpoint",
             "vram_full_backprop_gb": "backprop",
@@ -159,10 +160,11 @@ def _plot(path: Path, cells: list[dict[str, Any]]) -> None:
         others = ", ".join(f"{other}={cell['options'].get(other)}" for other in swept[1:])
         if scattered:
             others = ""
-        for other, line in {key: others or key, **{k: f"{v} {others}" for k, v in beside.items()}}.items():
+        for other, line in {key: "", **beside}.items():
             value = cell.get(other)
             if value is not None:
-                lines.setdefault(line, []).append((place[cell["options"].get(name)], value))
+                drawn = lines.setdefault(f"{line} {others}".strip() or key, [])
+                drawn.append((place[cell["options"].get(name)], value))
     plot_lines(
         path,
         f"{label} over {name}",
