@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -104,7 +105,21 @@ def _stop(number: int, frame: FrameType | None) -> None:
         return
     if _is_command and not again:
         _stop_workers()
+    if _is_command and not _busy and started_sweep() is None:
+        _leave(128 + number)
     sys.exit(128 + number)
+
+
+def _leave(status: int) -> None:
+    """End this process, which has nothing to save, where an exception would not always get through.
+
+    OmegaConf, in whose code a command that only starts spends its time, has clauses that turn any exception
+    at the wrong moment into an error of its own.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def _stop_workers() -> None:
