@@ -167,6 +167,7 @@ def _training(config: BenchConfig, data: TokenData, model: LanguageModel, plan: 
     )
 
 
+@restored_threads()
 def find_plan(config: BenchConfig, data: TokenData, model: LanguageModel) -> Plan:
     """What the stack of ``config`` does here, found by measuring or by an earlier run of the same setting.
 

@@ -32,6 +32,7 @@ from muse.config import (
     WidthConfig,
 )
 from muse.errors import ConfigError, RunError
+from muse.hardware import restored_threads
 
 CPU = torch.device("cpu")
 WIDTH = WidthConfig(d_model=32, layers=2, heads=2, kv_heads=2, d_ff=64)
@@ -208,6 +209,16 @@ def test_a_plan_that_compiles_is_not_used_once_the_compiler_is_gone(speedup_conf
 
     monkeypatch.setattr(speedup, "find_compiler", lambda _: "/bin/compiler")
     assert find_plan(config, data, model).execution.compile
+
+
+def test_a_plan_with_other_threads_is_found_again(speedup_config, monkeypatch):
+    with restored_threads():
+        torch.set_num_threads(1)
+        monkeypatch.setattr(kernel_optimizer, "_other_threads", lambda _: [2])
+        monkeypatch.setattr(kernel_optimizer, "NOISE", -math.inf)
+        config, data, model = started(speedup_config(StackConfig(level=1)))
+        assert find_plan(config, data, model).execution.threads == 2
+        assert torch.get_num_threads() == 1
 
 
 def test_a_plan_that_does_not_compile_needs_no_compiler(speedup_config, monkeypatch):
