@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import functools
 import os
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 # Deterministic cuBLAS, where there is a GPU; read when the first product runs.
@@ -70,3 +72,20 @@ def assert_as_accurate() -> Callable[..., None]:
             assert error <= allowed, f"{name} error {error:.3e}, allowed {allowed:.3e}"
 
     return check
+
+
+@pytest.fixture
+def timed_calls(monkeypatch):
+    """Functions that take given seconds, call after call, on a clock of their own; and the order of calls."""
+
+    def build(durations):
+        now, order = [0.0], []
+        monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+        def call(name):
+            now[0] += durations[name][order.count(name)]
+            order.append(name)
+
+        return [functools.partial(call, name) for name in durations], order
+
+    return build

@@ -9,7 +9,6 @@ import pytest
 import torch
 from acceleration_helpers import batch, build
 
-from muse import timing
 from muse.acceleration import Execution, KernelOptimizer, kernel_optimizer
 from muse.acceleration.kernel_optimizer import COMPILE_SECONDS, NOISE, Decision
 from muse.config import OptimConfig
@@ -164,19 +163,9 @@ def test_threads_that_are_not_tried(reason, monkeypatch, timings, threads):
     assert execution.threads == threads
 
 
-def test_timing_takes_turns_and_the_median_and_leaves_the_first_round_out(monkeypatch):
-    now, order = [0.0], []
-    durations = {"a": [100.0, 3.0, 1.0, 50.0], "b": [200.0, 2.0, 80.0, 7.0]}
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-
-    def call(name):
-        def run():
-            now[0] += durations[name][order.count(name)]
-            order.append(name)
-
-        return run
-
-    found = KernelOptimizer(repeats=3)._in_turns([call("a"), call("b")], torch.device("cpu"))
+def test_timing_takes_turns_and_the_median_and_leaves_the_first_round_out(timed_calls):
+    calls, order = timed_calls({"a": [100.0, 3.0, 1.0, 50.0], "b": [200.0, 2.0, 80.0, 7.0]})
+    found = KernelOptimizer(repeats=3)._in_turns(calls, torch.device("cpu"))
     assert order == ["a", "b"] * 4
     assert found == [3.0, 7.0]
 

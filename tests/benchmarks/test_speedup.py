@@ -471,13 +471,19 @@ MEMORY = {
 PAIRS = {"saved": 0.4, "saved_p20": 0.38, "saved_p80": 0.42, "plain_ms": 50.0, "stack_ms": 30.0}
 
 
-def report_of(monkeypatch, config, memory=None, pairs=None, **stack):
-    def measure(name, config):
+def report_of(monkeypatch, config, memory=None, pairs=None, change=None, **stack):
+    """The report of made-up measurements, each as ``change(name, config, found)`` returns it."""
+
+    def answer(name, config):
         if name == "speedup memory":
             return {**MEMORY, **(memory or {})}
         if name == "speedup pairs":
             return {**PAIRS, **(pairs or {})}
         return RUN if config.stack == PLAIN else {**STACK, **stack}
+
+    def measure(name, config):
+        found = answer(name, config)
+        return found if change is None else change(name, config, found)
 
     monkeypatch.setattr(suite, "measure_apart", measure)
     return suite.run_suite(config, Path("unused"))
@@ -494,16 +500,10 @@ def test_everything_passes_when_it_does(speedup_config, monkeypatch):
 
 
 def test_each_setting_has_its_own_keys(speedup_config, monkeypatch):
-    config = speedup_config(accumulation=8)
-    report_of(monkeypatch, config)
-    answer = suite.measure_apart
-
-    def measure(name, config):
-        found = answer(name, config)
+    def change(name, config, found):
         return {**found, "decode_plain": 1.0, "loss": 2.0} if config.optim.accumulation == 1 else found
 
-    monkeypatch.setattr(suite, "measure_apart", measure)
-    values = suite.run_suite(config, Path("unused")).values
+    values = report_of(monkeypatch, speedup_config(accumulation=8), change=change).values
     assert (values["decode_plain"], values["decode_plain_accumulation_1"]) == (100.0, 1.0)
     assert (values["stack_loss"], values["stack_loss_accumulation_1"]) == (6.51, 2.0)
     assert {f"{key}_accumulation_1" for key in ("speedup_pct", *DECODE_KEYS)} <= set(values)
@@ -513,15 +513,10 @@ def test_each_setting_has_its_own_keys(speedup_config, monkeypatch):
 def test_the_batch_at_which_the_loss_is_reached_is_of_each_setting(speedup_config, monkeypatch, step, within):
     """Few updates do not reach it and have no criterion of it, but a key and why it is null."""
 
-    def measure(name, config):
-        found = answer(name, config)
+    def change(name, config, found):
         return {**found, "target_step": None} if config.optim.accumulation == 8 else found
 
-    config = speedup_config(accumulation=8)
-    report_of(monkeypatch, config, target_step=step)
-    answer = suite.measure_apart
-    monkeypatch.setattr(suite, "measure_apart", measure)
-    report = suite.run_suite(config, Path("unused"))
+    report = report_of(monkeypatch, speedup_config(accumulation=8), change=change, target_step=step)
     values = report.values
     assert (values["target_step"], values["target_within_run"]) == (None, False)
     assert values["target_step_accumulation_1"] == step
@@ -577,15 +572,13 @@ def test_memory_without_compilation_is_called_so(speedup_config, monkeypatch, un
 def test_a_run_that_fails_leaves_its_keys_null(speedup_config, monkeypatch, failing):
     config = speedup_config(ablation=True)
     complete = report_of(monkeypatch, config)
-    answer = suite.measure_apart
 
-    def measure(name, config):
+    def change(name, config, found):
         if name == failing:
             raise RunError("it broke")
-        return answer(name, config)
+        return found
 
-    monkeypatch.setattr(suite, "measure_apart", measure)
-    report = suite.run_suite(config, Path("unused"))
+    report = report_of(monkeypatch, config, change=change)
     assert set(report.values) == set(complete.values)
     assert [title for title, *_ in report.criteria] == [title for title, *_ in complete.criteria]
     assert None in {passed for *_, passed in report.criteria}
@@ -625,45 +618,33 @@ def test_the_ablation_says_what_does_not_pay(speedup_config, monkeypatch, capsys
 
 
 def test_a_part_that_pays_only_alone_does_not_pay(speedup_config, monkeypatch):
-    def measure(name, config):
+    def change(name, config, found):
         stack = config.stack
         both = stack.level > 0 and stack.speculation
         time = 100.0 - 40 * (stack.level > 0) - 5 * stack.speculation + 10 * both
-        return {**answer(name, config), "seconds": time}
+        return {**found, "seconds": time}
 
-    config = speedup_config(ablation=True)
-    report_of(monkeypatch, config)
-    answer = suite.measure_apart
-    monkeypatch.setattr(suite, "measure_apart", measure)
-    pays = suite.run_suite(config, Path("unused")).values["ablation_pays"]
+    pays = report_of(monkeypatch, speedup_config(ablation=True), change=change).values["ablation_pays"]
     assert pays == {"KernelOptimizer": True, "SemanticCompressor": False, "InferenceScalingEngine": False}
 
 
 def test_a_part_without_a_run_has_no_verdict(speedup_config, monkeypatch, capsys):
-    def measure(name, config):
+    def change(name, config, found):
         stack = config.stack
         if name == "speedup" and (stack.level, stack.compression, stack.speculation) == (0, "off", True):
             raise RunError("it broke")
-        return answer(name, config)
+        return found
 
-    config = speedup_config(ablation=True)
-    report_of(monkeypatch, config)
-    answer = suite.measure_apart
-    monkeypatch.setattr(suite, "measure_apart", measure)
-    pays = suite.run_suite(config, Path("unused")).values["ablation_pays"]
+    pays = report_of(monkeypatch, speedup_config(ablation=True), change=change).values["ablation_pays"]
     assert [part for part, verdict in pays.items() if verdict is None] == ["InferenceScalingEngine"]
     assert "InferenceScalingEngine: not measured" in capsys.readouterr().out
 
 
 def test_a_stack_that_did_not_run_left_nothing_off_that_is_known(speedup_config, monkeypatch, capsys):
-    def measure(name, config):
+    def change(name, config, found):
         if name == "speedup until learned":
             raise RunError("it broke")
-        return answer(name, config)
+        return found
 
-    config = speedup_config(ablation=True)
-    report_of(monkeypatch, config)
-    answer = suite.measure_apart
-    monkeypatch.setattr(suite, "measure_apart", measure)
-    assert suite.run_suite(config, Path("unused")).values["left_off"] is None
+    assert report_of(monkeypatch, speedup_config(ablation=True), change=change).values["left_off"] is None
     assert "left off by the stack itself: not measured" in capsys.readouterr().out
