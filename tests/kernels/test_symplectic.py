@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding import assert_as_accurate
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -136,7 +137,7 @@ def test_gradients_against_double_precision(phi, scale, tokens, by_token, spring
 @every_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [0.0, 2.0**23])
-def test_as_accurate_as_plain_pytorch(assert_as_accurate, dtype, scale, by_token, spring):
+def test_as_accurate_as_plain_pytorch(dtype, scale, by_token, spring):
     tensors, scheme = make(600, 32, 96, weights=dtype, by_token=by_token), leapfrog(4, 0.1)
 
     def run(*x):
@@ -145,17 +146,11 @@ def test_as_accurate_as_plain_pytorch(assert_as_accurate, dtype, scale, by_token
     def plain(*x):
         return plain_flow(*x, *scheme, confinement=spring)
 
-    doubles = [x.double() for x in tensors]
-    found, same, exact = (
-        [*function(*x), *gradients(function, x)]
-        for function, x in ((run, tensors), (plain, tensors), (plain, doubles))
-    )
-    for name, x, y, z in zip(("q'", "p'", *NAMES), found, same, exact, strict=True):
-        # A unit of the state is one of the last place of 1; the results are up to 4, and rounded nine times.
-        try:
-            assert_as_accurate(x, y, z, scale=4.0 if scale and x.dtype == torch.float32 else 0.0)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
+    def both(function, x):
+        return [*function(*x), *gradients(function, x)]
+
+    exact = both(plain, [x.double() for x in tensors])
+    assert_as_accurate(both(run, tensors), lambda: both(plain, tensors), exact)
 
 
 @pytest.mark.parametrize(("by_token", "spring"), [(False, 0.0), (True, 0.5)])
