@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from rounding import FACTOR, RandomRounding, assert_as_accurate, errors_to_expect, find_fault, unit
+from rounding import FACTOR, RandomRounding, errors_to_expect, find_fault, unit
 
 from kernels.complex_attention import SCORES, complex_attention_forward
 from kernels.complex_linear import PARAMETERS, complex_linear, complex_linear_activated
@@ -113,3 +112,82 @@ def test_one_wrong_element_in_a_thousand_is_seen(name, dtype):
         planted = result.clone()
         planted.view(-1)[wrong] *= 1 + FAULT[dtype] * unit(dtype)
         assert find_fault(planted, truth, errors) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_term_left_out_of_one_sum_is_seen(dtype):
+    """Of 64 in half precision, in one element of 1,600."""
+    x, weight = torch.randn(40, 64).to(dtype), torch.randn(64, 40).to(dtype)
+    exact, result = x.double() @ weight.double(), x @ weight
+    (errors,) = errors_to_expect(lambda: [x @ weight], [exact])
+    assert find_fault(result, exact, errors) is None
+    term = (x[3].double() * weight[:, 5].double()).abs().argmax()
+    result[3, 5] -= x[3, term] * weight[term, 5]
+    assert "at (3, 5)" in find_fault(result, exact, errors)
+
+
+def test_what_all_elements_lose_is_seen():
+    """Products of numbers that were rounded to 20 bits: no element is wrong by itself."""
+    x, weight = torch.randn(2, 64, 64).unbind()
+    exact = x.double() @ weight.double()
+    (errors,) = errors_to_expect(lambda: [x @ weight], [exact])
+    assert find_fault(x @ weight, exact, errors) is None
+
+    def cut(x):
+        return (x.view(torch.int32) & -16).view(torch.float32)
+
+    assert "root mean square" in find_fault(cut(x) @ cut(weight), exact, errors)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_value_that_is_not_finite_is_seen(bad):
+    x = torch.randn(50)
+    (errors,) = errors_to_expect(lambda: [x.exp()], [x.double().exp()])
+    result = x.exp()
+    result[7] = bad
+    assert "at (7,)" in find_fault(result, x.double().exp(), errors)
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("terms", [10, 100, 1000])
+def test_a_running_sum_loses_what_is_expected(terms, positive):
+    x = torch.rand(2000, terms) if positive else torch.randn(2000, terms)
+    exact, total = x.double().sum(1), torch.zeros(2000)
+    for column in x.unbind(1):
+        total = total + column
+    (errors,) = errors_to_expect(lambda: [x.sum(1)], [exact], samples=4)
+    expected = errors.square().mean().sqrt() / FACTOR
+    assert 0.4 < (total - exact).square().mean().sqrt() / expected < 1.3
+
+
+def test_moved_values_are_not_rounded_and_changed_ones_are():
+    """Also in place, into given memory and inside a custom op."""
+    x = torch.randn(6, 2, 5)
+    generator = torch.Generator().manual_seed(0)
+
+    def changed(function):
+        with RandomRounding(generator, 1e3):
+            result = function(x.clone())
+        return not torch.equal(result, function(x.clone()))
+
+    assert not changed(lambda x: torch.cat((x.mT.reshape(5, -1).flip(0), -x.mT.reshape(5, -1))))
+    assert not changed(lambda x: x.relu().double().float())
+    assert not changed(lambda x: torch.where(x > 0, x, 0).masked_fill(x > 1, 7.0))
+    assert changed(lambda x: x + 1)
+    assert changed(lambda x: x.add_(1))
+    assert changed(lambda x: torch.add(x, 1, out=torch.empty_like(x)))
+    assert changed(lambda x: x.bfloat16())
+    assert changed(lambda x: complex_rms_norm(x, torch.ones(2, 5)))
+
+
+def test_a_threshold_may_be_crossed_either_way():
+    """By a value that rounding can take across; by no other."""
+    x = torch.tensor([0.3, 1.0, 1.7])
+    third = torch.tensor(1 / 3)
+
+    def gradient():
+        leaf = x.clone().requires_grad_()
+        return [torch.autograd.grad((leaf - 3 * third).relu().sum(), leaf)[0]]
+
+    (errors,) = errors_to_expect(gradient, [torch.tensor([0.0, 1.0, 1.0]).double()])
+    assert errors.amax(0).tolist() == [0, 1, 0]
