@@ -36,14 +36,15 @@ FACTOR = 3.0
 LEAST = {32: 2.5, 8: 8.0}
 SAMPLES = 32
 
-# Results without a rounding: values moved, chosen, compared, or made from nothing.
+# Results without a rounding: values moved, chosen, compared, or made from nothing. An operation that is in
+# no list here has one rounding.
 EXACT = frozenset(
     """abs alias amax amin arange argmax as_strided as_strided_scatter bernoulli cat ceil clamp clamp_max
     clamp_min clone constant_pad_nd copysign detach diagonal_scatter embedding empty empty_like empty_permuted
     empty_strided expand eye fill flip floor full full_like gather hardtanh index index_put index_select
-    lift_fresh lift_fresh_copy masked_fill masked_select max maximum median min minimum
-    native_dropout neg new_empty new_empty_strided new_full new_ones new_zeros normal ones ones_like permute rand randn relu repeat
-    resize roll scalar_tensor scatter select_backward select_scatter set sgn sign slice_backward
+    lift_fresh lift_fresh_copy masked_fill masked_select max maximum median min minimum native_dropout neg
+    new_empty new_empty_strided new_full new_ones new_zeros normal ones ones_like permute rand randn relu
+    repeat resize roll scalar_tensor scatter select_backward select_scatter set sgn sign slice_backward
     slice_scatter sort split split_with_sizes stack threshold_backward topk tril triu trunc unbind
     unfold_backward uniform unsafe_split where zero zeros zeros_like""".split()  # noqa: SIM905
 )
@@ -229,13 +230,22 @@ def find_fault(result: Tensor, exact: Tensor, errors: Tensor) -> str | None:
             f"allowed {allowed.flatten()[at]:.3e}"
         )
     shared, least = root_mean_square(torch.stack((share, rounding / allowed)))
-    expected = root_mean_square(errors / allowed).max() / FACTOR + least
-    if not shared <= 2 * expected:
+    expected = root_mean_square(errors / allowed) / FACTOR
+    # Of few elements it varies.
+    varying = expected.mean() + LEAST[len(errors)] * FACTOR * expected.std()
+    bound = torch.maximum(2 * expected.max(), varying) + 2 * least
+    if not shared <= bound:
         return (
             f"the root mean square error is {shared:.3f} of what is allowed to single elements, "
-            f"allowed {2 * expected:.3f}"
+            f"allowed {bound:.3f}"
         )
     return None
+
+
+def fixed_point(x: Tensor, scale: float) -> Tensor:
+    """Rounded to a multiple of 1 / scale, as a state in fixed point is; the gradient goes through."""
+    whole = (x.detach() * scale).round() / scale
+    return x + (whole - x.detach())
 
 
 def root_mean_square(x: Tensor) -> Tensor:

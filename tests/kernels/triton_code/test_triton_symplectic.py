@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 
 import pytest
+import rounding
 import torch
 import torch.nn.functional as F
-from rounding import assert_as_accurate
 from torch import Tensor
 
 from kernels import symplectic
@@ -53,19 +53,14 @@ def plain_force(q, w1, b1, w2, phi, confinement=0.0) -> Tensor:
 
 
 def plain_flow(q, p, w1, b1, w2, kicks, drifts, phi, confinement, scale=0.0):
-    if scale:
-        q, p = whole(q, scale), whole(p, scale)
+    def held(x):
+        return rounding.fixed_point(x, scale) if scale and x.dtype != torch.float64 else x
+
+    q, p = held(q), held(p)
     for kick, drift in zip(kicks, drifts, strict=True):
-        p = p + whole(kick * plain_force(q, w1, b1, w2, phi, confinement), scale)
-        q = q + whole(drift * p, scale)
+        p = p + held(kick * plain_force(q, w1, b1, w2, phi, confinement))
+        q = q + held(drift * p)
     return q, p
-
-
-def whole(x: Tensor, scale: float) -> Tensor:
-    """Rounded to a multiple of 1 / scale, as a fixed-point state is; the gradient goes through."""
-    if not scale or x.dtype == torch.float64:
-        return x
-    return x + ((x.detach() * scale).round() / scale - x.detach())
 
 
 def run(function, tensors):
@@ -81,7 +76,7 @@ def run(function, tensors):
 def compare(function, plain, tensors):
     """Hold results and gradients against float64."""
     exact = run(plain, [x.double() for x in tensors])
-    assert_as_accurate(run(function, tensors), lambda: run(plain, tensors), exact)
+    rounding.assert_as_accurate(run(function, tensors), lambda: run(plain, tensors), exact)
 
 
 def compare_flow(tensors, phi="gelu_integral", scale=0.0, stages=STAGES, spring=0.0):
