@@ -98,6 +98,8 @@ def within(func: Any, name: str, args: Sequence[Any], kwargs: Any, result: Tenso
             return result * (1 - result.clamp_min(1e-300).log())
         case "_log_softmax":
             return result.abs() + x.abs()
+        case "logsumexp":
+            return result.abs() + 1
         case "_softmax_backward_data":
             return args[1] * (x.abs() + (args[1] * x.abs()).sum(args[2], keepdim=True))
         case "_log_softmax_backward_data":
@@ -175,7 +177,8 @@ class RandomRounding(TorchDispatchMode):
         noise = torch.rand(exact.shape, generator=self.generator).to(exact.device)
         error = (2 * noise - 1) * size
         # What is exactly 0 is so because nothing was added up, or by a threshold.
-        return result.copy_(torch.where(exact == 0, exact, exact + self.factor * error))
+        rounded = torch.where(exact.isfinite() & (exact != 0), exact + self.factor * error, exact)
+        return result.copy_(rounded)
 
 
 def errors_to_expect(

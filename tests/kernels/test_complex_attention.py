@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_maths import plain
 from rounding import assert_as_accurate
 
 from kernels import complex_attention as complex_attention_file
@@ -34,25 +35,6 @@ def reference(q, k, v, score, causal):
     if score == "phase":
         weight = weight * torch.sgn(s)
     return from_complex(weight @ v[:, heads])
-
-
-def plain(q, k, v, score, causal):
-    """The same maths on planes in the dtype of the operands."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    (q_re, q_im), (k_re, k_im), (v_re, v_im) = (x.unbind(-2) for x in (q, k, v))
-    scale = 1 / math.sqrt(q.shape[-1])
-    s_re = (q_re @ k_re.mT + q_im @ k_im.mT) * scale
-    s_im = (q_im @ k_re.mT - q_re @ k_im.mT) * scale
-    logits = s_re if score == "real" else (s_re.square() + s_im.square()).sqrt()
-    size = logits
-    if causal:
-        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
-    weight = logits.softmax(-1)
-    if score != "phase":
-        return torch.stack((weight @ v_re, weight @ v_im), dim=-2)
-    w_re, w_im = weight * s_re / size, weight * s_im / size
-    return torch.stack((w_re @ v_re - w_im @ v_im, w_re @ v_im + w_im @ v_re), dim=-2)
 
 
 def operands(length=7, heads=2, kv_heads=2, width=6, dtype=torch.float64, scale=1.0):

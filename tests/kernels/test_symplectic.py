@@ -151,7 +151,7 @@ def test_as_accurate_as_plain_pytorch(monkeypatch, phi, dtype, scale, by_token, 
     tensors, scheme = make(150, 32, 96, weights=dtype, by_token=by_token), leapfrog(4, 0.1)
 
     def run(*x):
-        return symplectic_flow(*x, *scheme, phi, spring, scale)[:2]
+        return symplectic_flow(*x, *scheme, phi=phi, confinement=spring, scale=scale)[:2]
 
     def plain(*x):
         return plain_flow(*x, *scheme, phi, spring, scale)

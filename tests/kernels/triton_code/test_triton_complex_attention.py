@@ -1,37 +1,14 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from attention_maths import plain
 from rounding import SAMPLES, assert_as_accurate
 
 from kernels.complex_attention import SCORES, complex_attention, complex_attention_forward
 from kernels.launch import Pinned
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
-
-
-def plain(q, k, v, score, causal=True):
-    """The maths on planes in the dtype of the operands, every score held."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    (q_re, q_im), (k_re, k_im), (v_re, v_im) = (x.unbind(-2) for x in (q, k, v))
-    scale = 1 / math.sqrt(q.shape[-1])
-    s_re = ((q_re * scale) @ k_re.mT) + ((q_im * scale) @ k_im.mT)
-    s_im = ((q_im * scale) @ k_re.mT) - ((q_re * scale) @ k_im.mT)
-    # The floor of a vanishing modulus, see the module.
-    floor = 1e-3 if q.dtype == torch.float16 else 1e-6
-    size = s_re if score == "real" else (s_re.square() + s_im.square() + floor**2).sqrt()
-    logits = size
-    if causal:
-        future = torch.ones_like(logits, dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2])
-        logits = logits.masked_fill(future, -math.inf)
-    weight = logits.softmax(-1)
-    if score != "phase":
-        return torch.stack((weight @ v_re, weight @ v_im), dim=-2)
-    w_re, w_im = weight * s_re / size, weight * s_im / size
-    return torch.stack((w_re @ v_re - w_im @ v_im, w_re @ v_im + w_im @ v_re), dim=-2)
 
 
 def operands(device, dtype, batch=1, length=65, keys=None, heads=2, kv_heads=1, width=20, scale=1.0):

@@ -1,0 +1,40 @@
+"""Complex attention in plain PyTorch, for the tests of its eager and its Triton implementation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def scores(q, k, score, causal):
+    """Planes, the modulus or what stands for it, and logits, every score held."""
+    (q_re, q_im), (k_re, k_im) = q.unbind(-2), k.unbind(-2)
+    scale = 1 / math.sqrt(q.shape[-1])
+    s_re = ((q_re * scale) @ k_re.mT) + ((q_im * scale) @ k_im.mT)
+    s_im = ((q_im * scale) @ k_re.mT) - ((q_re * scale) @ k_im.mT)
+    # The floor of a vanishing modulus, see the module.
+    floor = 1e-3 if q.dtype == torch.float16 else 1e-6
+    size = s_re if score == "real" else (s_re.square() + s_im.square() + floor**2).sqrt()
+    logits = size
+    if causal:
+        future = torch.ones_like(logits, dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2])
+        logits = logits.masked_fill(future, -math.inf)
+    return s_re, s_im, size, logits
+
+
+def plain(q, k, v, score, causal=True):
+    """The maths on planes in the dtype of the operands.
+
+    As in the backward pass of flash attention, weights come of scores that are computed again: rounded
+    otherwise, they do not sum to 1, and their mean slope is that of the output.
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    v_re, v_im = v.unbind(-2)
+    s_re, s_im, size, logits = scores(q, k, score, causal)
+    weight = (logits - scores(q, k, score, causal)[-1].logsumexp(-1, keepdim=True)).exp()
+    if score != "phase":
+        return torch.stack((weight @ v_re, weight @ v_im), dim=-2)
+    w_re, w_im = weight * s_re / size, weight * s_im / size
+    return torch.stack((w_re @ v_re - w_im @ v_im, w_re @ v_im + w_im @ v_re), dim=-2)
