@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rounding import FACTOR, RandomRounding, errors_to_expect, find_fault, unit
+from rounding import FACTOR, RandomRounding, allowed_errors, errors_to_expect, find_fault, unit
 
 from kernels.complex_attention import SCORES, complex_attention_forward
 from kernels.complex_linear import PARAMETERS, complex_linear, complex_linear_activated
@@ -22,8 +22,8 @@ from muse.models import linear_cross_entropy
 
 TOKENS, WIDTH, HEADS = 40, 24, 3
 WEIGHTS = [(2, WIDTH, WIDTH), (2 * WIDTH, WIDTH), (2 * WIDTH,), (50, WIDTH)]
-# The relative error of one element that must be seen, in units of roundoff: 8e-6, 1.6 % and 12 %.
-FAULT = {torch.float32: 2.0**7, torch.float16: 2.0**5, torch.bfloat16: 2.0**5}
+# The relative error of one element that must be seen, in units of roundoff: 1.5e-5, 1.6 % and 12 %.
+FAULT = {torch.float32: 2.0**8, torch.float16: 2.0**5, torch.bfloat16: 2.0**5}
 
 
 def operations():
@@ -98,20 +98,22 @@ def case(name, dtype):
 
 @pytest.mark.parametrize("dtype", FAULT)
 @pytest.mark.parametrize("name", [name for name, *_ in operations()])
-def test_one_wrong_element_in_a_thousand_is_seen(name, dtype):
-    """In every output and gradient of every operation, at elements of at least median size.
+def test_one_wrong_element_is_seen(name, dtype):
+    """In every output and gradient of every operation, wherever it is but for a fifth of the larger half.
 
-    Smaller ones may be what is left of a difference, of which no computation keeps all digits.
+    The smaller half may be what is left of a difference, of which no computation keeps all digits.
     """
     for result, truth, errors in zip(*case(name, dtype), strict=True):
         assert find_fault(result, truth, errors) is None
-        candidates = (truth.abs() >= truth.abs().median()).logical_and(truth != 0).flatten().nonzero()[:, 0]
-        if not len(candidates):
+        larger = (truth.abs() >= truth.abs().median()) & (truth != 0)
+        if not larger.any():
             continue
-        wrong = candidates[torch.randperm(len(candidates))[: 1 + truth.numel() // 1000]]
-        planted = result.clone()
-        planted.view(-1)[wrong] *= 1 + FAULT[dtype] * unit(dtype)
-        assert find_fault(planted, truth, errors) is not None
+        fault = FAULT[dtype] * unit(dtype)
+        allowed = allowed_errors(truth, errors, result.dtype)
+        seen = (result.double() * (1 + fault) - truth).abs() > allowed
+        assert seen[larger].double().mean() > 0.8
+        result.view(-1)[(seen & larger).flatten().nonzero()[0]] *= 1 + fault
+        assert find_fault(result, truth, errors) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
