@@ -26,15 +26,18 @@ def scores(q, k, score, causal):
 def plain(q, k, v, score, causal=True):
     """The maths on planes in the dtype of the operands.
 
-    As in the backward pass of flash attention, weights come of scores that are computed again: rounded
-    otherwise, they do not sum to 1, and their mean slope is that of the output.
+    As in flash attention, weights are divided by their sum at the end, so that the mean slope of the backward
+    pass is taken of the output, and they come of scores that are computed again, so that rounding leaves
+    their sum off 1.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     v_re, v_im = v.unbind(-2)
     s_re, s_im, size, logits = scores(q, k, score, causal)
-    weight = (logits - scores(q, k, score, causal)[-1].logsumexp(-1, keepdim=True)).exp()
+    again = scores(q, k, score, causal)[-1]
+    largest = again.detach().amax(-1, keepdim=True)
+    weight, total = (logits - largest).exp(), (again - largest).exp().sum(-1, keepdim=True).unsqueeze(-2)
     if score != "phase":
-        return torch.stack((weight @ v_re, weight @ v_im), dim=-2)
+        return torch.stack((weight @ v_re, weight @ v_im), dim=-2) / total
     w_re, w_im = weight * s_re / size, weight * s_im / size
-    return torch.stack((w_re @ v_re - w_im @ v_im, w_re @ v_im + w_im @ v_re), dim=-2)
+    return torch.stack((w_re @ v_re - w_im @ v_im, w_re @ v_im + w_im @ v_re), dim=-2) / total
