@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from rounding import assert_as_accurate
 from torch import Tensor, nn
 
 from muse.dynamics import DuffingPotential, HamiltonianNeuralODE, MLPPotential, Potential, flow_metrics
@@ -183,6 +184,17 @@ def worst_error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     """The largest relative error of a gradient (or of the result)."""
     assert found.keys() == exact.keys()
     return max(relative_error(found[name], exact[name]) for name in found)
+
+
+def assert_gradients_as_accurate(ode: HamiltonianNeuralODE, z: Tensor) -> None:
+    """As plain backpropagation through the same steps in the dtype of z."""
+    plain, exact = twin(ode, gradient="backprop"), exact_gradients(ode, z)
+    names = exact.keys() - {"end"}
+
+    def some(gradients: dict[str, Tensor]) -> list[Tensor]:
+        return [gradients[name] for name in sorted(names)]
+
+    assert_as_accurate(some(flow_gradients(ode, z)), lambda: some(flow_gradients(plain, z)), some(exact), 8)
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from dynamics_helpers import (
     MODES,
     Frozen,
     assert_equal,
+    assert_gradients_as_accurate,
     assert_rebuilt,
     exact_gradients,
     flow_gradients,
@@ -22,7 +23,6 @@ from dynamics_helpers import (
     perturbed_context,
     relative_error,
     state,
-    twin,
     worst_error,
 )
 
@@ -187,12 +187,7 @@ def test_gradients_of_many_tokens_against_double_precision(mode, tokens):
 @at_chunk_edges
 def test_gradients_of_many_tokens_are_as_accurate_as_those_of_backpropagation(tokens):
     ode, z = make(steps=10, integrator="leapfrog"), state(tokens, 16)
-    exact = exact_gradients(ode, z)
-    found, plain = (flow_gradients(x, z) for x in (ode, twin(ode, gradient="backprop")))
-    for name in found.keys() - {"end"}:
-        # Of one token alone the errors vary; a few roundings are allowed.
-        allowed = 2 * relative_error(plain[name], exact[name]) + 4 * torch.finfo(torch.float32).eps
-        assert relative_error(found[name], exact[name]) <= allowed, name
+    assert_gradients_as_accurate(ode, z)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

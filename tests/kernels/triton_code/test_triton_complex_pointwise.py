@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounding import assert_as_accurate
 
 from kernels import launch
 from kernels.complex_pointwise import (
@@ -14,7 +15,8 @@ from kernels.complex_pointwise import (
     split_heads,
 )
 
-# Triton's interpreter has no bfloat16.
+# Triton's interpreter has no bfloat16.from rounding import assert_as_accurate
+
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 NORMS = ["rms_norm", "add_rms_norm", "layer_norm"]
 OPERATIONS = [*NORMS, *ACTIVATIONS, "rotate", "rotate_back", "split_heads"]
@@ -63,31 +65,32 @@ def results(function, leaves, dtype=None, spread=False):
     return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, cotangents)]
 
 
-def references(function, leaves):
-    """The eager implementation in the dtype of the leaves, and in float64."""
-    with launch.eager():
-        return results(function, leaves), results(function, leaves, torch.float64)
+def check(function, leaves):
+    """Outputs and gradients against the eager implementation in float64."""
+
+    def eager(dtype=None):
+        with launch.eager():
+            return results(function, leaves, dtype)
+
+    got = results(function, leaves)
+    assert_as_accurate(got, eager, eager(torch.float64))
+    return got
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 # (60, 5) gives each program of a backward pass several tiles, the last incomplete.
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 63), (3, 65), (60, 5)])
-def test_value_and_every_gradient(name, dtype, sizes, device, assert_as_accurate):
+def test_value_and_every_gradient(name, dtype, sizes, device):
     function, leaves = case(name, *sizes, dtype, device)
-    got = results(function, leaves)
-    for actual, plain, exact in zip(got, *references(function, leaves), strict=True):
-        # One channel, normalised, has a gradient of zero; what is left of it is rounding.
-        assert_as_accurate(actual, plain, exact, scale=1.0)
+    check(function, leaves)
 
 
 @pytest.mark.parametrize("name", [*NORMS, "mod_swish", "rotate"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_wide_tokens(name, dtype, device, assert_as_accurate):
+def test_wide_tokens(name, dtype, device):
     function, leaves = case(name, 2, 1025, dtype, device)
-    got = results(function, leaves)
-    for actual, plain, exact in zip(got, *references(function, leaves), strict=True):
-        assert_as_accurate(actual, plain, exact)
+    check(function, leaves)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -103,12 +106,9 @@ def test_neither_inputs_nor_gradients_need_be_contiguous(name, device):
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 100.0])
-def test_zeros_tiny_and_large_values(name, dtype, scale, device, assert_as_accurate):
+def test_zeros_tiny_and_large_values(name, dtype, scale, device):
     function, leaves = case(name, 3, 9, dtype, device, scale)
-    got = results(function, leaves)
-    for actual, plain, exact in zip(got, *references(function, leaves), strict=True):
-        assert actual.isfinite().all()
-        assert_as_accurate(actual, plain, exact, scale=scale)
+    assert all(x.isfinite().all() for x in check(function, leaves))
 
 
 @pytest.mark.parametrize("kind", ["constant", "real", "imaginary", "dependent", "equal"])
@@ -166,15 +166,13 @@ def test_norm_is_that_of_the_rounded_sum(dtype, device):
     assert torch.equal(normal, complex_rms_norm(total, gain))
 
 
-def test_sum_and_norm_with_only_the_norm_used(device, assert_as_accurate):
+def test_sum_and_norm_with_only_the_norm_used(device):
     _, leaves = case("add_rms_norm", 5, 9, torch.float32, device)
 
     def normal(*leaves):
         return add_complex_rms_norm(*leaves)[1]
 
-    got = results(normal, leaves)
-    for actual, plain, exact in zip(got, *references(normal, leaves), strict=True):
-        assert_as_accurate(actual, plain, exact)
+    check(normal, leaves)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (6, 3), (5, 5)])
@@ -188,18 +186,15 @@ def test_heads_are_split_as_by_torch(heads, device):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_parameters_may_be_float32_for_float16_states(name, device, assert_as_accurate):
+def test_parameters_may_be_float32_for_float16_states(name, device):
     """As under autocast."""
     function, (z, *parameters) = case(name, 3, 9, torch.float16, device)
     if name == "add_rms_norm":
         leaves = [z, parameters[0], parameters[1].float()]
     else:
         leaves = [z, *(parameter.float() for parameter in parameters)]
-    got = results(function, leaves)
-    for actual, leaf in zip(got[-len(leaves) :], leaves, strict=True):
+    for actual, leaf in zip(check(function, leaves)[-len(leaves) :], leaves, strict=True):
         assert actual.dtype == leaf.dtype
-    for actual, plain, exact in zip(got, *references(function, leaves), strict=True):
-        assert_as_accurate(actual, plain, exact)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
