@@ -40,13 +40,13 @@ class Sweep(Callback):
         _folder = Path(config.hydra.sweep.dir)
         Path(config.output_root).mkdir(parents=True, exist_ok=True)
         if "optuna" in config.hydra.sweeper._target_:
-            record_search(_folder, searched_options(config))
+            record_search(_folder, searched_options(config.hydra))
 
 
-def searched_options(config: DictConfig) -> dict[str, bool]:
+def searched_options(hydra: DictConfig) -> dict[str, bool]:
     """What Optuna's sweeper varies, and whether each on a logarithmic scale, as the command line has it."""
-    told = [f"{name}={value}" for name, value in (config.hydra.sweeper.params or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*told, *config.hydra.overrides.task])
+    told = [f"{name}={value}" for name, value in (hydra.sweeper.params or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*told, *hydra.overrides.task])
     values = {override.get_key_element(): override for override in parsed}
     return {
         name: "log" in getattr(override.value(), "tags", ())
