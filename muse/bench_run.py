@@ -179,6 +179,14 @@ def _kernel_cells(row: dict[str, Any], others: list[str]) -> list[object]:
 
 
 def _plots(report: Report, run: Path) -> list[Path]:
+    figures = _figures(report)
+    for name, figure in figures.items():
+        save(figure, run / f"{name}.png")
+    return [run / f"{name}.png" for name in figures]
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    """A figure for each measurement that has one, by its name."""
     figures = {}
     if memory := report.details.get("vram"):
         bars = {name: {part: values[part] for part in HOLDERS} for name, values in memory.items()}
@@ -241,9 +249,7 @@ def _plots(report: Report, run: Path) -> list[Path]:
                 _differences(curves, dict.fromkeys(curves, curves[baseline])),
             ),
         )
-    for name, figure in figures.items():
-        save(figure, run / f"{name}.png")
-    return [run / f"{name}.png" for name in figures]
+    return figures
 
 
 def _differences(curves: dict[str, Any], references: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 # Lines of more points have no markers.
 MOST_MARKERS = 30
-LEGEND_COLUMNS = 4
+# As wide as a legend may be; the sample beside a name is as wide as six.
+LEGEND_CHARACTERS = 120
 # Inches from one name to the next at the ends of lines, whose letters are small.
 LABEL_GAP = 0.15
 # Of an axis over the largest amount on it, beside which its number stands.
@@ -141,7 +142,7 @@ def add_legend(figure: Any, axes: Any) -> None:
             handles,
             names,
             loc="outside lower center",
-            ncols=min(len(names), LEGEND_COLUMNS),
+            ncols=max(1, min(len(names), LEGEND_CHARACTERS // (max(map(len, names)) + 6))),
             fontsize="small",
         )
 

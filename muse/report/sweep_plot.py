@@ -89,8 +89,8 @@ OF_STAGE_2 = {"vram_gb": "vram_symplectic_gb", "ppl": "stage2_ppl"}
 MOST_LINES = 8
 # Bars that have room for their numbers.
 MOST_NUMBERS = 24
-# Values that have room for their own ticks.
-MOST_TICKS = 9
+# Characters that have room below an axis as wide as the figure, and below one of several.
+WIDE, NARROW = 60, 24
 # Numbers that are this far apart are shown on a logarithmic axis.
 DECADES = 50
 PANELS_A_ROW = 3
@@ -156,6 +156,8 @@ def draw_sweep(cells: Cells, swept: Sequence[str]) -> Any:
     if options != list(swept):
         title += ", mean over the seeds"
     lines = _lines(cells, metric, across, others, beside="stage" not in options)
+    if len(lines) > MOST_LINES:
+        lines = _lines(cells, metric, across, others, beside=False)
     if across.numeric:
         return _draw_numbers(title, metric, across, lines)
     return _draw_names(title, metric, across, lines)
@@ -192,7 +194,7 @@ def draw_search(cells: Cells, searched: Mapping[str, bool]) -> Any:
     for place, option in zip(_places(rows, 1), varied, strict=False):
         scale = scale_of(option, cells, searched[option])
         panel = new_axes(figure, option, "" if place[1] else label, rows[place], sharey=axes)
-        _set_scale(panel, scale)
+        _set_scale(panel, scale, NARROW)
         at = [scale.places[_value(cell, option)] for cell in cells]
         points = [(at[number], value) for number, value in found]
         _add_trials(panel, points, [at[number] for number in failed], (at[best], lowest))
@@ -233,7 +235,7 @@ def _draw_options(
     for place, scale in zip(_places(rows, 0), scales, strict=False):
         axes = new_axes(figure, scale.option, "" if place[1] else label, rows[place], sharey=first)
         first = first or axes
-        _set_scale(axes, scale)
+        _set_scale(axes, scale, NARROW)
         points = [(scale.places[_value(cell, scale.option)], value) for cell, value in found]
         axes.plot(*zip(*points, strict=True), linestyle="", marker=".", color=COLOURS[0], label="cell")
         means = _means(points)
@@ -252,7 +254,7 @@ def _draw_numbers(
     reference = next((name for name in (metric.reference, BASELINE) if name in means), None)
     second = f"ratio to {reference}" if reference and metric.counted and len(means) > 1 else None
     figure, axes, below = new_panels(title, across.option, metric.label, second)
-    _set_scale(axes, across)
+    _set_scale(axes, across, WIDE)
     values = [value for points in lines.values() for _, value in points]
     if min(values) > 0 and _decades(values):
         axes.set_yscale("log")
@@ -269,7 +271,7 @@ def _draw_numbers(
             parts = [(place, mean / whole[place]) for place, mean in points if whole.get(place)]
             if parts and name != reference:
                 shares.append(add_line(below, name, parts, number))
-        below.set_ylim(0, ROOM * max(share for line in shares for share in line.get_ydata()))
+        below.set_ylim(0, ROOM * max((share for line in shares for share in line.get_ydata()), default=1.0))
         label_ends(below, shares)
     return figure
 
@@ -354,16 +356,17 @@ def _places(grid: Any, above: int) -> Iterator[tuple[int, int]]:
     return ((row, column) for row in range(above, grid.nrows) for column in range(grid.ncols))
 
 
-def _set_scale(axes: Any, scale: Scale) -> None:
-    """The horizontal axis of an option, with the values themselves as ticks where they have room."""
+def _set_scale(axes: Any, scale: Scale, room: int) -> None:
+    """The horizontal axis of an option, with names as ticks, and numbers that fit into so many characters."""
     if scale.log:
         axes.set_xscale("log")
-    names = list(scale.places)
+    fits = sum(map(len, scale.places)) <= room
     if not scale.numeric:
-        names = [textwrap.fill(name, 10) for name in names]
-        axes.set_xlim(-0.5, len(names) - 0.5)
-    if not scale.numeric or len(names) <= MOST_TICKS:
-        axes.set_xticks(list(scale.places.values()), names)
+        axes.set_xlim(-0.5, len(scale.places) - 0.5)
+        if not fits:
+            axes.tick_params(axis="x", rotation=90)
+    if fits or not scale.numeric:
+        axes.set_xticks(list(scale.places.values()), list(scale.places))
         axes.minorticks_off()
 
 

@@ -208,6 +208,28 @@ def test_a_baseline_that_is_the_same_beside_every_line_is_drawn_once():
     }  # fmt: skip
 
 
+def test_what_stands_beside_is_left_out_where_the_lines_are_too_many():
+    cells = [
+        cell(
+            f"stage.flows={flows} benchmark.seq_len={length}", **dict(zip(FLOW, range(n, n + 4), strict=True))
+        )
+        for n, flows in enumerate("abcd", 1)
+        for length in (10, 20)
+    ]
+    assert list(lines_of(draw(cells).axes[0])) == [f"flows={flows}" for flows in "abcd"]
+    assert len(lines_of(draw(cells[:4]).axes[0])) == 8
+
+
+def test_a_baseline_that_measured_nothing_in_common_is_no_reference():
+    cells = [
+        cell("stage=0 benchmark.seq_len=10", vram_gb=2.0),
+        cell("stage=0 benchmark.seq_len=20", "failed"),
+        cell("stage=1 benchmark.seq_len=10", "failed"),
+        cell("stage=1 benchmark.seq_len=20", vram_gb=2.0),
+    ]
+    assert set(lines_of(draw(cells).axes[0])) == {"stage=0", "stage=1"}
+
+
 def test_stages_beside_each_other_are_measured_alike_and_have_no_baseline():
     cells = [
         cell("stage=0", vram_gb=2.0),
@@ -285,6 +307,21 @@ def test_a_search_has_a_panel_for_each_option_and_a_legend_of_what_is_drawn(over
     assert overlapping(figure, [*(axes.patch for axes in figure.axes), *figure.legends]) == []
     colours = {to_hex(line.get_color()) for line in over_trials.lines}
     assert len(colours) == 3
+
+
+def test_the_ticks_of_a_search_do_not_lie_on_each_other(overlapping):
+    searched = {"optim.lr": False, "optim.warmup": False, "stage.activation": False}
+    cells = [
+        cell(
+            f"optim.lr={1 / (3 + n)} optim.warmup={n} stage.activation=the_long_name_of_number_{n}",
+            valid_loss=5.0,
+        )
+        for n in range(5)
+    ]
+    figure = draw_search(cells, searched)
+    for axes in figure.axes:
+        assert overlapping(figure, axes.get_xticklabels()) == []
+    assert texts(figure.axes[2].get_xticklabels()) == list("01234")
 
 
 @pytest.mark.parametrize("count", [1, 4, 7])
