@@ -102,7 +102,7 @@ def _measure(config: BenchConfig, run: Path, here: dict[str, Any]) -> dict[str, 
     log(0, {key: value for key, value in report.values.items() if isinstance(value, int | float)})
     for step, losses in _curves(report):
         log(step, losses)
-    log.add_results(report.values, plots, result_tables(report.details, report.criteria))
+    log.add_results(report.values, plots, result_tables(report.details, report.criteria, DRIFT_TARGET))
     print(_tables(report))
     print(f"\neverything is in {run}")
     log.close()
