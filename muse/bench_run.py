@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from muse.benchmarks.criteria_decoder import VRAM_TARGET
-from muse.benchmarks.criteria_flow import VRAM_REDUCTION
+from muse.benchmarks.criteria_flow import DRIFT_TARGET, VRAM_REDUCTION
 from muse.benchmarks.report import Report
 from muse.benchmarks.setting import check_flow, check_updates
 from muse.benchmarks.stored import check_checkpoint
@@ -19,7 +19,7 @@ from muse.files import find_files, write_json
 from muse.hardware import machine, restored_threads, use_hardware
 from muse.provenance import identity, provenance, source_hash
 from muse.report.metrics import MetricsLog
-from muse.report.plots import plot_lines, plot_ratios, plot_stacked
+from muse.report.plots import draw_lines, draw_ratios, draw_stacked, save, subtracted
 from muse.report.table import show, table
 from muse.report.wandb_tables import HOLDERS, drift_lines, result_tables
 from muse.sweep import given_options, record, sweep_folder
@@ -102,7 +102,7 @@ def _measure(config: BenchConfig, run: Path, here: dict[str, Any]) -> dict[str, 
     log(0, {key: value for key, value in report.values.items() if isinstance(value, int | float)})
     for step, losses in _curves(report):
         log(step, losses)
-    log.add_results(report.values, plots, result_tables(report.details, report.criteria))
+    log.add_results(report.values, plots, result_tables(report.details, report.criteria, DRIFT_TARGET))
     print(_tables(report))
     print(f"\neverything is in {run}")
     log.close()
@@ -179,19 +179,24 @@ def _kernel_cells(row: dict[str, Any], others: list[str]) -> list[object]:
 
 
 def _plots(report: Report, run: Path) -> list[Path]:
-    plots = []
+    figures = _figures(report)
+    for name, figure in figures.items():
+        save(figure, run / f"{name}.png")
+    return [run / f"{name}.png" for name in figures]
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    """A figure for each measurement that has one, by its name."""
+    figures = {}
     if memory := report.details.get("vram"):
-        path = run / "vram.png"
         bars = {name: {part: values[part] for part in HOLDERS} for name, values in memory.items()}
         baseline = memory.get("stage 0 fp32")
         limit = (f"{VRAM_TARGET:.0%} of stage 0 fp32", VRAM_TARGET * baseline["peak"]) if baseline else None
         if full := memory.get("backprop"):
             allowed = 1 - VRAM_REDUCTION
             limit = (f"{allowed:.0%} of full backpropagation", allowed * full["peak"])
-        plot_stacked(path, "peak memory of a training step", "GB", bars, limit)
-        plots.append(path)
+        figures["vram"] = draw_stacked("peak memory of a training step", "GB", bars, limit)
     if speed := report.details.get("throughput"):
-        path = run / "throughput.png"
         bars = {
             name: {
                 "matrix products": values["products_ms"],
@@ -199,40 +204,61 @@ def _plots(report: Report, run: Path) -> list[Path]:
             }
             for name, values in speed.items()
         }
-        plot_stacked(path, "time of a training step", "ms", bars)
-        plots.append(path)
+        figures["throughput"] = draw_stacked("time of a training step", "ms", bars)
     if energies := report.details.get("energy"):
-        path = run / "energy.png"
-        title = "energy drift of the worst token of the worst layer"
-        plot_lines(path, title, "time", "|E - E0| / |E0|", drift_lines(energies), log=True)
-        plots.append(path)
+        figures["energy"] = draw_lines(
+            "energy drift of the worst token of the worst layer",
+            "time",
+            "|E - E0| / |E0|",
+            drift_lines(energies),
+            log=True,
+            limit=(f"allowed: {DRIFT_TARGET:g}", DRIFT_TARGET),
+        )
     if kernels := report.details.get("kernels"):
-        path = run / "kernels.png"
         ratios = {
             name: {
-                other: figures["training_ratio"]
-                for other, figures in row["alternatives"].items()
-                if "training_ratio" in figures
+                other: figures_of["training_ratio"]
+                for other, figures_of in row["alternatives"].items()
+                if other != "ours" and "training_ratio" in figures_of
             }
             for name, row in kernels.items()
             if "alternatives" in row
         }
         label = "time of the alternative / ours, forward + backward (above 1: ours is faster)"
-        plot_ratios(path, "operations of kernels/", label, ratios)
-        plots.append(path)
+        figures["kernels"] = draw_ratios("operations of kernels/", label, ratios)
     if runs := report.details.get("speedup"):
-        path = run / "speedup.png"
         curves = {name: values["curve"] for name, values in runs.items()}
-        plot_lines(
-            path, "training loss, plainly and with the stack", "batch", "loss [nats per token]", curves
+        plain = {name: curves.get(name.replace("stack", "plain", 1)) for name in curves}
+        figures["speedup"] = draw_lines(
+            "training loss, plainly and with the stack",
+            "batch",
+            "loss [nats per token]",
+            curves,
+            differences=("difference to plain", _differences(curves, plain)),
         )
-        plots.append(path)
     if perplexity := report.details.get("perplexity"):
-        path = run / "perplexity.png"
         curves = {name: values["curve"] for name, values in perplexity.items()}
-        plot_lines(path, "training loss on the same tokens", "step", "loss [nats per token]", curves)
-        plots.append(path)
-    return plots
+        baseline = next(reversed(curves))
+        figures["perplexity"] = draw_lines(
+            "training loss on the same tokens",
+            "step",
+            "loss [nats per token]",
+            curves,
+            differences=(
+                f"difference to {baseline}",
+                _differences(curves, dict.fromkeys(curves, curves[baseline])),
+            ),
+        )
+    return figures
+
+
+def _differences(curves: dict[str, Any], references: dict[str, Any]) -> dict[str, Any]:
+    """Each curve less its reference, where that is there and another curve."""
+    return {
+        name: subtracted(curve, references[name])
+        for name, curve in curves.items()
+        if references[name] is not None and references[name] is not curve
+    }
 
 
 def _finished(config: BenchConfig, here: dict[str, Any]) -> dict[str, Any] | None:

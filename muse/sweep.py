@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -17,7 +18,7 @@ from omegaconf import DictConfig
 from muse.errors import ConfigError, RunError
 from muse.files import full_disk_told
 from muse.provenance import UNIDENTIFYING
-from muse.report.sweep import INCOMPLETE, record_cell, show_cells, write_summary
+from muse.report.sweep import INCOMPLETE, record_cell, record_search, show_cells, write_summary
 
 # Options that need a plugin of Hydra, the plugin, and the extra of MUSE that brings it.
 PLUGINS = {
@@ -38,6 +39,20 @@ class Sweep(Callback):
         global _folder
         _folder = Path(config.hydra.sweep.dir)
         Path(config.output_root).mkdir(parents=True, exist_ok=True)
+        if "optuna" in config.hydra.sweeper._target_:
+            record_search(_folder, searched_options(config.hydra))
+
+
+def searched_options(hydra: DictConfig) -> dict[str, bool]:
+    """What Optuna's sweeper varies, and whether each on a logarithmic scale, as the command line has it."""
+    told = [f"{name}={value}" for name, value in (hydra.sweeper.params or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*told, *hydra.overrides.task])
+    values = {override.get_key_element(): override for override in parsed}
+    return {
+        name: "log" in getattr(override.value(), "tags", ())
+        for name, override in values.items()
+        if override.is_sweep_override()
+    }
 
 
 def started_sweep() -> Path | None:

@@ -9,6 +9,8 @@ import torch
 
 from muse import bench_run, hardware
 from muse.benchmarks import suite
+from muse.benchmarks.criteria_flow import DRIFT_TARGET
+from muse.benchmarks.report import Report
 from muse.config import BenchConfig, BenchmarkConfig, HardwareConfig, LoggerConfig
 from muse.errors import RunError
 from muse.hardware import machine
@@ -79,6 +81,58 @@ def test_the_result_is_written_before_anything_is_drawn(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no fonts"):
         bench_run.run_benchmark(CONFIG, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text())["vram_gb"] == 1.0
+
+
+CURVE = [[1, 5.0], [2, 4.0]]
+DETAILS = {
+    "energy": {
+        "trained": {
+            "times": [0.0, 0.1, 0.2],
+            "integrator": "yoshida4",
+            "drift_trajectory": [0.0, 1e-7, 2e-7],
+            "leapfrog_drift_trajectory": [0.0, 1e-6, 2e-6],
+        }
+    },
+    "speedup": {
+        name: {"curve": [[step, loss + shift] for step, loss in CURVE]}
+        for name, shift in (("plain, 8", 0.0), ("stack, 8", 0.5), ("plain, 1", 1.0), ("stack, 1", 1.25))
+    },
+    "perplexity": {"stage 2": {"curve": [[1, 5.5], [2, None]]}, "stage 0": {"curve": CURVE}},
+    "kernels": {
+        "norm": {"alternatives": {"ours": {"training_ratio": 1.0}, "eager": {"training_ratio": 3.0}}},
+        "flow": {"error": "wrong"},
+    },
+}
+
+
+def drawn(**details):
+    """The axes of each figure."""
+    figures = bench_run._figures(Report(measure, details=details))
+    return {name: figure.axes for name, figure in figures.items()}
+
+
+def test_the_picture_of_the_energy_has_the_drift_that_is_allowed():
+    (axes,) = drawn(**DETAILS)["energy"]
+    assert [DRIFT_TARGET] * 2 in [list(line.get_ydata()) for line in axes.lines]
+    assert axes.get_ylim()[0] < 2e-6 < DRIFT_TARGET < axes.get_ylim()[1]
+
+
+def test_losses_have_a_panel_of_their_differences_to_the_plain_run_or_the_baseline():
+    axes = drawn(**DETAILS)
+    differences = {
+        line.get_label(): list(line.get_ydata())
+        for name in ("speedup", "perplexity")
+        for line in axes[name][1].lines
+        if not line.get_label().startswith("_")
+    }
+    assert differences == {"stack, 8": [0.5, 0.5], "stack, 1": [0.25, 0.25], "stage 2": [0.5]}
+    assert len(drawn(perplexity={"stage 0": {"curve": CURVE}})["perplexity"]) == 1
+    assert len(drawn(speedup={"stack, 1": {"curve": CURVE}})["speedup"]) == 1
+
+
+def test_the_kernels_stand_beside_their_alternatives_alone():
+    (axes,) = drawn(**DETAILS)["kernels"]
+    assert [bar.get_width() for bar in axes.patches] == [2.0]
 
 
 @pytest.fixture

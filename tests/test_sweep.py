@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from muse import sweep
 from muse.config import register_schemas
 from muse.errors import ConfigError
-from muse.sweep import PLUGINS, check_plugins, digest
+from muse.sweep import PLUGINS, check_plugins, digest, searched_options
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -64,6 +64,18 @@ def test_the_search_is_kept_below_the_folder_of_outputs(tmp_path):
     chosen = entry("hydra/sweeper=search", f"output_root={tmp_path}").sweeper
     assert chosen.storage == f"sqlite:///{tmp_path}/optuna.db"
     assert set(chosen.params) == {"optim.lr", "optim.warmup", "optim.weight_decay"}
+
+
+def test_what_is_searched_is_what_the_command_line_leaves_open():
+    chosen = entry("hydra/sweeper=search")
+    told = [
+        "optim.weight_decay=0.1",
+        "optim.warmup=tag(log,int(interval(1,100)))",
+        "stage.norm=choice(rms,layer)",
+        "train.steps=3",
+    ]
+    given = OmegaConf.create({"sweeper": {"params": chosen.sweeper.params}, "overrides": {"task": told}})
+    assert searched_options(given) == {"optim.lr": True, "optim.warmup": True, "stage.norm": False}
 
 
 def test_a_study_belongs_to_the_options_that_decide_its_numbers():

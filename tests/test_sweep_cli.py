@@ -276,6 +276,9 @@ def test_optuna_finds_the_best_of_its_trials_and_goes_on_with_its_study(place):
     losses = {cell["options"]["optim.weight_decay"]: cell.get("valid_loss") for cell in cells}
     found = [loss for loss in losses.values() if loss is not None]
     assert 0 < len(found) < len(losses) == 3, "both learning rates must be tried"
+    searched = json.loads((folder / "search.json").read_text())
+    assert searched == {"optim.lr": False, "optim.weight_decay": False}
+    assert (folder / "summary.png").read_bytes().startswith(b"\x89PNG")
     assert {cell["status"] for cell in cells if "valid_loss" not in cell} == {"failed"}
     storage = f"sqlite:///{place / 'search' / 'optuna.db'}"
     (told,) = optuna.get_all_study_summaries(storage)

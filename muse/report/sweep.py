@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from muse.files import write_atomically, write_json
-from muse.report.plots import plot_lines
+from muse.report.plots import save
+from muse.report.sweep_plot import draw_search, draw_sweep
 from muse.report.table import table
 
 SUMMARY = "summary.json"
 CELLS = "cells"
+# Of a search alone.
+SEARCH = "search.json"
 # What a cell is called until it ends; one that is killed keeps the name.
 UNFINISHED = "unfinished"
 INCOMPLETE = ("failed", "interrupted", UNFINISHED)
@@ -40,6 +43,20 @@ def record_cell(
     return write_summary(sweep)
 
 
+def record_search(sweep: Path, searched: dict[str, bool]) -> None:
+    """Write into the folder ``sweep`` what a search varies, and whether each on a logarithmic scale."""
+    write_json(sweep / SEARCH, searched)
+
+
+def _searched(sweep: Path) -> dict[str, bool]:
+    """What the multirun searches; nothing where it sweeps."""
+    try:
+        searched: dict[str, bool] = json.loads((sweep / SEARCH).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return searched
+
+
 def read_cells(sweep: Path) -> list[dict[str, Any]]:
     """The cells of a multirun by their number."""
     files = sorted((sweep / CELLS).glob("*.json"))
@@ -56,7 +73,7 @@ def write_summary(sweep: Path) -> list[dict[str, Any]]:
     while (cells := read_cells(sweep)) != written:
         write_json(sweep / SUMMARY, cells)
         write_atomically(sweep / "summary.csv", _csv(cells))
-        _plot(sweep / "summary.png", cells)
+        _plot(sweep / "summary.png", cells, _searched(sweep))
         written = cells
     return cells
 
@@ -114,74 +131,16 @@ def _csv(cells: list[dict[str, Any]]) -> str:
 
 # Numbers of a cell that fit a line.
 MOST_COLUMNS = 12
-# What a sweep plots: the first of these that was measured, and what stands beside it.
-PLOTTED: tuple[tuple[str, str, dict[str, str]], ...] = (
-    ("valid_loss", "validation loss [nats per token]", {}),
-    ("vram_gb", "peak memory [GB]", {"vram_baseline_gb": "stage 0"}),
-    (
-        "vram_symplectic_gb",
-        "peak memory [GB]",
-        {
-            "vram_symplectic_gb": "exact",
-            "vram_reversible_gb": "reversible",
-            "vram_checkpoint_gb": "checkpoint",
-            "vram_full_backprop_gb": "backprop",
-        },
-    ),
-    ("tokens_per_second", "tokens per second", {}),
-    ("ppl", "perplexity", {"ppl_baseline": "stage 0"}),
-    ("stage2_ppl", "perplexity", {"stage1_ppl": "stage 1", "stage0_ppl": "stage 0"}),
-    ("plain_seconds", "seconds of the training", {"stack_seconds": "with the stack"}),
-    ("max_drift", "largest relative energy drift", {"max_drift_leapfrog": "leapfrog"}),
-    ("grad_norm_max", "largest gradient norm", {}),
-    ("nan_count", "NaN in the logits", {}),
-)
-# From here on the combinations of the other options are too many to be told apart by colour.
-MOST_LINES = 12
-# Numbers that are this far apart are shown on a logarithmic axis.
-DECADES = 50
 
 
-def _plot(path: Path, cells: list[dict[str, Any]]) -> None:
-    swept, cells = _told_apart(cells)
-    measured = [plotted for plotted in PLOTTED if any(cell.get(plotted[0]) is not None for cell in cells)]
-    if not measured:
-        return
-    name, (key, label, beside) = swept[0], measured[0]
-    values = list(dict.fromkeys(cell["options"].get(name) for cell in cells))
-    numbers = [_number(value) for value in values]
-    numeric = [number for number in numbers if number is not None]
-    words = len(numeric) < len(numbers)
-    place = dict(zip(values, range(len(values)) if words else numeric, strict=True))
-    groups = {", ".join(f"{other}={cell['options'].get(other)}" for other in swept[1:]) for cell in cells}
-    scattered = len(groups) > MOST_LINES
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for cell in cells:
-        others = ", ".join(f"{other}={cell['options'].get(other)}" for other in swept[1:])
-        if scattered:
-            others = ""
-        for other, line in {key: "", **beside}.items():
-            value = cell.get(other)
-            if value is not None:
-                drawn = lines.setdefault(f"{line} {others}".strip() or key, [])
-                drawn.append((place[cell["options"].get(name)], value))
-    plot_lines(
-        path,
-        f"{label} over {name}",
-        name,
-        label,
-        {k: sorted(v) for k, v in lines.items()},
-        log_x=not words and min(numeric) > 0 and max(numeric) >= DECADES * min(numeric),
-        names=[str(value) for value in values] if words else None,
-        joined=not scattered,
-    )
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
+def _plot(path: Path, cells: list[dict[str, Any]], searched: dict[str, bool]) -> None:
+    if searched:
+        figure = draw_search(cells, searched)
+    else:
+        swept, told_apart = _told_apart(cells)
+        figure = draw_sweep(told_apart, swept)
+    if figure is not None:
+        save(figure, path)
 
 
 def _scalar(value: object) -> bool:

@@ -41,9 +41,14 @@ class ResultTable:
 
 
 def result_tables(
-    details: Mapping[str, Mapping[str, Any]], criteria: Sequence[Sequence[Any]]
+    details: Mapping[str, Mapping[str, Any]],
+    criteria: Sequence[Sequence[Any]],
+    allowed_drift: float | None = None,
 ) -> list[ResultTable]:
-    """Tables of a report's ``details`` and ``criteria`` (muse/benchmarks/report.py), empty ones left out."""
+    """Tables of a report's ``details`` and ``criteria`` (muse/benchmarks/report.py), empty ones left out.
+
+    The drift of the energy that is allowed is a line of its own among those measured.
+    """
     tables = [
         ResultTable("criteria", ("criterion", "measured", "target", "pass"), [list(row) for row in criteria])
     ]
@@ -55,7 +60,7 @@ def result_tables(
         curves = {name: values["curve"] for name, values in models.items() if "curve" in values}
         tables.append(_lines(f"{measurement} curve", "step", "loss", curves))
     tables.append(_memory(details.get("vram", {})))
-    tables += _energies(details.get("energy", {}))
+    tables += _energies(details.get("energy", {}), allowed_drift)
     return [table for table in tables if table.rows]
 
 
@@ -132,7 +137,7 @@ def _memory(models: Mapping[str, Mapping[str, float]]) -> ResultTable:
     return ResultTable("memory", ("part", "model", "holder", "GB"), rows, bar=("part", "GB"))
 
 
-def _energies(energies: Mapping[str, Any]) -> list[ResultTable]:
+def _energies(energies: Mapping[str, Any], allowed_drift: float | None) -> list[ResultTable]:
     """Trajectories of the energy and of its drift, as a logarithm because W&B's plots have linear axes."""
     kept = {
         name: list(zip(values["times"], values["energy_trajectory"], strict=True))
@@ -142,6 +147,9 @@ def _energies(energies: Mapping[str, Any]) -> list[ResultTable]:
         line: [(time, math.log10(drift)) for time, drift in points if drift]
         for line, points in drift_lines(energies).items()
     }
+    times = [time for points in drifts.values() for time, _ in points]
+    if allowed_drift is not None and times:
+        drifts["allowed"] = [(time, math.log10(allowed_drift)) for time in (min(times), max(times))]
     return [
         _lines("energy trajectory", "time", "energy", kept),
         _lines("energy drift", "time", "log10 drift", drifts),

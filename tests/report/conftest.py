@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 import time
@@ -39,6 +40,23 @@ def read_wandb(monkeypatch) -> Callable[[Path], Uploaded]:
         return found
 
     return read
+
+
+@pytest.fixture
+def overlapping() -> Callable[[Any, list[Any]], list[tuple[Any, Any]]]:
+    """The pairs of artists of a figure, each where it is drawn, that share some of its area."""
+
+    def find(figure: Any, artists: list[Any]) -> list[tuple[Any, Any]]:
+        figure.draw_without_rendering()
+        # A pixel less on each side: what only touches does not hide.
+        boxes = [(artist, artist.get_window_extent().padded(-1)) for artist in artists]
+        return [
+            (first, second)
+            for (first, box), (second, other) in itertools.combinations(boxes, 2)
+            if box.overlaps(other)
+        ]
+
+    return find
 
 
 def _parse(data: bytes) -> Uploaded:

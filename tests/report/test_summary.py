@@ -2,10 +2,8 @@ import csv
 import json
 import multiprocessing
 
-import pytest
-
 from muse.report import sweep
-from muse.report.sweep import read_cells, record_cell, show_cells, swept_options
+from muse.report.sweep import read_cells, record_cell, record_search, show_cells, swept_options
 
 
 def test_every_cell_is_in_the_summary_also_one_that_failed(tmp_path):
@@ -92,32 +90,22 @@ def test_a_cell_that_comes_while_the_summary_is_written_is_in_it(tmp_path, monke
     assert len(read_cells(tmp_path)) == 2
 
 
-@pytest.mark.parametrize(
-    ("option", "values", "names", "log_x"),
-    [
-        ("stage.norm", ["rms", "layer"], ["rms", "layer"], False),
-        ("optim.warmup", ["10", "20"], None, False),
-        ("optim.lr", ["0.001", "0.1"], None, True),
-        ("train.eval_stride", ["null", "4"], ["null", "4"], False),
-    ],
-)
-def test_any_option_is_plotted_words_by_name_and_decades_on_a_logarithmic_axis(
-    tmp_path, monkeypatch, option, values, names, log_x
-):
-    drawn = {}
-    monkeypatch.setattr(sweep, "plot_lines", lambda *args, **options: drawn.update(options, lines=args[4]))
-    for number, value in enumerate(values):
-        record_cell(tmp_path, number, [f"{option}={value}"], {"ppl": 2.0 - number}, "trained")
-    assert (drawn["names"], drawn["log_x"], drawn["joined"]) == (names, log_x, True)
-    places = [0, 1] if names else [float(value) for value in values]
-    assert drawn["lines"] == {"ppl": [(places[0], 2.0), (places[1], 1.0)]}
+def test_the_picture_of_a_search_is_another_one(tmp_path):
+    pictures = []
+    for searched in ({}, {"optim.lr": True}):
+        record_search(tmp_path, searched)
+        record_cell(tmp_path, 0, ["optim.lr=0.001"], {"valid_loss": 3.0}, "trained")
+        record_cell(tmp_path, 1, ["optim.lr=0.1"], {"error": "it diverged"}, "failed")
+        pictures.append((tmp_path / "summary.png").read_bytes())
+    assert pictures[0] != pictures[1]
 
 
-def test_the_points_of_a_search_are_one_cloud(tmp_path):
-    for number in range(20):
-        overrides = [f"optim.lr={0.001 * (number + 1)}", f"optim.weight_decay={0.01 * number}"]
-        record_cell(tmp_path, number, overrides, {"valid_loss": 1.0}, "trained")
-    assert (tmp_path / "summary.png").exists()
+def test_what_measured_nothing_that_can_be_drawn_has_no_picture(tmp_path):
+    record_cell(tmp_path, 0, ["seed=0"], {"error": "out of memory"}, "failed")
+    record_search(tmp_path, {"seed": False})
+    record_cell(tmp_path, 0, ["seed=0"], {"error": "out of memory"}, "failed")
+    assert (tmp_path / "summary.json").exists()
+    assert not (tmp_path / "summary.png").exists()
 
 
 def test_a_sweep_of_one_cell_has_a_summary_like_any_other(tmp_path):

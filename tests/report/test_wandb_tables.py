@@ -85,6 +85,12 @@ def test_trajectories_of_the_energy(tables):
     ]
 
 
+def test_the_drift_that_is_allowed_is_a_line_beside_those_measured():
+    (drift,) = [table for table in result_tables(DETAILS, [], 1e-4) if table.name == "energy drift"]
+    assert drift.rows[-2:] == [["allowed", 0.1, pytest.approx(-4)], ["allowed", 0.2, pytest.approx(-4)]]
+    assert result_tables({}, [], 1e-4) == []
+
+
 def test_an_operation_that_failed_is_there_with_its_error(tables):
     remarks = dict(zip(column(tables["kernels"], "case"), column(tables["kernels"], "remark"), strict=True))
     assert remarks == {"norm, ours": None, "norm, eager": "slow", "flow, -": "wrong: q is off"}
