@@ -4,7 +4,7 @@ import hydra
 from omegaconf import DictConfig
 
 from muse.bench_run import run_benchmark
-from muse.cli import finish, prepare, run_job
+from muse.cli import run_job, start
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="bench")
@@ -14,6 +14,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    prepare()
-    main()
-    finish()
+    start(main)

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from muse import stop
-from muse.config import build_config, quote_stage, register_schemas
+from muse.composition import one_line, prepare_hydra
+from muse.config import build_config
 from muse.errors import ConfigError, RunError
 from muse.files import full_disk_told
 from muse.report.sweep import UNFINISHED
@@ -37,9 +40,10 @@ OmegaConf.register_new_resolver("muse.digest", digest, replace=True)
 
 
 def prepare() -> None:
-    """Make ``stage=1`` work on the command line, and the schemas known to Hydra."""
+    """Make ready for Hydra: signals, what it is told beside the command line, and how it composes."""
     stop.take_signals_of_command()
-    sys.argv[1:] = quote_stage(sys.argv[1:])
+    # Errors come out of Hydra as they are, so that they can be told in one sentence.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         if launched_ranks() > 1 and {"-m", "--multirun"} & set(sys.argv):
             raise ConfigError("a sweep (-m) starts a process for each cell; torchrun goes with a single run")
@@ -56,7 +60,21 @@ def prepare() -> None:
             "hydra.output_subdir=null",
             "hydra/job_logging=disabled",
         ]
-    register_schemas()
+    prepare_hydra()
+
+
+def start(main: Callable[[], Any]) -> None:
+    """Run a command of Hydra and exit with the status of its worst job."""
+    prepare()
+    try:
+        main()
+    except (ConfigError, RunError) as error:
+        _say(error)
+        sys.exit(1)
+    except (HydraException, OmegaConfBaseException) as error:
+        _say(ConfigError(one_line(error)))
+        sys.exit(1)
+    finish()
 
 
 def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
