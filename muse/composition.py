@@ -23,7 +23,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.default_element import InputDefault
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, OverrideType, Quote, QuotedString
+from hydra.core.override_parser.types import Glob, Override, OverrideType, Quote, QuotedString, ValueType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -34,7 +34,7 @@ from muse.errors import ConfigError
 from muse.options import nearest, options_of, type_name
 
 # Options of a sweeper whose values are what is swept over, written as on the command line.
-SWEPT = "hydra.sweeper.params."
+SWEPT = "hydra.sweeper.params"
 
 
 def prepare_hydra() -> None:
@@ -94,9 +94,17 @@ class Loader(ConfigLoaderImpl):
             parsed[number] = _plain(override, repo, defaulted or set())
         return parsed, repo
 
+    def _compose_config_from_defaults_list(self, defaults: Any, repo: Any) -> DictConfig:
+        composed = super()._compose_config_from_defaults_list(defaults, repo)
+        sweeper = OmegaConf.select(composed, "hydra.sweeper")
+        if sweeper is not None and "params" in sweeper and sweeper.params is None:
+            # Nothing can be added to null.
+            sweeper.params = {}
+        return composed
+
     def _written_out(self, composed: DictConfig, repo: CachingConfigRepository) -> list[Override]:
         """What a sweeper's own options sweep over, whose values are then as if given on the command line."""
-        swept = OmegaConf.select(composed, SWEPT.rstrip(".")) or {}
+        swept = OmegaConf.select(composed, SWEPT) or {}
         parsed = []
         for name, value in list(swept.items()):
             try:
@@ -156,7 +164,9 @@ class _Repository(ConfigRepository):
         for item in defaults._iter_ex(resolve=False):
             if isinstance(item, DictConfig):
                 for key, value in list(item.items_ex(resolve=False)):
-                    if isinstance(value, int | float) and not isinstance(value, bool):
+                    if isinstance(value, ListConfig):
+                        item[key] = [str(name) for name in value._iter_ex(resolve=False)]
+                    elif isinstance(value, int | float):
                         item[key] = str(value)
         return super()._create_defaults_list(config_path, defaults)
 
@@ -189,12 +199,17 @@ def _plain(override: Override, repo: CachingConfigRepository, defaulted: set[str
     swept over, written one after the other.
     """
     if not _is_choice(override, repo):
-        key = override.key_or_group
-        if key.startswith(SWEPT) and not override.is_delete():
-            value = override._value
-            if override.is_sweep_override():
-                value = QuotedString(override.get_value_string(), Quote.single)
-            return dataclasses.replace(override, type=OverrideType.FORCE_ADD, value_type=None, _value=value)
+        group, dot, name = override.key_or_group.partition(f"{SWEPT}.")
+        if dot and not group and not override.is_delete():
+            swept = override.value()
+            text = override.get_value_string() if override.is_sweep_override() else str(swept)
+            return dataclasses.replace(
+                override,
+                type=OverrideType.FORCE_ADD,
+                key_or_group=SWEPT,
+                value_type=ValueType.ELEMENT,
+                _value={name: QuotedString(text, Quote.single)},
+            )
         if override.is_add():
             return dataclasses.replace(override, type=OverrideType.FORCE_ADD)
         return override

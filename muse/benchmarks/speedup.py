@@ -27,7 +27,7 @@ from muse.acceleration import (
     SemanticCompressor,
     greedy_decode,
 )
-from muse.acceleration.compiler import find_compiler
+from muse.compiler import find_compiler
 from muse.acceleration.kernel_optimizer import Decision
 from muse.benchmarks.gradient_error import joined, relative_error
 from muse.benchmarks.operations import InsideOperations
