@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +23,7 @@ from muse.composition import one_line, prepare_hydra
 from muse.config import build_config
 from muse.errors import ConfigError, RunError
 from muse.files import full_disk_told
+from muse.help import help_text
 from muse.report.sweep import UNFINISHED
 from muse.sweep import check_plugins, digest, finish_sweep, record, record_failure, record_interruption
 from muse.torchrun import launched_rank, launched_ranks
@@ -37,6 +39,12 @@ FIRST_RANK_SPEAKS = 10.0
 # there, too: Hydra hands the cache on.
 OmegaConf.register_new_resolver("muse.pid", os.getpid, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("muse.digest", digest, replace=True)
+# Its text is a template of Python's, in which Hydra puts nothing.
+OmegaConf.register_new_resolver(
+    "muse.help",
+    lambda *topics, _root_: help_text(_root_, list(map(str, topics))).replace("$", "$$"),
+    replace=True,
+)
 
 
 def prepare() -> None:
@@ -45,6 +53,7 @@ def prepare() -> None:
     # Errors come out of Hydra as they are, so that they can be told in one sentence.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        sys.argv[1:] = ordered(sys.argv[1:])
         if launched_ranks() > 1 and {"-m", "--multirun"} & set(sys.argv):
             raise ConfigError("a sweep (-m) starts a process for each cell; torchrun goes with a single run")
         check_plugins(sys.argv)
@@ -63,6 +72,28 @@ def prepare() -> None:
     prepare_hydra()
 
 
+def ordered(arguments: list[str]) -> list[str]:
+    """Arguments in an order that Hydra reads: flags may stand between options, and topics after ``--help``.
+
+    Raises:
+        ConfigError: a flag that Hydra does not have, or a topic that is no name.
+    """
+    parser = get_args_parser()
+    parsed, others = parser.parse_known_args(arguments)
+    for flag in others:
+        if flag.startswith("-"):
+            raise ConfigError(f"{flag} is not known; options are written without dashes, as in train.steps=100")
+    options = [*parsed.overrides, *others]
+    flags = list(arguments)
+    for option in options:
+        flags.remove(option)
+    topics = [option for option in options if parsed.help and re.fullmatch(r"[\w./]+", option)]
+    if topics:
+        options = [option for option in options if option not in topics]
+        options.append("hydra.help.template=${muse.help:" + ",".join(topics) + "}")
+    return [*flags, *options]
+
+
 def start(main: Callable[[], Any]) -> None:
     """Run a command of Hydra and exit with the status of its worst job."""
     prepare()
@@ -72,7 +103,8 @@ def start(main: Callable[[], Any]) -> None:
         _say(error)
         sys.exit(1)
     except (HydraException, OmegaConfBaseException) as error:
-        _say(ConfigError(one_line(error)))
+        # OmegaConf's own error stands for what a resolver raises.
+        _say(error.__cause__ if isinstance(error.__cause__, ConfigError) else ConfigError(one_line(error)))
         sys.exit(1)
     finish()
 
