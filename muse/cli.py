@@ -34,6 +34,8 @@ _statuses: list[int] = []
 _LOST = re.compile(r"\[\S*/gloo/\S+:\d+\]|Gloo connectFullMesh failed|Operation timed out!|Wait timeout")
 # Seconds in which the first rank may say what is wrong on all.
 FIRST_RANK_SPEAKS = 10.0
+# Flags with which Hydra only shows something.
+SHOWING = frozenset(("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"))
 
 # Here and not in ``prepare``, which a launcher's workers never call. The command's own value is what counts
 # there, too: Hydra hands the cache on.
@@ -82,7 +84,7 @@ def ordered(arguments: list[str]) -> list[str]:
     parsed, others = parser.parse_known_args(arguments)
     for flag in others:
         if flag.startswith("-"):
-            raise ConfigError(f"{flag} is not known; options are written without dashes, as in train.steps=100")
+            raise ConfigError(f"{flag} is not known; options have no dashes, as in train.steps=100")
     options = [*parsed.overrides, *others]
     flags = list(arguments)
     for option in options:
@@ -98,15 +100,31 @@ def start(main: Callable[[], Any]) -> None:
     """Run a command of Hydra and exit with the status of its worst job."""
     prepare()
     try:
-        main()
+        with full_disk_told(Path()):
+            main()
     except (ConfigError, RunError) as error:
         _say(error)
         sys.exit(1)
     except (HydraException, OmegaConfBaseException) as error:
-        # OmegaConf's own error stands for what a resolver raises.
-        _say(error.__cause__ if isinstance(error.__cause__, ConfigError) else ConfigError(one_line(error)))
+        # What a resolver raises comes inside of one of OmegaConf's own errors.
+        _say(_inner(error) or ConfigError(one_line(error)))
         sys.exit(1)
+    except SystemExit as ended:
+        if isinstance(ended.__cause__, ConfigError):
+            _say(ended.__cause__)
+        raise
+    except BrokenPipeError:
+        if not SHOWING.intersection(sys.argv):
+            raise
+        # Whoever reads what is shown has read enough, as in --help | head.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finish()
+
+
+def _inner(error: BaseException | None) -> ConfigError | None:
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:

@@ -1,13 +1,14 @@
 """How Hydra composes the options of a run: what it is given wrongly is told in one sentence.
 
-All that Hydra composes goes through its ConfigLoader, a command's configuration and each cell's of a sweep, in
-its workers, too. The one here replaces it. Stock Hydra reads ``stage=1`` as a whole number and then refuses it as
-the name of a file; takes ``+foo=1`` for an option though nothing reads it; and leaves out a group on request, of
-which the defaults of the dataclass then silently stand.
+All that Hydra composes goes through its ConfigLoader: a command's configuration and each cell's of a sweep, in
+its workers, too. The one here replaces it. Stock Hydra reads ``stage=1`` as a whole number and then refuses it
+as the name of a file; takes ``+foo=1`` for an option though nothing reads it; and leaves out a group on
+request, so that the defaults of its dataclass hold without a word.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import shlex
@@ -26,7 +27,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, OverrideType, Quote, QuotedString, ValueType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from muse.config import BenchConfig, register_schemas
@@ -75,9 +76,13 @@ class Loader(ConfigLoaderImpl):
         except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
             raise ConfigError(self._reason(error, config_name, parsed, repo)) from error
         swept = self._written_out(composed, repo) if run_mode == RunMode.MULTIRUN else []
-        unread = next(_unread(composed, [*parsed, *swept]), None)
-        if unread is not None:
-            raise ConfigError(_unknown(*unread, _known(composed, unread[1], repo)))
+        for path in _surplus(composed):
+            given = next((item for item in parsed if _same_branch(item.key_or_group, path)), None)
+            told = path if given is None else str(given.input_line)
+            raise ConfigError(_unknown(told, path, _known(composed, path, repo)))
+        for override in [*parsed, *swept]:
+            if override.is_sweep_override() and not _is_choice(override, repo):
+                _check_swept(override, composed, repo)
         return composed
 
     def _parse_overrides_and_create_caching_repo(
@@ -127,7 +132,8 @@ class Loader(ConfigLoaderImpl):
         found = re.match("In '([^']+)'", str(error))
         file = f" (in {found[1]})" if found and found[1] != config_name else ""
         if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-            return _no_choice(*error.missing_cfg_file.rsplit("/", 1), error.options, file)
+            group, _, name = error.missing_cfg_file.rpartition("/")
+            return _no_choice(group, name, error.options, file)
         choices = [item for item in parsed if _is_choice(item, repo) and not item.is_sweep_override()]
         try:
             lines = [str(item.input_line) for item in choices]
@@ -140,7 +146,8 @@ class Loader(ConfigLoaderImpl):
         for item in choices:
             if not item.is_add() and item.key_or_group not in _groups_of(config_name, repo):
                 return _unknown(str(item.input_line), item.key_or_group, _known(known, "", repo))
-        cause = next((e for e in (error, error.__cause__, error.__context__) if _of_option(e)), None)
+        chain = (error, error.__cause__, error.__context__)
+        cause = next((one for one in chain if isinstance(one, OmegaConfBaseException) and one.full_key), None)
         if cause is None:
             return one_line(error)
         key = str(cause.full_key)
@@ -151,14 +158,11 @@ class Loader(ConfigLoaderImpl):
         told = str(given.input_line) if given is not None and not of_file else f"{key}{file}"
         if isinstance(cause, ConfigAttributeError | ConfigKeyError):
             return _unknown(told, key, _known(known, key, repo))
-        option = options_of(BenchConfig).get(key)
-        if isinstance(cause, ValidationError) and option is not None:
-            return f"{told} is not allowed; {key} must be {type_name(option.type)}"
-        return f"{told} is not allowed: {one_line(cause)}"
+        return _not_allowed(told, key, cause)
 
 
 class _Repository(ConfigRepository):
-    """Reads files of configuration; ``- stage: 1`` in a defaults list names a file, as ``- stage: "1"`` does."""
+    """Reads files of configuration; in a defaults list ``stage: 1`` names a file, as ``stage: "1"`` does."""
 
     def _create_defaults_list(self, config_path: str, defaults: ListConfig) -> list[InputDefault]:
         for item in defaults._iter_ex(resolve=False):
@@ -246,8 +250,9 @@ def _as_name(value: object) -> str:
 
 def _quoted(name: str) -> str:
     """A name as Hydra reads a text, in quotes where it would read something else without them."""
-    word = re.fullmatch(r"[A-Za-z_][\w/.${}:-]*", name) and not re.fullmatch("(?i)null|true|false|nan|inf", name)
-    return name if word else QuotedString(name, Quote.single).with_quotes()
+    other = re.fullmatch("(?i)null|true|false|nan|inf", name)
+    word = re.fullmatch(r"[A-Za-z_][\w/.${}:-]*", name)
+    return name if word and not other else QuotedString(name, Quote.single).with_quotes()
 
 
 def _check_form(
@@ -261,7 +266,8 @@ def _check_form(
     key = override.key_or_group
     if override.is_delete() and re.split("[./]", key)[0] in _fields():
         choices = repo.get_group_options(key, ObjectType.CONFIG) if repo.group_exists(key) else []
-        instead = f"choose one of {', '.join(choices)} with {key}=" if choices else "without it the default holds"
+        names = ", ".join(f"{key}={choice}" for choice in choices)
+        instead = f"choose one of {names}" if choices else "without it the default holds"
         raise ConfigError(f"{line} is not possible, since every run needs it; {instead}")
     if not override.is_sweep_override() or run_mode is None:
         return
@@ -276,26 +282,38 @@ def _check_form(
         raise ConfigError(f"{line} has several values; only options of a run can be swept over")
 
 
-def _unread(composed: DictConfig, given: list[Override]) -> Iterator[tuple[str, str]]:
-    """What no dataclass has a place for: as it was given, and its path."""
-    for path in _surplus(composed, ""):
-        by = next((item for item in given if _same_branch(item.key_or_group, path)), None)
-        yield (path, path) if by is None else (str(by.input_line), path)
-    for item in given:
-        key = item.key_or_group
-        if item.is_sweep_override() and key.split(".")[0] in composed and not _has(composed, key):
-            yield str(item.input_line), key
-        elif item.is_sweep_override() and "." not in key and "/" not in key and not _has(composed, key):
-            yield str(item.input_line), key
+def _check_swept(override: Override, composed: DictConfig, repo: CachingConfigRepository) -> None:
+    """See that what is swept over is an option, and may have each of the values.
+
+    Raises:
+        ConfigError: it is not so.
+    """
+    key = override.key_or_group
+    if not _has(composed, key):
+        raise ConfigError(_unknown(str(override.input_line), key, _known(composed, key, repo)))
+    if override.is_interval_sweep():
+        if composed.hydra.sweeper._target_.endswith(".BasicSweeper"):
+            raise ConfigError(
+                f"{override.input_line} needs a sweeper that searches; add hydra/sweeper=search"
+            )
+        return
+    changed = copy.deepcopy(composed)
+    for value in override.sweep_iterator():
+        try:
+            OmegaConf.update(changed, key, Override._convert_value(value), merge=True)
+        except OmegaConfBaseException as error:
+            told = f"{key}={Override._get_value_element_as_str(value)}"
+            raise ConfigError(_not_allowed(told, key, error)) from error
 
 
-def _surplus(node: DictConfig, prefix: str) -> Iterator[str]:
+def _surplus(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Paths that are no option of the dataclasses, so that nothing reads them."""
     schema = OmegaConf.get_type(node)
     if not dataclasses.is_dataclass(schema):
         return
     names = {field.name for field in dataclasses.fields(schema)}
     for key in node:
-        path = f"{prefix}{key}"
+        path = f"{prefix}{key!s}"
         inner = node._get_node(key)
         if path == "hydra":
             continue
@@ -328,18 +346,14 @@ def _known(composed: DictConfig, key: str, repo: CachingConfigRepository) -> lis
 
 def _paths(node: DictConfig, prefix: str) -> Iterator[str]:
     for key in node:
-        yield f"{prefix}{key}"
+        yield f"{prefix}{key!s}"
         inner = node._get_node(key)
         if isinstance(inner, DictConfig) and not (inner._is_none() or inner._is_missing()):
-            yield from _paths(inner, f"{prefix}{key}.")
+            yield from _paths(inner, f"{prefix}{key!s}.")
 
 
 def _fields() -> set[str]:
     return {field.name for field in dataclasses.fields(BenchConfig)}
-
-
-def _of_option(error: BaseException | None) -> bool:
-    return isinstance(error, OmegaConfBaseException) and bool(error.full_key)
 
 
 def _same_branch(first: str, second: str) -> bool:
@@ -352,6 +366,13 @@ def _unknown(told: str, name: str, known: list[str]) -> str:
     alike = nearest(name, known)
     instead = f"the nearest {'is' if len(alike) == 1 else 'are'} {', '.join(alike)}"
     return f"{told} is not known; {instead if alike else '--help lists the options'}"
+
+
+def _not_allowed(told: str, key: str, error: BaseException) -> str:
+    option = options_of(BenchConfig).get(key)
+    if isinstance(error, ValidationError) and option is not None:
+        return f"{told} is not allowed; {key} must be {type_name(option.type)}"
+    return f"{told} is not allowed: {one_line(error)}"
 
 
 def _no_choice(group: str, name: str, choices: Any, file: str = "") -> str:

@@ -1,4 +1,4 @@
-"""What ``--help`` says of groups and options, from the docstrings of muse.config and the comments in conf/."""
+"""What ``--help`` says of groups and options: the docstrings of muse.config and the comments in conf/."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from muse.config import BenchConfig, build_config
 from muse.errors import ConfigError
@@ -28,7 +28,7 @@ def help_text(composed: DictConfig, topics: list[str]) -> str:
         ConfigError: there is no such group or option.
     """
     loader = GlobalHydra.instance().config_loader()
-    options = options_of(OmegaConf.get_type(composed))
+    options = options_of(_schema(composed))
     if not topics:
         return _everything(composed, options, loader)
     return "\n\n".join(_about(topic, composed, options, loader) for topic in topics)
@@ -36,8 +36,8 @@ def help_text(composed: DictConfig, topics: list[str]) -> str:
 
 def _everything(composed: DictConfig, options: dict[str, Option], loader: ConfigLoader) -> str:
     told = composed.hydra.help
-    lines = [told.header]
-    lines.append(f"== Groups: group=choice; python {told.app_name} --help <group> tells what each choice is ==")
+    command = f"python {told.app_name} --help"
+    lines = [told.header, f"== Groups: group=choice; {command} <group> tells what each choice is =="]
     lines += [_row(group, ", ".join(_choices(group, loader))) for group in _groups(options, loader)]
     lines += ["", "== Options: path=value; with --help <path> the values allowed, too =="]
     for path, option in options.items():
@@ -95,16 +95,26 @@ def _config(composed: DictConfig) -> Any:
     try:
         return build_config(own)
     except ConfigError:
-        return OmegaConf.get_type(own)()
+        return _schema(own)()
+
+
+def _schema(composed: DictConfig) -> type:
+    schema = OmegaConf.get_type(composed)
+    assert schema is not None
+    return schema
 
 
 def _value(composed: DictConfig, path: str) -> str:
-    value = OmegaConf.select(composed, path)
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value).replace(" ", "")
+    return _written(OmegaConf.select(composed, path))
+
+
+def _written(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, ListConfig):
+        return f"[{','.join(map(_written, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def _groups(options: dict[str, Option], loader: ConfigLoader) -> list[str]:

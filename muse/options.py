@@ -70,7 +70,7 @@ def type_name(kind: Any) -> str:
 
 
 def allowed_values(group: Any, name: str) -> tuple[str, ...]:
-    """The values that an option of a checked dataclass may have, where it has but a few; as its check says."""
+    """The values that an option of a checked dataclass may have, if it has but a few; its check says them."""
     impossible = ["?"] if isinstance(getattr(group, name), list) else "?"
     try:
         dataclasses.replace(group, **{name: impossible})

