@@ -100,7 +100,7 @@ def start(main: Callable[[], Any]) -> None:
     """Run a command of Hydra and exit with the status of its worst job."""
     prepare()
     try:
-        with full_disk_told(Path()):
+        with full_disk_told("the folder of the run"):
             main()
     except (ConfigError, RunError) as error:
         _say(error)

@@ -1,8 +1,8 @@
 """How Hydra composes the options of a run: what it is given wrongly is told in one sentence.
 
-All that Hydra composes goes through its ConfigLoader: a command's configuration and each cell's of a sweep, in
-its workers, too. The one here replaces it. Stock Hydra reads ``stage=1`` as a whole number and then refuses it
-as the name of a file; takes ``+foo=1`` for an option though nothing reads it; and leaves out a group on
+All that Hydra composes goes through its ConfigLoader: what a command is given, and each cell of a sweep, in
+its workers, too. The one here replaces it. Stock Hydra reads ``stage=1`` as a whole number and then refuses
+it as the name of a file; takes ``+foo=1`` for an option though nothing reads it; and leaves out a group on
 request, so that the defaults of its dataclass hold without a word.
 """
 
@@ -36,6 +36,8 @@ from muse.options import nearest, options_of, type_name
 
 # Options of a sweeper whose values are what is swept over, written as on the command line.
 SWEPT = "hydra.sweeper.params"
+# What Hydra raises where options or files of configuration are wrong.
+WRONG = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
 
 
 def prepare_hydra() -> None:
@@ -73,7 +75,7 @@ class Loader(ConfigLoaderImpl):
             )
         except ConfigError:
             raise
-        except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+        except WRONG as error:
             raise ConfigError(self._reason(error, config_name, parsed, repo)) from error
         swept = self._written_out(composed, repo) if run_mode == RunMode.MULTIRUN else []
         for path in _surplus(composed):
@@ -135,14 +137,9 @@ class Loader(ConfigLoaderImpl):
             group, _, name = error.missing_cfg_file.rpartition("/")
             return _no_choice(group, name, error.options, file)
         choices = [item for item in parsed if _is_choice(item, repo) and not item.is_sweep_override()]
-        try:
-            lines = [str(item.input_line) for item in choices]
-            known = super().load_configuration(config_name, lines, RunMode.MULTIRUN, True, False)
-        except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError):
-            try:
-                known = super().load_configuration(config_name, [], RunMode.MULTIRUN, True, False)
-            except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError):
-                return one_line(error)
+        known = self._composed_of(config_name, choices) or self._composed_of(config_name, [])
+        if known is None:
+            return one_line(error)
         for item in choices:
             if not item.is_add() and item.key_or_group not in _groups_of(config_name, repo):
                 return _unknown(str(item.input_line), item.key_or_group, _known(known, "", repo))
@@ -159,6 +156,13 @@ class Loader(ConfigLoaderImpl):
         if isinstance(cause, ConfigAttributeError | ConfigKeyError):
             return _unknown(told, key, _known(known, key, repo))
         return _not_allowed(told, key, cause)
+
+    def _composed_of(self, config_name: str | None, choices: list[Override]) -> DictConfig | None:
+        lines = [str(item.input_line) for item in choices]
+        try:
+            return super().load_configuration(config_name, lines, RunMode.MULTIRUN, True, False)
+        except WRONG:
+            return None
 
 
 class _Repository(ConfigRepository):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -312,3 +314,38 @@ def test_what_sets_known_options_works_with_any_number_of_plus_signs(run):
     (job,) = ran.jobs
     assert (job.train.steps, job.train.batch_size, job.data.path, job.seed) == (3, 2, "a=b", 7)
     assert run("data.path=a b").jobs[0].data.path == "a b"
+
+
+ROOTS = ("file", "file/below", "/proc/none")
+
+
+@pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["a run", "a sweep"])
+@pytest.mark.parametrize("root", ROOTS)
+def test_an_output_root_that_cannot_be_written_is_one_sentence(run, tmp_path, root, multirun):
+    (tmp_path / "file").write_text("mine")
+    ran = run(*multirun, f"output_root={root}")
+    assert (ran.status, ran.jobs) == (1, [])
+    told = rf"error: output_root={root} cannot be written \([^)]+\); free some space there or choose another"
+    assert re.match(told, ran.err)
+    assert ran.err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_of_a_run_that_cannot_be_written_is_one_sentence(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    ran = run("hydra.run.dir=file/below")
+    assert (ran.status, ran.jobs) == (1, [])
+    assert ran.err.startswith("error: the folder file/below cannot be written (Not a directory);")
+
+
+def test_a_disk_that_is_full_before_the_job_begins_is_one_sentence(run, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hydra.core.utils._save_config", full)
+    ran = run()
+    assert (ran.status, ran.jobs) == (1, [])
+    assert ran.err.startswith(
+        "error: no space is left for the folder of the run (No space left on device); free"
+    )
+    assert ran.err.count("\n") == 1
