@@ -3,17 +3,17 @@
 import hydra
 from omegaconf import DictConfig
 
-from muse.bench_run import run_benchmark
-from muse.cli import finish, prepare, run_job
+from muse.cli import run_job, start
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="bench")
 def main(composed: DictConfig) -> None:
     """Run one benchmark."""
+    # What is only shown or refused does not need torch.
+    from muse.bench_run import run_benchmark
+
     run_job(composed, run_benchmark)
 
 
 if __name__ == "__main__":
-    prepare()
-    main()
-    finish()
+    start(main)

@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from muse.cli import finish, prepare, run_job
+from muse.cli import run_job, start
 from muse.train_cell import run_train, validation_loss
 
 
@@ -15,6 +15,4 @@ def main(composed: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    prepare()
-    main()
-    finish()
+    start(main)

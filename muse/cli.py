@@ -12,13 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from muse import stop
-from muse.config import build_config, quote_stage, register_schemas
+from muse.composition import one_line, prepare_hydra
+from muse.config import build_config
 from muse.errors import ConfigError, RunError
 from muse.files import full_disk_told
+from muse.help import help_text
 from muse.report.sweep import UNFINISHED
 from muse.sweep import check_plugins, digest, finish_sweep, record, record_failure, record_interruption
 from muse.torchrun import launched_rank, launched_ranks
@@ -29,18 +34,28 @@ _statuses: list[int] = []
 _LOST = re.compile(r"\[\S*/gloo/\S+:\d+\]|Gloo connectFullMesh failed|Operation timed out!|Wait timeout")
 # Seconds in which the first rank may say what is wrong on all.
 FIRST_RANK_SPEAKS = 10.0
+# Flags with which Hydra only shows something.
+SHOWING = frozenset(("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"))
 
 # Here and not in ``prepare``, which a launcher's workers never call. The command's own value is what counts
 # there, too: Hydra hands the cache on.
 OmegaConf.register_new_resolver("muse.pid", os.getpid, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("muse.digest", digest, replace=True)
+# Its text is a template of Python's, in which Hydra puts nothing.
+OmegaConf.register_new_resolver(
+    "muse.help",
+    lambda *topics, _root_: help_text(_root_, list(map(str, topics))).replace("$", "$$"),
+    replace=True,
+)
 
 
 def prepare() -> None:
-    """Make ``stage=1`` work on the command line, and the schemas known to Hydra."""
+    """Make ready for Hydra: signals, what it is told beside the command line, and how it composes."""
     stop.take_signals_of_command()
-    sys.argv[1:] = quote_stage(sys.argv[1:])
+    # Errors come out of Hydra as they are, so that they can be told in one sentence.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        sys.argv[1:] = ordered(sys.argv[1:])
         if launched_ranks() > 1 and {"-m", "--multirun"} & set(sys.argv):
             raise ConfigError("a sweep (-m) starts a process for each cell; torchrun goes with a single run")
         check_plugins(sys.argv)
@@ -56,7 +71,60 @@ def prepare() -> None:
             "hydra.output_subdir=null",
             "hydra/job_logging=disabled",
         ]
-    register_schemas()
+    prepare_hydra()
+
+
+def ordered(arguments: list[str]) -> list[str]:
+    """Arguments in an order that Hydra reads: flags may stand between options, and topics after ``--help``.
+
+    Raises:
+        ConfigError: a flag that Hydra does not have, or a topic that is no name.
+    """
+    parser = get_args_parser()
+    parsed, others = parser.parse_known_args(arguments)
+    for flag in others:
+        if flag.startswith("-"):
+            raise ConfigError(f"{flag} is not known; options have no dashes, as in train.steps=100")
+    options = [*parsed.overrides, *others]
+    flags = list(arguments)
+    for option in options:
+        flags.remove(option)
+    topics = [option for option in options if parsed.help and re.fullmatch(r"[\w./]+", option)]
+    if topics:
+        options = [option for option in options if option not in topics]
+        options.append("hydra.help.template=${muse.help:" + ",".join(topics) + "}")
+    return [*flags, *options]
+
+
+def start(main: Callable[[], Any]) -> None:
+    """Run a command of Hydra and exit with the status of its worst job."""
+    prepare()
+    try:
+        with full_disk_told("the folder of the run"):
+            main()
+    except (ConfigError, RunError) as error:
+        _say(error)
+        sys.exit(1)
+    except (HydraException, OmegaConfBaseException) as error:
+        # What a resolver raises comes inside of one of OmegaConf's own errors.
+        _say(_inner(error) or ConfigError(one_line(error)))
+        sys.exit(1)
+    except SystemExit as ended:
+        if isinstance(ended.__cause__, ConfigError):
+            _say(ended.__cause__)
+        raise
+    except BrokenPipeError:
+        if not SHOWING.intersection(sys.argv):
+            raise
+        # Whoever reads what is shown has read enough, as in --help | head.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finish()
+
+
+def _inner(error: BaseException | None) -> ConfigError | None:
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:

@@ -8,19 +8,19 @@ say; each message names the option and the values allowed.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from muse.errors import ConfigError
+from muse.errors import ConfigError, ValueUnknown
 
 
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{option}={value} is not known; choose one of {', '.join(allowed)}")
+        raise ValueUnknown(f"{option}={value} is not known; choose one of {', '.join(allowed)}", allowed)
 
 
 def _finite(option: str, value: float) -> None:
@@ -632,26 +632,9 @@ def build_config(composed: DictConfig) -> Any:
     """Turn Hydra's composed configuration into checked dataclasses.
 
     Raises:
-        ConfigError: when a value is not allowed.
+        ConfigError: when a value is not allowed, or refers to an option that does not exist.
     """
-    return OmegaConf.to_object(composed)
-
-
-_BARE_STAGE = re.compile(r"^(\+{0,2})stage=(\d[\w]*(?:,\d[\w]*)*)$")
-
-
-def quote_stage(arguments: list[str]) -> list[str]:
-    """Quote the numbers of ``stage=<n>[,<n>...]``, which Hydra would read as integers and refuse.
-
-    A config group override must be a string; ``stage=1`` is parsed as the integer 1 and fails with
-    "Config group override must be a string or a list". Every other argument is returned unchanged.
-    """
-
-    def quote(argument: str) -> str:
-        match = _BARE_STAGE.match(argument)
-        if match is None:
-            return argument
-        prefix, values = match.groups()
-        return f"{prefix}stage=" + ",".join(f"'{value}'" for value in values.split(","))
-
-    return [quote(argument) for argument in arguments]
+    try:
+        return OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key} cannot be used: {str(error).splitlines()[0]}") from error

@@ -19,8 +19,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def full_disk_told(folder: Path) -> Iterator[None]:
-    """Around what writes below ``folder``.
+def full_disk_told(folder: Path | str) -> Iterator[None]:
+    """Around what writes below ``folder``, or what is called so.
 
     Raises:
         RunError: naming the file, when the disk is full.

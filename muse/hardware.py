@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kernels.launch import use_eager
+from muse.compiler import require_compiler
 from muse.config import HardwareConfig
 from muse.errors import ConfigError, RunError
 from muse.provenance import package_version
@@ -24,11 +25,18 @@ def use_hardware(config: HardwareConfig) -> torch.device:
     Of the processes that torchrun starts on a machine each takes a GPU of its own.
 
     Raises:
-        ConfigError: when CUDA is asked for and there is none, or ``hardware.parallel`` does not fit the way
-            in which this process was started.
+        ConfigError: when CUDA is asked for and there is none, ``hardware.parallel`` does not fit the way in
+            which this process was started, or there is no compiler for ``hardware.compile``.
         RunError: when there are fewer GPUs than processes.
     """
     check_launch(config.parallel)
+    device = _use_device(config)
+    if config.compile:
+        require_compiler(device)
+    return device
+
+
+def _use_device(config: HardwareConfig) -> torch.device:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     use_eager(config.kernels == "eager")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -32,13 +33,20 @@ _folder: Path | None = None
 
 
 class Sweep(Callback):
-    """Told by Hydra of the start of a multirun, in the process of the command."""
+    """Told by Hydra of the start of a run or a multirun, in the process of the command."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Make the folder of the run."""
+        # The name of the folder refers to it, and Hydra sets it only later.
+        HydraConfig.instance().set_config(config)
+        _make_folder(config, Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember where the cells will be, and make the folder that a search keeps its study in."""
+        """Remember where the cells will be, and make that folder, and the one a search keeps its study in."""
         global _folder
+        _make_folder(config, Path(config.output_root))
+        _make_folder(config, Path(config.hydra.sweep.dir))
         _folder = Path(config.hydra.sweep.dir)
-        Path(config.output_root).mkdir(parents=True, exist_ok=True)
         if "optuna" in config.hydra.sweeper._target_:
             record_search(_folder, searched_options(config.hydra))
 
@@ -53,6 +61,27 @@ def searched_options(hydra: DictConfig) -> dict[str, bool]:
         for name, override in values.items()
         if override.is_sweep_override()
     }
+
+
+def _make_folder(config: DictConfig, folder: Path) -> None:
+    """Make a folder of Hydra's before Hydra does, whose error would be a trace.
+
+    Raises:
+        SystemExit: because of a ConfigError: the folder cannot be made, or not be written. Every other error
+            of a callback Hydra turns into a warning.
+    """
+    root = Path(config.output_root)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        option = f"output_root={root}" if folder.is_relative_to(root) else f"the folder {folder}"
+        refused = ConfigError(
+            f"{option} cannot be written ({error.strerror or error}); free some space there or choose "
+            "another folder with output_root=<folder>"
+        )
+        raise SystemExit(1) from refused
 
 
 def started_sweep() -> Path | None:
@@ -89,7 +118,8 @@ def record(values: dict[str, Any], status: str) -> None:
     sweep = sweep_folder()
     if sweep is not None:
         hydra = HydraConfig.get()
-        record_cell(sweep, hydra.job.num, list(hydra.overrides.task), values, status)
+        given = [override.lstrip("+") for override in hydra.overrides.task]
+        record_cell(sweep, hydra.job.num, given, values, status)
 
 
 def record_failure(error: Exception) -> None:

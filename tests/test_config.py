@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from kernels.symplectic import POTENTIALS
 from muse import config as options
+from muse.composition import prepare_hydra
 from muse.config import (
     BenchConfig,
     BenchmarkConfig,
@@ -24,8 +25,6 @@ from muse.config import (
     TrainConfig,
     WidthConfig,
     build_config,
-    quote_stage,
-    register_schemas,
 )
 from muse.dynamics import INTEGRATORS
 from muse.dynamics.potential import FORCE_DTYPES
@@ -37,42 +36,6 @@ FILES = sorted(
     path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.relative_to(CONF).parts[0] != "hydra"
 )
 GROUPS = sorted({path.parent.name for path in FILES if path.parent.name})
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("stage=1", "stage='1'"),
-        ("stage=0,1", "stage='0','1'"),
-        ("+stage=1", "+stage='1'"),
-        ("++stage=0,1", "++stage='0','1'"),
-        ("stage=3a", "stage='3a'"),
-        ("stage=1,3a", "stage='1','3a'"),
-        ("stage=12", "stage='12'"),
-        ("stage='1'", "stage='1'"),
-        ("stage='0','1'", "stage='0','1'"),
-        ('stage="1"', 'stage="1"'),
-        ("stage=choice(1,2)", "stage=choice(1,2)"),
-        ("stage=", "stage="),
-        ("~stage", "~stage"),
-        ("stage.number=1", "stage.number=1"),
-        ("model=seed", "model=seed"),
-        ("benchmark.stage=1", "benchmark.stage=1"),
-        ("train.steps=1,2", "train.steps=1,2"),
-        ("-m", "-m"),
-        ("--cfg", "--cfg"),
-    ],
-)
-def test_only_bare_numbers_of_stage_are_quoted(given, expected):
-    assert quote_stage([given]) == [expected]
-    assert quote_stage([expected]) == [expected]
-
-
-def test_arguments_keep_their_order():
-    given = ["-m", "model=tiny", "stage=0,1", "seed=1,2"]
-    assert quote_stage(given) == ["-m", "model=tiny", "stage='0','1'", "seed=1,2"]
-    assert given[2] == "stage=0,1"
-    assert quote_stage([]) == []
 
 
 # Class, a value that is refused, and what the message must name.
@@ -230,9 +193,9 @@ def test_the_smallest_and_largest_values_are_allowed(kind, values):
 
 
 def composed(entry: str, overrides: list[str]) -> Any:
-    register_schemas()
+    prepare_hydra()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(entry, quote_stage(overrides))
+        return compose(entry, overrides)
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -290,4 +253,10 @@ def test_stage_chooses_the_model(stage):
 def test_a_composed_configuration_is_checked(override):
     with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")) as caught:
         build_config(composed("train", [override]))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reference_to_an_option_that_does_not_exist_is_one_sentence():
+    with pytest.raises(ConfigError, match=r"^optim\.lr cannot be used: .*model\.lrr") as caught:
+        build_config(composed("train", ["optim.lr=${model.lrr}"]))
     assert "\n" not in str(caught.value)

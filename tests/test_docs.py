@@ -31,7 +31,8 @@ import muse.sweep
 from muse import train_cell
 from muse.benchmarks import suite
 from muse.benchmarks.cell import MEASUREMENTS
-from muse.config import BenchConfig, build_config, quote_stage, register_schemas
+from muse.composition import prepare_hydra
+from muse.config import BenchConfig, build_config
 from muse.export import export_run
 from muse.files import find_files
 from muse.hardware import describe, use_hardware
@@ -210,7 +211,7 @@ def split(words: list[str]) -> tuple[list[str], str, list[str]]:
 
 
 def overrides(arguments: list[str]) -> list[Override]:
-    options = [argument for argument in quote_stage(arguments) if "=" in argument and argument[0] != "-"]
+    options = [argument for argument in arguments if "=" in argument and argument[0] != "-"]
     return OverridesParser.create().parse_overrides(options)
 
 
@@ -235,7 +236,7 @@ def test_options_of_a_command_exist_and_are_allowed(command):
             ROOT / script.replace(".", "/") / "__main__.py"
         ).exists()
         return
-    register_schemas()
+    prepare_hydra()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for options in itertools.product(*map(swept, overrides(arguments))):
             build_config(compose(script.removesuffix(".py"), list(options)))

@@ -27,11 +27,11 @@ from muse.acceleration import (
     SemanticCompressor,
     greedy_decode,
 )
-from muse.acceleration.compiler import find_compiler
 from muse.acceleration.kernel_optimizer import Decision
 from muse.benchmarks.gradient_error import joined, relative_error
 from muse.benchmarks.operations import InsideOperations
 from muse.benchmarks.setting import batch_shape
+from muse.compiler import find_compiler
 from muse.config import BenchConfig
 from muse.data import TokenData, load_tokens, training_batch
 from muse.errors import RunError

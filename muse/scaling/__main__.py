@@ -12,10 +12,9 @@ import dataclasses
 import sys
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
-from muse.config import RunConfig, build_config, quote_stage, register_schemas
+from muse.composition import prepare_hydra
+from muse.config import RunConfig, build_config
 from muse.errors import ConfigError
 from muse.provenance import ROOT
 from muse.report.table import table
@@ -139,12 +138,9 @@ def _holders(rows: list[Prediction]) -> list[list[object]]:
 
 
 def _composed(options: list[str]) -> RunConfig:
-    register_schemas()
-    try:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config: RunConfig = build_config(compose("train", quote_stage(options)))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    prepare_hydra()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config: RunConfig = build_config(compose("train", options))
     element_bytes(config.stage)
     return config
 

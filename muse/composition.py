@@ -1,0 +1,394 @@
+"""How Hydra composes the options of a run: what it is given wrongly is told in one sentence.
+
+All that Hydra composes goes through its ConfigLoader: what a command is given, and each cell of a sweep, in
+its workers, too. The one here replaces it. Stock Hydra reads ``stage=1`` as a whole number and then refuses
+it as the name of a file; takes ``+foo=1`` for an option though nothing reads it; and leaves out a group on
+request, so that the defaults of its dataclass hold without a word.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import hydra._internal.hydra
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
+from hydra._internal.defaults_list import create_defaults_list
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.default_element import InputDefault
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override, OverrideType, Quote, QuotedString, ValueType
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from muse.config import BenchConfig, register_schemas
+from muse.errors import ConfigError
+from muse.options import nearest, options_of, type_name
+
+# Options of a sweeper whose values are what is swept over, written as on the command line.
+SWEPT = "hydra.sweeper.params"
+# What Hydra raises where options or files of configuration are wrong.
+WRONG = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
+
+
+def prepare_hydra() -> None:
+    """Make the schemas known to Hydra, and let it compose as this module does."""
+    register_schemas()
+    hydra._internal.hydra.ConfigLoaderImpl = Loader  # type: ignore[misc]
+
+
+class Loader(ConfigLoaderImpl):
+    """Composes like Hydra's own; what is wrong raises ConfigError."""
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self.repository = _Repository(config_search_path)
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        """Compose a configuration.
+
+        Raises:
+            ConfigError: naming the option that is wrong.
+        """
+        parsed, repo = self._parse_overrides_and_create_caching_repo(config_name, overrides)
+        for line, override in zip(overrides, parsed, strict=True):
+            _check_form(line, override, repo, run_mode if validate_sweep_overrides else None)
+        try:
+            composed = super().load_configuration(
+                config_name, overrides, run_mode, from_shell, validate_sweep_overrides
+            )
+        except ConfigError:
+            raise
+        except WRONG as error:
+            raise ConfigError(self._reason(error, config_name, parsed, repo)) from error
+        swept = self._written_out(composed, repo) if run_mode == RunMode.MULTIRUN else []
+        for path in _surplus(composed):
+            given = next((item for item in parsed if _same_branch(item.key_or_group, path)), None)
+            told = path if given is None else str(given.input_line)
+            raise ConfigError(_unknown(told, path, _known(composed, path, repo)))
+        for override in [*parsed, *swept]:
+            if override.is_sweep_override() and not _is_choice(override, repo):
+                _check_swept(override, composed, repo)
+        return composed
+
+    def _parse_overrides_and_create_caching_repo(
+        self, config_name: str | None, overrides: list[str]
+    ) -> tuple[list[Override], CachingConfigRepository]:
+        try:
+            parsed, repo = super()._parse_overrides_and_create_caching_repo(config_name, overrides)
+        except OverrideParseException as error:
+            raise ConfigError(_unreadable(error.override)) from error
+        defaulted: set[str] | None = None
+        for number, override in enumerate(parsed):
+            if override.is_add() or override.is_force_add():
+                defaulted = defaulted or _groups_of(config_name, repo)
+            parsed[number] = _plain(override, repo, defaulted or set())
+        return parsed, repo
+
+    def _compose_config_from_defaults_list(self, defaults: Any, repo: Any) -> DictConfig:
+        composed = super()._compose_config_from_defaults_list(defaults, repo)
+        sweeper = OmegaConf.select(composed, "hydra.sweeper")
+        if sweeper is not None and "params" in sweeper and sweeper.params is None:
+            # Nothing can be added to null.
+            sweeper.params = {}
+        return composed
+
+    def _written_out(self, composed: DictConfig, repo: CachingConfigRepository) -> list[Override]:
+        """What a sweeper's own options sweep over, whose values are then as if given on the command line."""
+        swept = OmegaConf.select(composed, SWEPT) or {}
+        parsed = []
+        for name, value in list(swept.items()):
+            try:
+                override = OverridesParser.create().parse_overrides([f"{name}={value}"])[0]
+            except OverrideParseException as error:
+                raise ConfigError(_unreadable(error.override)) from error
+            parsed.append(_plain(override, repo, set()))
+            if _is_choice(override, repo):
+                swept[name] = parsed[-1].get_value_string()
+        return parsed
+
+    def _reason(
+        self,
+        error: Exception,
+        config_name: str | None,
+        parsed: list[Override],
+        repo: CachingConfigRepository,
+    ) -> str:
+        """What is wrong, in one sentence that names the option."""
+        found = re.match("In '([^']+)'", str(error))
+        file = f" (in {found[1]})" if found and found[1] != config_name else ""
+        if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+            group, _, name = error.missing_cfg_file.rpartition("/")
+            return _no_choice(group, name, error.options, file)
+        choices = [item for item in parsed if _is_choice(item, repo) and not item.is_sweep_override()]
+        known = self._composed_of(config_name, choices) or self._composed_of(config_name, [])
+        if known is None:
+            return one_line(error)
+        for item in choices:
+            if not item.is_add() and item.key_or_group not in _groups_of(config_name, repo):
+                return _unknown(str(item.input_line), item.key_or_group, _known(known, "", repo))
+        chain = (error, error.__cause__, error.__context__)
+        cause = next((one for one in chain if isinstance(one, OmegaConfBaseException) and one.full_key), None)
+        if cause is None:
+            return one_line(error)
+        key = str(cause.full_key)
+        given = next((item for item in parsed if _same_branch(item.key_or_group, key)), None)
+        if given is not None and given.key_or_group.startswith(key):
+            key = given.key_or_group
+        of_file = bool(file) and not (given is not None and _is_choice(given, repo))
+        told = str(given.input_line) if given is not None and not of_file else f"{key}{file}"
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            return _unknown(told, key, _known(known, key, repo))
+        return _not_allowed(told, key, cause)
+
+    def _composed_of(self, config_name: str | None, choices: list[Override]) -> DictConfig | None:
+        lines = [str(item.input_line) for item in choices]
+        try:
+            return super().load_configuration(config_name, lines, RunMode.MULTIRUN, True, False)
+        except WRONG:
+            return None
+
+
+class _Repository(ConfigRepository):
+    """Reads files of configuration; in a defaults list ``stage: 1`` names a file, as ``stage: "1"`` does."""
+
+    def _create_defaults_list(self, config_path: str, defaults: ListConfig) -> list[InputDefault]:
+        for item in defaults._iter_ex(resolve=False):
+            if isinstance(item, DictConfig):
+                for key, value in list(item.items_ex(resolve=False)):
+                    if isinstance(value, ListConfig):
+                        item[key] = [str(name) for name in value._iter_ex(resolve=False)]
+                    elif isinstance(value, int | float):
+                        item[key] = str(value)
+        return super()._create_defaults_list(config_path, defaults)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of Hydra or OmegaConf says, without what it adds about its own objects."""
+    told = str(error) or str(error.__cause__)
+    told = re.split(r"\n(?:Config search path|Search path|See https|    full_key)", told)[0]
+    return " ".join(told.split())
+
+
+def _groups_of(config_name: str | None, repo: CachingConfigRepository) -> set[str]:
+    """The groups that a configuration has by default."""
+    defaults = create_defaults_list(
+        repo=repo, config_name=config_name, overrides_list=[], prepend_hydra=True, skip_missing=True
+    )
+    return set(defaults.overrides.known_choices)
+
+
+def _is_choice(override: Override, repo: CachingConfigRepository) -> bool:
+    """Whether an override chooses a file of a group."""
+    deleted, inline = override.is_delete(), isinstance(override.value(), dict)
+    return not deleted and not inline and repo.group_exists(override.key_or_group)
+
+
+def _plain(override: Override, repo: CachingConfigRepository, defaulted: set[str]) -> Override:
+    """An override in the one form of those that mean the same which stock Hydra reads as meant.
+
+    The choice of a file is a text, in quotes where it would be read as something else, and so is each that is
+    swept over, written one after the other.
+    """
+    if not _is_choice(override, repo):
+        group, dot, name = override.key_or_group.partition(f"{SWEPT}.")
+        if dot and not group and not override.is_delete():
+            swept = override.value()
+            text = override.get_value_string() if override.is_sweep_override() else str(swept)
+            return dataclasses.replace(
+                override,
+                type=OverrideType.FORCE_ADD,
+                key_or_group=SWEPT,
+                value_type=ValueType.ELEMENT,
+                _value={name: QuotedString(text, Quote.single)},
+            )
+        if override.is_add():
+            return dataclasses.replace(override, type=OverrideType.FORCE_ADD)
+        return override
+    group, value = override.key_or_group, override.value()
+    there = repo.get_group_options(group, ObjectType.CONFIG)
+    names: list[Any]
+    if isinstance(value, Glob):
+        include, exclude = (list(map(_as_name, globs)) for globs in (value.include, value.exclude))
+        names = Glob(include, exclude).filter(there)
+    elif override.is_interval_sweep():
+        names = [override.get_value_string()]
+    elif override.is_sweep_override():
+        names = [Override._convert_value(name) for name in override.sweep_iterator()]
+    else:
+        names = list(value) if isinstance(value, list) else [value]
+    names = [_as_name(name) for name in names]
+    for name in names:
+        if not repo.config_exists(f"{group}/{name}") and "${" not in name:
+            raise ConfigError(_no_choice(group, name, there))
+    if not names or (isinstance(value, list) and len(names) > 1 and group in _fields()):
+        raise ConfigError(_no_choice(group, override.get_value_string(), there))
+    key = group if override.package is None else f"{group}@{override.package}"
+    added = "+" if (override.is_add() or override.is_force_add()) and key not in defaulted else ""
+    text = ",".join(map(_quoted, names))
+    if isinstance(value, list) and len(names) > 1:
+        text = f"[{text}]"
+    return OverridesParser.create().parse_override(f"{added}{key}={text}")
+
+
+def _as_name(value: object) -> str:
+    """What a value that was read as a number or the like was written as."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _quoted(name: str) -> str:
+    """A name as Hydra reads a text, in quotes where it would read something else without them."""
+    other = re.fullmatch("(?i)null|true|false|nan|inf", name)
+    word = re.fullmatch(r"[A-Za-z_][\w/.${}:-]*", name)
+    return name if word and not other else QuotedString(name, Quote.single).with_quotes()
+
+
+def _check_form(
+    line: str, override: Override, repo: CachingConfigRepository, run_mode: RunMode | None
+) -> None:
+    """See that nothing a run needs is left out, and that values are swept over only where that is possible.
+
+    Raises:
+        ConfigError: it is not so.
+    """
+    key = override.key_or_group
+    if override.is_delete() and re.split("[./]", key)[0] in _fields():
+        choices = repo.get_group_options(key, ObjectType.CONFIG) if repo.group_exists(key) else []
+        names = ", ".join(f"{key}={choice}" for choice in choices)
+        instead = f"choose one of {names}" if choices else "without it the default holds"
+        raise ConfigError(f"{line} is not possible, since every run needs it; {instead}")
+    if not override.is_sweep_override() or run_mode is None:
+        return
+    value = override.get_value_string()
+    if run_mode == RunMode.RUN:
+        instead = "add -m to sweep over them"
+        if not _is_choice(override, repo):
+            instead += f", or write {_as_text(override.get_key_element(), value)} for one text or "
+            instead += f"{shlex.quote(f'{override.get_key_element()}=[{value}]')} for a list"
+        raise ConfigError(f"{line} has several values; {instead}")
+    if override.is_hydra_override():
+        raise ConfigError(f"{line} has several values; only options of a run can be swept over")
+
+
+def _check_swept(override: Override, composed: DictConfig, repo: CachingConfigRepository) -> None:
+    """See that what is swept over is an option, and may have each of the values.
+
+    Raises:
+        ConfigError: it is not so.
+    """
+    key = override.key_or_group
+    if not _has(composed, key):
+        raise ConfigError(_unknown(str(override.input_line), key, _known(composed, key, repo)))
+    if override.is_interval_sweep():
+        if composed.hydra.sweeper._target_.endswith(".BasicSweeper"):
+            raise ConfigError(
+                f"{override.input_line} needs a sweeper that searches; add hydra/sweeper=search"
+            )
+        return
+    changed = copy.deepcopy(composed)
+    for value in override.sweep_iterator():
+        try:
+            OmegaConf.update(changed, key, Override._convert_value(value), merge=True)
+        except OmegaConfBaseException as error:
+            told = f"{key}={Override._get_value_element_as_str(value)}"
+            raise ConfigError(_not_allowed(told, key, error)) from error
+
+
+def _surplus(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Paths that are no option of the dataclasses, so that nothing reads them."""
+    schema = OmegaConf.get_type(node)
+    if not dataclasses.is_dataclass(schema):
+        return
+    names = {field.name for field in dataclasses.fields(schema)}
+    for key in node:
+        path = f"{prefix}{key!s}"
+        inner = node._get_node(key)
+        if path == "hydra":
+            continue
+        if key not in names:
+            yield path
+        elif isinstance(inner, DictConfig):
+            yield from _surplus(inner, f"{path}.")
+
+
+def _has(composed: DictConfig, key: str) -> bool:
+    node: Any = composed
+    for part in key.split("."):
+        if not isinstance(node, DictConfig) or part not in node:
+            return False
+        node = node._get_node(part)
+    return True
+
+
+def _known(composed: DictConfig, key: str, repo: CachingConfigRepository) -> list[str]:
+    """Names that ``key`` may have been meant to be."""
+    top = repo.get_group_options("", ObjectType.GROUP)
+    if key.split(".")[0] == "hydra":
+        return list(_paths(composed.hydra, "hydra."))
+    if key.split("/")[0] == "hydra":
+        return [f"hydra/{group}" for group in repo.get_group_options("hydra", ObjectType.GROUP)]
+    schema = OmegaConf.get_type(composed)
+    options = options_of(schema) if dataclasses.is_dataclass(schema) else []
+    return [*options, *(group for group in top if group != "hydra" and group not in _fields())]
+
+
+def _paths(node: DictConfig, prefix: str) -> Iterator[str]:
+    for key in node:
+        yield f"{prefix}{key!s}"
+        inner = node._get_node(key)
+        if isinstance(inner, DictConfig) and not (inner._is_none() or inner._is_missing()):
+            yield from _paths(inner, f"{prefix}{key!s}.")
+
+
+def _fields() -> set[str]:
+    return {field.name for field in dataclasses.fields(BenchConfig)}
+
+
+def _same_branch(first: str, second: str) -> bool:
+    return first == second or first.startswith(f"{second}.") or second.startswith(f"{first}.")
+
+
+def _unknown(told: str, name: str, known: list[str]) -> str:
+    if name in options_of(BenchConfig) and name not in known:
+        return f"{told} is an option of bench.py, not of train.py"
+    alike = nearest(name, known)
+    instead = f"the nearest {'is' if len(alike) == 1 else 'are'} {', '.join(alike)}"
+    return f"{told} is not known; {instead if alike else '--help lists the options'}"
+
+
+def _not_allowed(told: str, key: str, error: BaseException) -> str:
+    option = options_of(BenchConfig).get(key)
+    if isinstance(error, ValidationError) and option is not None:
+        return f"{told} is not allowed; {key} must be {type_name(option.type)}"
+    return f"{told} is not allowed: {one_line(error)}"
+
+
+def _no_choice(group: str, name: str, choices: Any, file: str = "") -> str:
+    return f"{group}={name}{file} is not known; choose one of {', '.join(choices)}"
+
+
+def _unreadable(line: str) -> str:
+    key, equals, value = line.partition("=")
+    if not equals:
+        return f"{line} cannot be read; options are written group=choice and group.option=value"
+    return f"{line} cannot be read; quote a value with special characters: {_as_text(key, value)}"
+
+
+def _as_text(key: str, value: str) -> str:
+    return shlex.quote(f"{key}={QuotedString(value, Quote.double).with_quotes()}")

@@ -1,0 +1,351 @@
+"""What commands are told on the command line and in files: every form of it, and what is wrong with it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import yaml
+from hydra import version
+from hydra._internal.utils import create_config_search_path
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import setup_globals
+from hydra.types import RunMode
+
+from muse import cli, sweep
+from muse.composition import Loader, prepare_hydra
+from muse.config import build_config
+from muse.errors import ConfigError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+@dataclass
+class Ran:
+    """What a command did.
+
+    Attributes:
+        status: its exit status.
+        jobs: the configuration of each job.
+        overrides: what Hydra says each job was given.
+        folders: the folder of each job.
+        err: what it wrote to standard error.
+    """
+
+    status: int
+    jobs: list[Any]
+    overrides: list[list[str]]
+    folders: list[Path]
+    err: str
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a command in this process, whose jobs only note what they were told."""
+    monkeypatch.setattr(cli, "_statuses", [])
+    monkeypatch.setattr(sweep, "_folder", None)
+    monkeypatch.setattr(cli, "finish_sweep", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(*arguments: str, command: str = "train") -> Ran:
+        done = Ran(0, [], [], [], "")
+
+        @hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)
+        def main(composed):
+            done.jobs.append(build_config(composed))
+            told = HydraConfig.get()
+            done.overrides.append(list(told.overrides.task))
+            done.folders.append(Path(told.runtime.output_dir).relative_to(tmp_path))
+            return 0.5
+
+        monkeypatch.setattr(sys, "argv", [f"{command}.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.start(main)
+        done.status = ended.value.code
+        done.err = capsys.readouterr().err
+        return done
+
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def compose():
+    """Composes what a command is given, as it does for a sweep if -m is among it."""
+    version.setbase("1.3")
+    setup_globals()
+    prepare_hydra()
+    loader = Loader(create_config_search_path(str(CONF)))
+
+    def compose(*arguments: str, command: str = "train") -> Any:
+        mode = RunMode.MULTIRUN if "-m" in arguments else RunMode.RUN
+        return loader.load_configuration(command, [item for item in arguments if item != "-m"], mode)
+
+    return compose
+
+
+def refusal(ran: Ran) -> str:
+    """The one sentence that a command ended with."""
+    assert ran.status == 1
+    assert not ran.jobs
+    (line,) = ran.err.splitlines()
+    assert line.startswith("error: ")
+    # It was refused before anything was written.
+    assert not os.listdir()
+    return line.removeprefix("error: ")
+
+
+SEVERAL = "has several values; add -m to sweep over them"
+QUOTE = "quote a value with special characters"
+SEARCHED = ("stage=1,2", "stage=range(1,3)", "stage=glob([1,2])", "hydra.sweeper.params.stage='glob([1,2])'")
+NAMED = ("stage={}", "stage='{}'", 'stage="{}"', "stage=[{}]", "+stage={}", "++stage={}", "++stage=['{}']")
+STAGES_1_2 = (
+    "stage=1,2",
+    "stage='1','2'",
+    'stage="1","2"',
+    "stage=choice(1,2)",
+    "stage=choice('1',2)",
+    "stage=range(1,3)",
+    "stage=glob([1,2])",
+    "stage=glob(*,exclude=[0,3a])",
+    "stage=sort(2,1)",
+    "+stage=1,2",
+    "++stage=1,2",
+    "+stage=choice(1,2)",
+    "++stage=glob(*,exclude=[0,3a])",
+    "hydra.sweeper.params.stage=1,2",
+    "+hydra.sweeper.params.stage='1,2'",
+    "hydra.sweeper.params.stage=choice(1,2)",
+    "hydra.sweeper.params.stage='glob([1,2])'",
+    '+hydra.sweeper.params={stage:"1,2"}',
+)
+
+
+@pytest.mark.parametrize("argument", STAGES_1_2)
+def test_every_form_of_a_sweep_over_stages_is_the_same_sweep(compose, argument):
+    told = compose("-m", argument, "seed=3").hydra
+    # What the sweeper is given, and the identity of a search is made of.
+    if "params" in argument:
+        assert dict(told.sweeper.params) == {"stage": "'1','2'"}
+        assert told.overrides.task == ["seed=3"]
+    else:
+        assert told.overrides.task == ["stage='1','2'", "seed=3"]
+
+
+@pytest.mark.parametrize("argument", ["stage=choice(1,2)", "++stage=1,2", "hydra.sweeper.params.stage=1,2"])
+def test_every_form_of_a_sweep_over_stages_runs(run, argument):
+    ran = run("-m", argument, "seed=3")
+    assert ran.err == ""
+    assert [job.stage.number for job in ran.jobs] == ["1", "2"]
+    # What paths, the summary and the identity of a cell are made of.
+    assert [sorted(given) for given in ran.overrides] == [["seed=3", "stage='1'"], ["seed=3", "stage='2'"]]
+    assert [folder.name for folder in ran.folders] == ["0-stage1-tiny", "1-stage2-tiny"]
+
+
+@pytest.mark.parametrize("argument", SEARCHED)
+def test_every_form_of_a_sweep_over_stages_can_be_searched(run, argument):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    ran = run("-m", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", argument)
+    assert ran.status == 0, ran.err
+    assert sorted(job.stage.number for job in ran.jobs) == ["1", "2"]
+
+
+@pytest.mark.parametrize("stage", ["1", "3a"])
+@pytest.mark.parametrize("form", NAMED)
+def test_every_form_that_names_a_stage_is_the_same_run(compose, form, stage):
+    composed = compose(form.format(stage))
+    assert composed.stage.number == stage
+    assert composed.hydra.runtime.choices.stage == stage
+    assert composed.hydra.overrides.task == [f"stage='{stage}'"]
+
+
+@pytest.mark.parametrize("written", ["2", '"1"', "3a"])
+def test_a_stage_is_named_in_an_experiment_file(run, tmp_path, written):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    text = f"# @package _global_\ndefaults:\n  - override /stage: {written}\ntrain:\n  steps: 7\n"
+    (tmp_path / "mine" / "experiment" / "x.yaml").write_text(text)
+    ran = run("--config-dir", "mine", "+experiment=x")
+    assert ran.err == ""
+    assert [(job.stage.number, job.train.steps) for job in ran.jobs] == [(written.strip('"'), 7)]
+    assert f"stage{ran.jobs[0].stage.number}-" in str(ran.folders[0])
+
+
+def test_a_sweep_is_written_in_an_experiment_file(run, tmp_path):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    params = {"stage": "1,2", "train.steps": "choice(3,4)"}
+    text = "# @package _global_\n" + yaml.safe_dump({"hydra": {"sweeper": {"params": params}}})
+    (tmp_path / "mine" / "experiment" / "x.yaml").write_text(text)
+    ran = run("-m", "--config-dir", "mine", "+experiment=x")
+    assert [(job.stage.number, job.train.steps) for job in ran.jobs] == [
+        ("1", 3),
+        ("1", 4),
+        ("2", 3),
+        ("2", 4),
+    ]
+    assert ran.overrides[0] == ["stage='1'", "train.steps=3", "+experiment=x"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("train.step=3", "train.step=3 is not known; the nearest are train.steps, train.test, train"),
+        ("trian.steps=3", "trian.steps=3 is not known; the nearest are train.steps,"),
+        ("steps=3", "steps=3 is not known; the nearest are train.steps,"),
+        ("train={step:3}", "train={step:3} is not known; the nearest are train.steps,"),
+        ("modle=tiny", "modle=tiny is not known; the nearest are model,"),
+        ("stage=4", "stage=4 is not known; choose one of 0, 1, 2, 3a"),
+        ("stage=", "stage= is not known; choose one of 0, 1, 2, 3a"),
+        ("stage=1.5", "stage=1.5 is not known; choose one of 0, 1, 2, 3a"),
+        ("stage=[1,2]", "stage=[1,2] is not known; choose one of 0, 1, 2, 3a"),
+        ("model=huge", "model=huge is not known; choose one of scaled, seed, simple, small, tiny"),
+        ("data=foo", "data=foo is not known; choose one of stdlib, synthetic, text, wikitext2"),
+        ("logger=null", "logger=null is not known; choose one of none, wandb"),
+        ("hydra/launcher=foo", "hydra/launcher=foo is not known; choose one of basic"),
+        ("hydra/laucher=basic", "hydra/laucher=basic is not known; the nearest are hydra/launcher"),
+        ("hydra.swep.dir=x", "hydra.swep.dir=x is not known; the nearest are hydra.sweep.dir"),
+        ("train.steps=abc", "train.steps=abc is not allowed; train.steps must be a whole number"),
+        ("train.steps=1.5", "train.steps=1.5 is not allowed; train.steps must be a whole number"),
+        ("seed=null", "seed=null is not allowed; seed must be a whole number"),
+        ("stage.dt=x", "stage.dt=x is not allowed; stage.dt must be a number"),
+        ("stage.tied=x", "stage.tied=x is not allowed; stage.tied must be true or false"),
+        ("hardware.threads=x", "hardware.threads=x is not allowed; hardware.threads must be a whole"),
+        ("data.path=[a,b]", "data.path=[a,b] is not allowed; data.path must be text or null"),
+        ("optim.betas=3", "optim.betas=3 is not allowed; optim.betas must be a list, as in [a,b]"),
+        ("train=5", "train=5 is not allowed; train must be a group of options"),
+        ("data.path=a=b", f"data.path=a=b cannot be read; {QUOTE}: 'data.path=\"a=b\"'"),
+        ("data.path=a[b", f"data.path=a[b cannot be read; {QUOTE}: 'data.path=\"a[b\"'"),
+        ("data.path=a(b)", f"data.path=a(b) cannot be read; {QUOTE}: 'data.path=\"a(b)\"'"),
+        ("data.path={a", f"data.path={{a cannot be read; {QUOTE}: 'data.path=\"{{a\"'"),
+        ("data.path=a,b", f"data.path=a,b {SEVERAL}, or write 'data.path=\"a,b\"' for one text"),
+        ("optim.betas=0.9,0.95", f"optim.betas=0.9,0.95 {SEVERAL}, or write 'optim.betas"),
+        ("stage=1,2", f"stage=1,2 {SEVERAL}"),
+        ("stage=choice(1,2)", f"stage=choice(1,2) {SEVERAL}"),
+        ("train.steps", "train.steps cannot be read; options are written group=choice and"),
+        ("+foo=1", "+foo=1 is not known"),
+        ("++foo=1", "++foo=1 is not known"),
+        ("+experiment=x", "+experiment=x is not known"),
+        ("+train.stepz=1", "+train.stepz=1 is not known; the nearest are train.steps,"),
+        ("++model.real.layer=1", "++model.real.layer=1 is not known; the nearest are model.real.layers,"),
+        ("benchmark=vram", "benchmark=vram is an option of bench.py, not of train.py"),
+        ("+benchmark=vram", "+benchmark=vram is an option of bench.py, not of train.py"),
+        ("stack.level=2", "stack.level=2 is an option of bench.py, not of train.py"),
+        ("~logger", "~logger is not possible, since every run needs it; choose one of logger=none,"),
+        ("~logger=wandb", "~logger=wandb is not possible, since every run needs it"),
+        ("~train", "~train is not possible, since every run needs it; without it the default holds"),
+        ("~data", "~data is not possible, since every run needs it; choose one of data=stdlib"),
+        ("~optim.lr", "~optim.lr is not possible, since every run needs it; without it the default holds"),
+        ("~seed", "~seed is not possible"),
+        ("~foo", "Could not delete from config. 'foo' does not exist."),
+        ("-m stage=1,4", "stage=4 is not known; choose one of 0, 1, 2, 3a"),
+        ("-m stage=choice(1,4)", "stage=4 is not known"),
+        ("-m stage=range(0,4)", "stage=3 is not known"),
+        ("-m stage=glob(x*)", "stage=glob(x*) is not known; choose one of 0, 1, 2, 3a"),
+        ("-m train.step=1,2", "train.step=1,2 is not known; the nearest are train.steps,"),
+        ("-m +foo=1,2", "+foo=1,2 is not known"),
+        ("-m +train.foo=1,2", "+train.foo=1,2 is not known"),
+        ("-m ~logger stage=1,2", "~logger is not possible"),
+        ("-m hydra.launcher._target_=a,b", "hydra.launcher._target_=a,b has several values; only"),
+        ("-m hydra.sweeper.params.stage=1,4", "stage=4 is not known; choose one of 0, 1, 2, 3a"),
+        ("-m hydra.sweeper.params.train.step='1,2'", "train.step=1,2 is not known; the nearest"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_sentence(compose, arguments, told):
+    with pytest.raises(ConfigError) as caught:
+        compose(*arguments.split())
+    assert str(caught.value).startswith(told)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("train.step=3", "train.step=3 is not known"),
+        ("-m stage=0,4", "stage=4 is not known"),
+        ("data.path=a=b", "data.path=a=b cannot be read"),
+        ("+foo=1", "+foo=1 is not known"),
+        ("-m train.steps=1,abc", "train.steps=abc is not allowed; train.steps must be a whole number"),
+        ("-m train.steps=interval(1,2)", "train.steps=interval(1,2) needs a sweeper that searches"),
+        ("--config-name=nope", "Cannot find primary config 'nope'"),
+        ("--config-dir=nope", "Additional config directory"),
+    ],
+)
+def test_what_is_wrong_ends_a_command_before_anything_is_written(run, arguments, told):
+    assert refusal(run(*arguments.split())).startswith(told)
+
+
+@pytest.mark.parametrize("argument", ["benchmark.repeat=3", "+benchmark.repeat=3"])
+def test_options_of_bench_are_known_to_bench_alone(compose, argument):
+    with pytest.raises(ConfigError, match=r"is not known; the nearest are benchmark\.repeats,"):
+        compose(argument, command="bench")
+    assert compose("+benchmark=vram", "stack.level=2", command="bench").stack.level == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("train: {step: 3}", "train.step (in experiment/x) is not known; the nearest are train.steps"),
+        ("train: {steps: abc}", "train.steps (in experiment/x) is not allowed; train.steps must be a"),
+        ("foo: 3", "foo"),
+        ("defaults: [override /stage: 7]", "stage=7"),
+        ("train: {steps: 3", "experiment/x"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_an_experiment_file_is_one_sentence(run, tmp_path, text, told, monkeypatch):
+    place = tmp_path.parent / f"{tmp_path.name} files"
+    (place / "experiment").mkdir(parents=True)
+    (place / "experiment" / "x.yaml").write_text(f"# @package _global_\n{text}\n")
+    assert told in refusal(run("--config-dir", str(place), "+experiment=x"))
+
+
+def test_what_sets_known_options_works_with_any_number_of_plus_signs(run):
+    ran = run("+train.steps=3", "++train.batch_size=2", "++data.path='a=b'", "hydra.job.name=other", "seed=7")
+    assert ran.err == ""
+    (job,) = ran.jobs
+    assert (job.train.steps, job.train.batch_size, job.data.path, job.seed) == (3, 2, "a=b", 7)
+    assert run("data.path=a b").jobs[0].data.path == "a b"
+
+
+ROOTS = ("file", "file/below", "/proc/none")
+
+
+@pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["a run", "a sweep"])
+@pytest.mark.parametrize("root", ROOTS)
+def test_an_output_root_that_cannot_be_written_is_one_sentence(run, tmp_path, root, multirun):
+    (tmp_path / "file").write_text("mine")
+    ran = run(*multirun, f"output_root={root}")
+    assert (ran.status, ran.jobs) == (1, [])
+    told = rf"error: output_root={root} cannot be written \([^)]+\); free some space there or choose another"
+    assert re.match(told, ran.err)
+    assert ran.err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_of_a_run_that_cannot_be_written_is_one_sentence(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    ran = run("hydra.run.dir=file/below")
+    assert (ran.status, ran.jobs) == (1, [])
+    assert ran.err.startswith("error: the folder file/below cannot be written (Not a directory);")
+
+
+def test_a_disk_that_is_full_before_the_job_begins_is_one_sentence(run, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hydra.core.utils._save_config", full)
+    ran = run()
+    assert (ran.status, ran.jobs) == (1, [])
+    assert ran.err.startswith(
+        "error: no space is left for the folder of the run (No space left on device); free"
+    )
+    assert ran.err.count("\n") == 1
