@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,125 @@ def plot_ratios(path: Path, title: str, x_label: str, rows: dict[str, dict[str, 
 
 
 def plot_loss_curve(path: Path, metrics: list[dict[str, Any]], title: str) -> None:
-    """Write training and validation loss over the steps of a run."""
-    lines = {
-        name: [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
-        for name, key in (("training", "train/loss"), ("validation", "valid/loss"))
-    }
-    plot_lines(path, title, "step", "loss [nats per token]", lines)
+    """Write training and validation loss over the steps of a run.
+
+    The y-axis is for what comes after the first tenth of the steps, a little higher for where that begins; a
+    remark tells the loss that the training began with. Validation losses are joined where they were measured
+    on the same windows; that of the whole split has a mark of its own.
+    """
+    figure, axes = _axes(title, "step", "loss [nats per token]")
+    training, last = _series(metrics, "train/loss"), _series(metrics, "train/last_loss")
+    whole = _series(metrics, "valid/whole_loss")
+    # Logged so often that a line holds one step only, the mean shows nothing else.
+    if last and last != training:
+        axes.plot(*zip(*last, strict=True), color="C0", alpha=0.3, linewidth=0.8, label="last batch")
+    if training:
+        axes.plot(
+            *zip(*training, strict=True), color="C0", linewidth=1.8, label="training, mean since the last"
+        )
+    measures: dict[tuple[Any, Any], list[tuple[float, float]]] = {}
+    for line in metrics:
+        if line.get("valid/loss") is not None:
+            measure = line.get("valid/tokens"), line.get("valid/stride")
+            measures.setdefault(measure, []).append((line["step"], line["valid/loss"]))
+    for number, ((tokens, _), points) in enumerate(measures.items()):
+        name = "validation" if tokens is None else f"validation, {tokens:,} tokens"
+        marker = "os^D"[number % 4]
+        axes.plot(
+            *zip(*points, strict=True), color="C1", marker=marker, linestyle="--", linewidth=1, label=name
+        )
+    if whole:
+        axes.plot(*zip(*whole, strict=True), "*", color="C3", markersize=12, label="validation, whole split")
+        step, loss = whole[-1]
+        axes.annotate(f"{loss:.3f}", (step, loss), (0, 9), textcoords="offset points", ha="right", color="C3")
+    lines = [training, *measures.values(), whole]
+    _show_what_follows(axes, [point for points in lines for point in points])
+    if axes.lines:
+        axes.legend()
+    _save(figure, path)
+
+
+def _series(metrics: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of every line that has a finite value."""
+    return [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
+
+
+def _show_what_follows(axes: Any, points: Sequence[tuple[float, float]]) -> None:
+    """Limit y to the points after the first tenth of x, if the first ones are far above all of them."""
+    if not points:
+        return
+    end = max(x for x, _ in points)
+    later = [y for x, y in points if x >= end / 10]
+    lowest, highest, first = min(later), max(later), max(y for _, y in points)
+    room = 0.15 * max(highest - lowest, 0.05)
+    if first > highest + 2 * room:
+        axes.set_ylim(lowest - room, highest + 2 * room)
+        axes.annotate(
+            f"from {first:.2f}", (0, 1), (6, -12), "axes fraction", "offset points", color="C0", fontsize=9
+        )
+
+
+def plot_flow(path: Path, metrics: list[dict[str, Any]], title: str) -> None:
+    """Write what ``muse.dynamics.watch`` measured of each flow over the steps of a run, if it did.
+
+    Colours run from the first block to the last, flows of a block differ in line style.
+    """
+    keys = dict.fromkeys(key for line in metrics for key in line if key.count("/") == 2)
+    names = list(dict.fromkeys(key.split("/")[1] for key in keys if key.startswith("flow/")))
+    if not names:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained", sharex=True)
+    figure.suptitle(title)
+    colours = pyplot.get_cmap("viridis")
+    blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    for axes, (key, label) in zip(panels.flat, FLOW_PANELS, strict=True):
+        axes.set(title=label)
+        axes.grid(alpha=0.3)
+        ends = []
+        for name in names:
+            points = _series(metrics, f"flow/{name}/{key}")
+            if not points:
+                continue
+            block, _, flow = name.rpartition(".")
+            colour = colours(0.9 * blocks.index(block) / max(1, len(blocks) - 1))
+            style = ("-", "--", ":", "-.")[int(flow) % 4] if flow.isdigit() else "-"
+            axes.plot(*zip(*points, strict=True), style, marker=".", color=colour, linewidth=1.3)
+            ends.append((*points[-1], name.replace("blocks.", "").replace(".flow.", "."), colour))
+        if key != "fallen_back" and all(y > 0 for _, y, _, _ in ends):
+            axes.set_yscale("log")
+        if key == "fallen_back":
+            axes.set_ylim(-0.05, 1.05)
+        _label_ends(axes, ends)
+    for axes in panels[1]:
+        axes.set_xlabel("step")
+    _save(figure, path)
+
+
+FLOW_PANELS = (
+    ("energy", "mean energy at the start"),
+    ("drift_max", "relative energy drift over the flow's own steps, worst token"),
+    ("curvature_dt2", r"$\lambda_{\max}\, dt^2$, worst token"),
+    ("fallen_back", "fallen back to checkpointing"),
+)
+
+
+def _label_ends(axes: Any, ends: list[tuple[float, float, str, Any]]) -> None:
+    """Write the name of each line beside its last point, one above the other where points meet."""
+    figure = axes.figure
+    figure.draw_without_rendering()
+    height = axes.get_window_extent().height
+    room = 9 * figure.dpi / 72 / height
+    place = -math.inf
+    for (x, y, name, colour), at in sorted(
+        ((end, axes.transAxes.inverted().transform(axes.transData.transform(end[:2]))[1]) for end in ends),
+        key=lambda pair: pair[1],
+    ):
+        place = max(at, place + room)
+        axes.annotate(
+            name, (x, y), (1.01, place), textcoords="axes fraction", color=colour, fontsize=7, va="center"
+        )

@@ -89,7 +89,7 @@ def test_ranks_train_the_model_of_one_rank(trained, count, together, case):
     one = trained(1, "none")[0][case]
     names = tuple(CASES) if count == 2 else OVER_THREE
     for found in (joined[case] for joined in trained(count, together, "fp64", names)):
-        for loss in ("train/loss", "valid/loss"):
+        for loss in ("train/loss", "train/last_loss", "valid/whole_loss"):
             assert found.series(loss) == pytest.approx(one.series(loss), rel=1e-12)
         # Norms are float32.
         assert found.series("train/grad_norm") == pytest.approx(one.series("train/grad_norm"), rel=1e-6)
