@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,7 +133,10 @@ def plot_loss_curve(path: Path, metrics: list[dict[str, Any]], title: str) -> No
         axes.plot(*zip(*last, strict=True), color="C0", alpha=0.3, linewidth=0.8, label="last batch")
     if training:
         axes.plot(
-            *zip(*training, strict=True), color="C0", linewidth=1.8, label="training, mean since the last"
+            *zip(*training, strict=True),
+            color="C0",
+            linewidth=1.8,
+            label="training, mean since the last point",
         )
     measures: dict[tuple[Any, Any], list[tuple[float, float]]] = {}
     for line in metrics:
@@ -151,7 +153,7 @@ def plot_loss_curve(path: Path, metrics: list[dict[str, Any]], title: str) -> No
         axes.plot(*zip(*whole, strict=True), "*", color="C3", markersize=12, label="validation, whole split")
         step, loss = whole[-1]
         axes.annotate(f"{loss:.3f}", (step, loss), (0, 9), textcoords="offset points", ha="right", color="C3")
-    lines = [training, *measures.values(), whole]
+    lines = [training, last, *measures.values(), whole]
     _show_what_follows(axes, [point for points in lines for point in points])
     if axes.lines:
         axes.legend()
@@ -174,7 +176,14 @@ def _show_what_follows(axes: Any, points: Sequence[tuple[float, float]]) -> None
     if first > highest + 2 * room:
         axes.set_ylim(lowest - room, highest + 2 * room)
         axes.annotate(
-            f"from {first:.2f}", (0, 1), (6, -12), "axes fraction", "offset points", color="C0", fontsize=9
+            f"from {first:.2f}",
+            (0, 1),
+            (6, -14),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            color="C0",
+            fontsize=9,
+            bbox={"color": "white", "pad": 1},
         )
 
 
@@ -209,10 +218,11 @@ def plot_flow(path: Path, metrics: list[dict[str, Any]], title: str) -> None:
             style = ("-", "--", ":", "-.")[int(flow) % 4] if flow.isdigit() else "-"
             axes.plot(*zip(*points, strict=True), style, marker=".", color=colour, linewidth=1.3)
             ends.append((*points[-1], name.replace("blocks.", "").replace(".flow.", "."), colour))
-        if key != "fallen_back" and all(y > 0 for _, y, _, _ in ends):
+        values = [y for line in axes.lines for y in line.get_ydata()]
+        if values and min(values) > 0 and (key == "drift_max" or max(values) > 10 * min(values)):
             axes.set_yscale("log")
         if key == "fallen_back":
-            axes.set_ylim(-0.05, 1.05)
+            axes.set(ylim=(-0.05, 1.05), yticks=(0, 1), yticklabels=("no", "yes"))
         _label_ends(axes, ends)
     for axes in panels[1]:
         axes.set_xlabel("step")
@@ -221,24 +231,24 @@ def plot_flow(path: Path, metrics: list[dict[str, Any]], title: str) -> None:
 
 FLOW_PANELS = (
     ("energy", "mean energy at the start"),
-    ("drift_max", "relative energy drift over the flow's own steps, worst token"),
+    ("drift_max", "relative energy drift over its own steps, worst token"),
     ("curvature_dt2", r"$\lambda_{\max}\, dt^2$, worst token"),
     ("fallen_back", "fallen back to checkpointing"),
 )
 
 
 def _label_ends(axes: Any, ends: list[tuple[float, float, str, Any]]) -> None:
-    """Write the name of each line beside its last point, one above the other where points meet."""
+    """Write the name of each line, (x, y, name, colour), beside its end, one above the other where they meet."""
     figure = axes.figure
     figure.draw_without_rendering()
-    height = axes.get_window_extent().height
-    room = 9 * figure.dpi / 72 / height
-    place = -math.inf
-    for (x, y, name, colour), at in sorted(
-        ((end, axes.transAxes.inverted().transform(axes.transData.transform(end[:2]))[1]) for end in ends),
-        key=lambda pair: pair[1],
-    ):
-        place = max(at, place + room)
-        axes.annotate(
-            name, (x, y), (1.01, place), textcoords="axes fraction", color=colour, fontsize=7, va="center"
-        )
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = sorted(ends, key=lambda end: end[1])
+    places = [float(to_axes.transform((x, y))[1]) for x, y, _, _ in ends]
+    # The height of a line of text.
+    room = 8 * figure.dpi / 72 / axes.get_window_extent().height
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + room)
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], places[i + 1] - room if i + 1 < len(places) else 1.0)
+    for (_, _, name, colour), place in zip(ends, places, strict=True):
+        axes.annotate(name, (1.01, place), xycoords="axes fraction", color=colour, fontsize=7, va="center")

@@ -169,6 +169,27 @@ def test_the_exact_flow_is_rebuilt_to_the_last_bit_on_every_rank(tmp_path, toget
         assert training.series("flow/fallbacks") == [0.0] * 4
 
 
+def train_evaluated(folder: Path, together: str) -> Training:
+    stage = stage_config("2", gradient="reversible", integrator="leapfrog", ode_steps=2, dropout=0.2)
+    return run_train(run_config(stage, together, eval_every=2, eval_tokens=16), folder)
+
+
+@pytest.mark.parametrize("together", ["ddp", "fsdp"])
+def test_the_first_rank_watches_flows(tmp_path, together):
+    first, second = run_ranks(2, train_evaluated, tmp_path, together)
+    for name in [f"blocks.{block}.flow.{flow}" for block in (0, 1) for flow in (0, 1)]:
+        for key in ("energy", "drift_max", "drift_mean", "curvature_dt2"):
+            values = first.series(f"flow/{name}/{key}")
+            assert len(values) == 2
+            assert all(0 < value < 1e3 for value in values)
+    assert second.series("flow/energy") == []
+    # The largest of all ranks.
+    errors = first.series("flow/reconstruction_error")
+    assert errors == second.series("flow/reconstruction_error")
+    assert 0 < max(errors) < 1e-5
+    assert first.series("valid/loss") == second.series("valid/loss")
+
+
 def fall_back(folder: Path, together: str, failing: str) -> Training:
     """Train a flow that fails in one call on the second rank, in its forward or its backward pass."""
     function, calls = getattr(MLPPotential, failing), []

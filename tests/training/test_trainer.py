@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -218,6 +219,33 @@ def test_evaluations_logging_and_checkpoints_do_not_change_the_training(tmp_path
     assert results[0].valid == results[1].valid
     assert results[0].test is None
     assert results[1].test is not None
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16-mixed"])
+@pytest.mark.parametrize(
+    "stage", [{}, {"gradient": "reversible"}, {"gradient": "backprop"}, {"potential": "duffing"}], ids=str
+)
+def test_watching_flows_does_not_change_the_training(tmp_path, monkeypatch, precision, stage):
+    config = run_config(2, precision, steps=4, eval_every=2, checkpoint_every=2)
+    config.stage = dataclasses.replace(config.stage, **stage)
+    logs = [Recorder(), Recorder()]
+    _, first = run_train(config, tmp_path / "watched", logs[0])
+    monkeypatch.setattr(trainer, "watched_flows", lambda model: contextlib.nullcontext({}))
+    _, second = run_train(config, tmp_path / "not watched", logs[1])
+    assert same(contents(first.checkpoint), contents(second.checkpoint))
+    assert first.valid == second.valid
+    assert logs[0].losses() == logs[1].losses()
+    watched, plain = (log.lines for log in logs)
+    key = "flow/blocks.1.flow.0/drift_max"
+    assert [step for step, metrics in watched if key in metrics] == [2, 4]
+    assert not [step for step, metrics in plain if key in metrics]
+
+
+def test_flows_are_watched_once_at_the_end_of_a_run_without_evaluations(tmp_path):
+    log = Recorder()
+    run_train(run_config(2, steps=2), tmp_path, log)
+    (line,) = [metrics for _, metrics in log.lines if "flow/energy" in metrics]
+    assert "valid/whole_loss" in line
 
 
 def test_a_run_killed_in_its_last_evaluation_is_only_evaluated_again(tmp_path):
