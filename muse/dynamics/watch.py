@@ -27,7 +27,7 @@ def watched_flows(model: nn.Module) -> Iterator[dict[str, float]]:
 
     Yields:
         A dict, filled when the block ends, empty for a model without flows. Of each flow, as
-        ``flow/<its name>/...``:
+        ``flow/blocks_0_flow_1/...``, its name without the dots, by which W&B would part it:
 
         - ``energy``: mean H over tokens at the start;
         - ``drift_max`` and ``drift_mean``: max over the flow's own steps of |H_t - H_0| / |H_0|, of the worst
@@ -51,7 +51,7 @@ def watched_flows(model: nn.Module) -> Iterator[dict[str, float]]:
     if not measured:
         return
     for name, values in measured.items():
-        metrics |= {f"flow/{name}/{key}": value for key, value in values.items()}
+        metrics |= {f"flow/{name.replace('.', '_')}/{key}": value for key, value in values.items()}
     for name, key, of_all in (
         ("energy", "energy", _mean),
         ("drift_max", "drift_max", _largest),

@@ -204,7 +204,7 @@ def plot_flow(path: Path, metrics: list[dict[str, Any]], title: str) -> None:
     figure, panels = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained", sharex=True)
     figure.suptitle(title)
     colours = pyplot.get_cmap("viridis")
-    blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    blocks = list(dict.fromkeys(name.rpartition("_")[0] for name in names))
     for axes, (key, label) in zip(panels.flat, FLOW_PANELS, strict=True):
         axes.set(title=label)
         axes.grid(alpha=0.3)
@@ -213,11 +213,11 @@ def plot_flow(path: Path, metrics: list[dict[str, Any]], title: str) -> None:
             points = _series(metrics, f"flow/{name}/{key}")
             if not points:
                 continue
-            block, _, flow = name.rpartition(".")
+            block, _, flow = name.rpartition("_")
             colour = colours(0.9 * blocks.index(block) / max(1, len(blocks) - 1))
             style = ("-", "--", ":", "-.")[int(flow) % 4] if flow.isdigit() else "-"
             axes.plot(*zip(*points, strict=True), style, marker=".", color=colour, linewidth=1.3)
-            ends.append((*points[-1], name.replace("blocks.", "").replace(".flow.", "."), colour))
+            ends.append((*points[-1], name.removeprefix("blocks_").replace("_flow_", "."), colour))
         values = [y for line in axes.lines for y in line.get_ydata()]
         if values and min(values) > 0 and (key == "drift_max" or max(values) > 10 * min(values)):
             axes.set_yscale("log")
@@ -231,14 +231,14 @@ def plot_flow(path: Path, metrics: list[dict[str, Any]], title: str) -> None:
 
 FLOW_PANELS = (
     ("energy", "mean energy at the start"),
-    ("drift_max", "relative energy drift over its own steps, worst token"),
+    ("drift_max", "relative energy drift over a flow's own steps, worst token"),
     ("curvature_dt2", r"$\lambda_{\max}\, dt^2$, worst token"),
     ("fallen_back", "fallen back to checkpointing"),
 )
 
 
 def _label_ends(axes: Any, ends: list[tuple[float, float, str, Any]]) -> None:
-    """Write the name of each line, (x, y, name, colour), beside its end, one above the other where they meet."""
+    """Write the name of each line, (x, y, name, colour), beside its end, one above the other."""
     figure = axes.figure
     figure.draw_without_rendering()
     to_axes = axes.transData + axes.transAxes.inverted()

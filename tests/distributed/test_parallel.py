@@ -177,7 +177,7 @@ def train_evaluated(folder: Path, together: str) -> Training:
 @pytest.mark.parametrize("together", ["ddp", "fsdp"])
 def test_the_first_rank_watches_flows(tmp_path, together):
     first, second = run_ranks(2, train_evaluated, tmp_path, together)
-    for name in [f"blocks.{block}.flow.{flow}" for block in (0, 1) for flow in (0, 1)]:
+    for name in [f"blocks_{block}_flow_{flow}" for block in (0, 1) for flow in (0, 1)]:
         for key in ("energy", "drift_max", "drift_mean", "curvature_dt2"):
             values = first.series(f"flow/{name}/{key}")
             assert len(values) == 2

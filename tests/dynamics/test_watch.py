@@ -18,7 +18,7 @@ from muse.models.hamiltonian import hamiltonian_decoder
 
 WIDTH = WidthConfig(d_model=8, layers=2, heads=2, kv_heads=2, d_ff=16)
 STAGE = StageConfig(number="2", precision="fp32", ode_steps=3, dt=0.5, integrator="leapfrog")
-NAMES = [f"blocks.{block}.flow.{flow}" for block in (0, 1) for flow in (0, 1)]
+NAMES = [f"blocks_{block}_flow_{flow}" for block in (0, 1) for flow in (0, 1)]
 
 
 def decoder(**options: object) -> LanguageModel:
@@ -55,25 +55,25 @@ def test_metrics_are_of_the_first_call_and_of_each_flow(options):
     inputs: dict[str, Tensor] = {}
 
     def note(flow: HamiltonianNeuralODE, given: tuple[Tensor, ...]) -> None:
-        inputs.setdefault(flow.name, given[0].flatten(0, 1))
+        inputs.setdefault(flow.name.replace(".", "_"), given[0].flatten(0, 1))
 
     for flow in flows_of(model):
         flow.register_forward_pre_hook(note)
     metrics = watched(model, tokens)
     assert list(inputs) == NAMES
     worst = []
-    for flow in flows_of(model):
-        z = inputs[flow.name]
+    for name, flow in zip(NAMES, flows_of(model), strict=True):
+        z = inputs[name]
         q, p = z.float().unbind(-2)
         context = flow.potential.context(q, p)
-        found = {key: metrics[f"flow/{flow.name}/{key}"] for key in ("energy", "drift_max", "drift_mean")}
+        found = {key: metrics[f"flow/{name}/{key}"] for key in ("energy", "drift_max", "drift_mean")}
         assert found["energy"] == pytest.approx(energy(flow.potential, q, p, context).mean().item(), rel=1e-4)
         drifts = drift(trajectory(flow, z, 3).energy)
         assert found["drift_max"] == drifts.max() > 0
         assert found["drift_mean"] == pytest.approx(drifts.mean().item(), rel=1e-12)
         stiffness = curvature(flow.potential, q, context, 1000).max().item() * 0.5**2
-        assert metrics[f"flow/{flow.name}/curvature_dt2"] == pytest.approx(stiffness, rel=0.05)
-        assert metrics[f"flow/{flow.name}/fallen_back"] == 0
+        assert metrics[f"flow/{name}/curvature_dt2"] == pytest.approx(stiffness, rel=0.05)
+        assert metrics[f"flow/{name}/fallen_back"] == 0
         worst.append(found["drift_max"])
     assert metrics["flow/drift_max"] == max(worst)
     assert metrics["flow/fallback_share"] == 0
@@ -98,7 +98,7 @@ def test_a_state_out_of_range_has_no_drift_and_does_no_harm():
     drifts = [metrics[f"flow/{name}/drift_max"] for name in NAMES]
     assert [math.isnan(value) for value in drifts] == [False, False, True, True]
     assert math.isnan(metrics["flow/drift_max"])
-    assert metrics["flow/blocks.1.flow.0/curvature_dt2"] > 0
+    assert metrics["flow/blocks_1_flow_0/curvature_dt2"] > 0
 
 
 def test_only_some_tokens_are_followed(monkeypatch):

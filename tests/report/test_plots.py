@@ -124,12 +124,12 @@ def test_the_loss_curve_of_a_slow_start_shows_all(tmp_path, monkeypatch):
 def test_every_flow_is_drawn_and_named_in_every_panel(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
     keys = ("energy", "drift_max", "curvature_dt2", "fallen_back")
-    names = [f"blocks.{block}.flow.{flow}" for block in range(3) for flow in range(2)]
+    names = [f"blocks_{block}_flow_{flow}" for block in range(3) for flow in range(2)]
     metrics = [
         {"step": step, "train/loss": 1.0, **{f"flow/{name}/{key}": 0.5 for name in names for key in keys}}
         for step in (10, 20)
     ]
-    metrics[1]["flow/blocks.2.flow.1/drift_max"] = None
+    metrics[1]["flow/blocks_2_flow_1/drift_max"] = None
     plot_flow(tmp_path / "flow.png", metrics, "title")
     pixels(tmp_path / "flow.png")
     for axes in figures[0].axes:
