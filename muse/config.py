@@ -402,9 +402,10 @@ class TrainConfig:
     Attributes:
         steps: optimiser steps.
         batch_size: windows in a micro-batch.
-        eval_every: steps between two evaluations on the validation split; 0 for the end only.
-        eval_tokens: validation tokens in the evaluations along the way; 0 for all. The last
-            evaluation always covers the whole split.
+        eval_every: steps between two evaluations on the validation split, the last step has one, too; 0 for
+            none. The whole split is evaluated at the end in any case.
+        eval_tokens: validation tokens of such an evaluation, in windows spread evenly over the split, the
+            same ones each time; 0 for all.
         eval_stride: tokens that the window moves by in an evaluation; null for no overlap.
         test: whether the test split is evaluated at the end.
         checkpoint_every: steps between two checkpoints; 0 for the end only.

@@ -18,7 +18,7 @@ from muse.hardware import describe, use_hardware
 from muse.models import LanguageModel
 from muse.provenance import identity, provenance
 from muse.report.metrics import MetricsLog, read_metrics
-from muse.report.plots import plot_loss_curve
+from muse.report.run_plot import plot_flow, plot_loss_curve
 from muse.report.table import table
 from muse.training.checkpoint import adopt_checkpoints, find_checkpoint, find_sound_checkpoint, load_state
 from muse.training.profile import require_steps
@@ -98,8 +98,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
             },
         )
         model, result = train(config, data, device, run, log, checkpoint, log.wandb_id)
-        curve = run / "loss.png"
-        plot_loss_curve(curve, read_metrics(run), f"stage {config.stage.number}, {config.model.name}")
+        plots = _plots(config, run)
         if result.signal is not None:
             print(
                 f"interrupted; step {result.step} is saved, "
@@ -108,7 +107,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
             return 128 + result.signal
         summary = _summary(result)
         write_json(run / RESULT_FILE, {**summary, **provenance(config)})
-        log.add_results(summary, [curve])
+        log.add_results(summary, plots)
         print(_table(result))
         text = _sample(config, model, data)
         if text is not None:
@@ -119,6 +118,14 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
         return 0
     finally:
         log.close(failed)
+
+
+def _plots(config: RunConfig, run: Path) -> list[Path]:
+    """Draw what the run has logged."""
+    metrics, title = read_metrics(run), f"stage {config.stage.number}, {config.model.name}"
+    plot_loss_curve(run / "loss.png", metrics, title)
+    plot_flow(run / "flow.png", metrics, f"{title}: what its flows do")
+    return [path for path in (run / "loss.png", run / "flow.png") if path.exists()]
 
 
 def _load_data(config: RunConfig) -> TokenData:
@@ -136,10 +143,11 @@ def _sample(config: RunConfig, model: LanguageModel, data: TokenData) -> str | N
 def lines_before(previous: Path, step: int, last_step: int) -> list[dict[str, Any]]:
     """Metrics of the run to continue that will not be logged again: up to its checkpoint.
 
-    The evaluation at the very end comes after the last checkpoint, all others come before theirs.
+    The evaluations of whole splits at the very end come after the last checkpoint, all else comes before.
     """
     lines = [line for line in read_metrics(previous) if line["step"] <= step]
-    return [line for line in lines if line["step"] < last_step or "train/loss" in line]
+    at_the_end = {"valid/whole_loss", "test/loss"}
+    return [line for line in lines if line["step"] < last_step or not at_the_end & line.keys()]
 
 
 def _summary(result: TrainResult) -> dict[str, Any]:

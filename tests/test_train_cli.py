@@ -247,6 +247,7 @@ def test_a_run_leaves_everything_in_its_folder(place, undisturbed):
     steps = [line["step"] for line in logged(undisturbed) if "train/loss" in line]
     assert steps == list(range(1, STEPS + 1))
     assert [line["step"] for line in logged(undisturbed) if "valid/loss" in line] == EVALUATIONS
+    assert [line["step"] for line in logged(undisturbed) if "valid/whole_loss" in line] == [STEPS]
 
 
 @pytest.mark.slow

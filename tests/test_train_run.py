@@ -15,12 +15,23 @@ def write(run, text):
     (run / FILE).write_text(text)
 
 
-@pytest.mark.parametrize(("step", "kept"), [(1, [1]), (2, [1, 2, 2]), (3, [1, 2, 2, 3])])
+@pytest.mark.parametrize(("step", "kept"), [(1, [1]), (2, [1, 2, 2]), (3, [1, 2, 2, 3, 3])])
 def test_a_continued_run_logs_no_line_twice_and_misses_none(tmp_path, step, kept):
-    """The evaluation of step 2 came before its checkpoint, that of the last step comes after it."""
-    lines = [(1, "train/loss"), (2, "train/loss"), (2, "valid/loss"), (3, "train/loss"), (3, "valid/loss")]
+    """Evaluations of windows come before the checkpoint of their step, that of the whole split after it."""
+    keys = (
+        "train/loss",
+        "train/loss",
+        "valid/loss",
+        "train/loss",
+        "valid/loss",
+        "valid/whole_loss",
+        "test/loss",
+    )
+    lines = zip((1, 2, 2, 3, 3, 3, 3), keys, strict=True)
     write(tmp_path / "old", "".join(f'{{"step": {n}, "{key}": 1.0}}\n' for n, key in lines))
     assert [line["step"] for line in lines_before(tmp_path / "old", step, last_step=3)] == kept
+    # A run that goes on further does not evaluate the whole split there again.
+    assert len(lines_before(tmp_path / "old", 3, last_step=4)) == 7
 
 
 def test_a_run_is_continued_if_it_has_a_checkpoint_whatever_became_of_other_files(tmp_path):

@@ -29,7 +29,7 @@ def measure_perplexity(config: BenchConfig, device: torch.device) -> dict[str, A
     Returns:
         ``ppl``, ``loss``, ``word_ppl``, ``bits_per_byte`` and ``tokens`` of the evaluation, ``trained``,
         which says how the weights came about, ``parameters``, their number, and ``curve``, the training loss
-        over the steps.
+        of each step, no mean over some.
 
     Raises:
         ConfigError: for data without text.

@@ -290,8 +290,9 @@ def measure_speedup_run(
     Returns:
         ``seconds`` from the initial weights to the last sample, and their parts; ``compile_seconds``, which
         are in them, too, as part of tuning and of training; ``loss`` (mean of the last
-        epoch's batches), ``valid_loss``, ``curve``; ``tokens_per_second`` of the median batch; ``norm_min``
-        and ``norm_max`` of whole gradients, ``grad_norm_min`` and ``grad_norm_max`` of single parameters;
+        epoch's batches), ``valid_loss``, ``curve`` (the loss of each batch, no mean over some);
+        ``tokens_per_second`` of the median batch; ``norm_min`` and ``norm_max`` of whole gradients,
+        ``grad_norm_min`` and ``grad_norm_max`` of single parameters;
         ``decisions``; ``texts``, the last sample and where the checkpoint is; ``checkpoint_loads``;
         ``losses_hash``, equal for equal losses; ``nan_count`` and ``inf_count`` among all losses, gradient
         norms and, in the end, elements of parameters;

@@ -1,6 +1,6 @@
 """Text, tokenizers, tokenised splits and batches."""
 
-from muse.data.batches import evaluation_batches, training_batch
+from muse.data.batches import evaluation_batches, evaluation_windows, training_batch
 from muse.data.corpus import SPLITS, Corpus, count_words, load_corpus
 from muse.data.tokenizer import Tokenizer, build_tokenizer
 from muse.data.tokens import Counts, TokenData, load_tokens
@@ -14,6 +14,7 @@ __all__ = [
     "build_tokenizer",
     "count_words",
     "evaluation_batches",
+    "evaluation_windows",
     "load_corpus",
     "load_tokens",
     "training_batch",

@@ -62,7 +62,7 @@ def _epoch(windows: int, slack: int, seed: int, epoch: int) -> tuple[int, np.nda
 def evaluation_batches(
     tokens: np.ndarray, seq_len: int, batch_size: int, stride: int | None = None, limit: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Windows that predict every token but the first exactly once, in order.
+    """Windows that predict every token but the first exactly once, in order, or some of them, evenly spread.
 
     Without ``stride`` the windows do not overlap. With it they move by ``stride`` tokens, and only the
     last ``stride`` targets of each count (all of the first window's), so that a prediction sees at
@@ -73,7 +73,8 @@ def evaluation_batches(
         seq_len: inputs in a window.
         batch_size: windows in a batch; the last one may have fewer.
         stride: tokens that the window moves by, at most ``seq_len``; None for ``seq_len``.
-        limit: predict the first ``limit`` tokens only; 0 for all.
+        limit: tokens to predict, by as many windows as that takes: those of the whole split in the middle
+            of equal parts of it, which depend on nothing but the sizes; 0 for all.
 
     Yields:
         Inputs and targets, int64, and the mask of the targets that count, bool; each of shape
@@ -89,14 +90,26 @@ def evaluation_batches(
         )
     if len(tokens) < 2:
         raise ConfigError(f"data has a split of {len(tokens)} tokens; an evaluation needs at least 2")
-    predictions = len(tokens) - 1 if limit == 0 else min(limit, len(tokens) - 1)
-    windows = 1 + max(0, -(-(predictions - seq_len) // stride))
-    for first in range(0, windows, batch_size):
-        starts = torch.arange(first, min(first + batch_size, windows))[:, None] * stride
+    windows, chosen = (evaluation_windows(len(tokens), seq_len, stride, most) for most in (0, limit))
+    for first in range(0, chosen, batch_size):
+        # The middle of part i is (i + 1/2) windows / chosen.
+        parts = torch.arange(first, min(first + batch_size, chosen))
+        starts = ((2 * parts + 1) * windows // (2 * chosen))[:, None] * stride
         batch = torch.zeros(len(starts), seq_len + 1, dtype=torch.int64)
         for row, start in enumerate(starts.flatten().tolist()):
-            window = tokens[start : min(start + seq_len, predictions) + 1].astype(np.int64)
+            window = tokens[start : start + seq_len + 1].astype(np.int64)
             batch[row, : len(window)] = torch.from_numpy(window)
         position = torch.arange(seq_len)
-        new = (starts == 0) | (position >= seq_len - stride)
-        yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), new & (starts + position < predictions)
+        new = ((starts == 0) | (position >= seq_len - stride)) & (starts + position < len(tokens) - 1)
+        yield (
+            batch[:, :-1].contiguous(),
+            batch[:, 1:].contiguous(),
+            new & (starts + position < len(tokens) - 1),
+        )
+
+
+def evaluation_windows(tokens: int, seq_len: int, stride: int | None = None, limit: int = 0) -> int:
+    """How many windows ``evaluation_batches`` yields of a split of so many tokens."""
+    stride = seq_len if stride is None else stride
+    windows = 1 + max(0, -(-(tokens - 1 - seq_len) // stride))
+    return windows if limit == 0 else min(windows, -(-limit // stride))

@@ -141,23 +141,28 @@ def monotone_share(energies: Tensor) -> float:
     return one_way.double().mean().item()
 
 
-@torch.no_grad()
 def curvature(
     potential: Potential, q: Tensor, context: tuple[Tensor, ...] = (), iterations: int = 30
 ) -> Tensor:
-    """The largest |eigenvalue| of V'' at each q (tokens, D), by power iteration; float64 (tokens,)."""
-    q, field = q.double(), _double_field(potential, context)
+    """The largest |eigenvalue| of V'' at each q (tokens, D), by power iteration; float64 (tokens,).
+
+    V'' v is the gradient of -F v, since V'' is symmetric: one pass back through one force.
+    """
+    with torch.enable_grad():
+        q = q.detach().double().requires_grad_()
+        force = _double_field(potential, context)(q)
     generator = torch.Generator(device=q.device).manual_seed(0)
     v = torch.randn(q.shape, generator=generator, dtype=q.dtype, device=q.device)
     size = q.new_zeros(len(q))
-    for _ in range(iterations):
+    # A constant force depends on nothing.
+    for _ in range(iterations if force.requires_grad else 0):
         v = v / v.norm(dim=-1, keepdim=True)
-        change = field(q + 1e-4 * v) - field(q - 1e-4 * v)
-        v = -change / 2e-4
+        (change,) = torch.autograd.grad(force, q, v, retain_graph=True)
+        v = -change
         size = v.norm(dim=-1)
         v = torch.where(size[:, None] > 0, v, torch.ones_like(v))
     return size
 
 
 def _double_field(potential: Potential, context: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
-    return potential.field(*(x.double() for x in (*potential.coefficients(), *context)))
+    return potential.field(*(x.detach().double() for x in (*potential.coefficients(), *context)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,6 +71,8 @@ class HamiltonianNeuralODE(nn.Module):
         self.scale = 2.0**fraction_bits if gradient == "exact" else 0.0
         # The largest error since it was last read, of the modes that compare.
         self.reconstruction_error: float | None = None
+        # Shown the input of each call; see ``muse.dynamics.watch``.
+        self.watch: Callable[[Tensor], None] | None = None
         self.register_buffer("fallback_count", torch.zeros((), dtype=torch.int64))
         self.fallen_back = False
         self.register_load_state_dict_post_hook(_remember_fallback)
@@ -89,6 +92,8 @@ class HamiltonianNeuralODE(nn.Module):
         """
         dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
         with torch.autocast(z.device.type, enabled=False):
+            if self.watch is not None:
+                self.watch(z)
             q, p = self.flow(*z.to(dtype).unbind(-2))
         return torch.stack((q, p), -2)
 
@@ -231,7 +236,7 @@ def agree_on_fallbacks(model: nn.Module) -> None:
 
     The count becomes the largest of any rank.
     """
-    flows = [module for module in model.modules() if isinstance(module, HamiltonianNeuralODE)]
+    flows = flows_of(model)
     if not flows or ranks() == 1:
         return
     counts = largest(torch.stack([flow.fallback_count for flow in flows]))
@@ -241,14 +246,24 @@ def agree_on_fallbacks(model: nn.Module) -> None:
 
 
 def flow_metrics(model: nn.Module) -> dict[str, float]:
-    """Fallbacks of all flows of a model, and the largest reconstruction error since the last call."""
-    flows = [module for module in model.modules() if isinstance(module, HamiltonianNeuralODE)]
+    """Fallbacks of all flows of a model, and the largest reconstruction error since that was last taken."""
+    flows = flows_of(model)
     if not flows:
         return {}
     metrics = {"flow/fallbacks": float(sum(flow.fallback_count.item() for flow in flows))}
+    error = take_reconstruction_error(model)
+    return metrics if error is None else {**metrics, "flow/reconstruction_error": error}
+
+
+def take_reconstruction_error(model: nn.Module) -> float | None:
+    """The largest reconstruction error of a model's flows since the last call; None where none compared."""
+    flows = flows_of(model)
     errors = [flow.reconstruction_error for flow in flows if flow.reconstruction_error is not None]
-    if errors:
-        metrics["flow/reconstruction_error"] = max(errors)
     for flow in flows:
         flow.reconstruction_error = None
-    return metrics
+    return max(errors, default=None)
+
+
+def flows_of(model: nn.Module) -> list[HamiltonianNeuralODE]:
+    """The flows of a model, in its order."""
+    return [module for module in model.modules() if isinstance(module, HamiltonianNeuralODE)]

@@ -198,11 +198,6 @@ def _add_lines(axes: Any, lines: Mapping[str, Points], names: Sequence[str]) -> 
     return [add_line(axes, name, points, names.index(name)) for name, points in lines.items() if points]
 
 
-def plot_lines(path: Path, title: str, x_label: str, y_label: str, lines: Mapping[str, Points]) -> None:
-    """Write one line, as (x, y) points, for each name."""
-    save(draw_lines(title, x_label, y_label, lines), path)
-
-
 def subtracted(points: Points, reference: Points) -> list[tuple[float, float | None]]:
     """The points less those of the reference, where both are known."""
     known = {x: y for x, y in reference if y is not None}
@@ -257,12 +252,3 @@ def draw_ratios(title: str, x_label: str, rows: Mapping[str, Mapping[str, float]
     axes.axvline(1, color="black", linewidth=1)
     add_legend(figure, axes)
     return figure
-
-
-def plot_loss_curve(path: Path, metrics: list[dict[str, Any]], title: str) -> None:
-    """Write training and validation loss over the steps of a run."""
-    lines = {
-        name: [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
-        for name, key in (("training", "train/loss"), ("validation", "valid/loss"))
-    }
-    plot_lines(path, title, "step", "loss [nats per token]", lines)

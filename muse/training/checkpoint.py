@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,12 @@ class TrainingState:
         step: finished optimiser steps.
         scaler: state of the loss scaler, empty without one.
         random: of each rank, states of its random generators.
-        best_loss: lowest validation loss so far.
+        best_loss: lowest validation loss so far, of the evaluations along the way.
         wandb_id: id of the W&B run.
         best: whether the model had that loss when it was saved.
+        best_measure: what ``best_loss`` was measured on, as the trainer describes it; None: not known.
+        unlogged: loss, gradient norm and reconstruction error (None: none was compared) of each step since
+            the last line of metrics.
     """
 
     step: int
@@ -66,6 +69,8 @@ class TrainingState:
     best_loss: float
     wandb_id: str | None
     best: bool = False
+    best_measure: tuple[int, int, int] | None = None
+    unlogged: list[tuple[float, float, float | None]] = field(default_factory=list)
 
 
 def random_state() -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The fixed evaluation protocol: contiguous windows over the whole split, every token predicted once."""
+"""The fixed evaluation protocol: contiguous windows over the whole split, every token predicted once.
+
+Along the way a part of these windows stands for all, always the same one.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def evaluate(
         seq_len: tokens in a window.
         batch_size: windows at a time.
         stride: tokens that the window moves by; None for no overlap.
-        limit: tokens to evaluate; 0 for all.
+        limit: tokens to evaluate, in windows spread evenly over the split; 0 for all.
         precision: autocast dtype; None for the dtype of the parameters.
     """
     device = model_device(model)

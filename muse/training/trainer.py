@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from tqdm import tqdm
 
 from muse.config import RunConfig
-from muse.data import TokenData, training_batch
+from muse.data import TokenData, evaluation_windows, training_batch
 from muse.distributed import rank, ranks, summed
-from muse.dynamics import agree_on_fallbacks, flow_metrics
+from muse.dynamics import agree_on_fallbacks, flow_metrics, take_reconstruction_error, watched_flows
 from muse.errors import ConfigError, of_all_ranks
 from muse.hardware import autocast_dtype
 from muse.models import LanguageModel, build_model, count_parameters
@@ -115,7 +116,14 @@ def train(
     optimizer = ModelOptimizer(model, config.optim, config.seed)
     cast = autocast_dtype(config.stage.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=cast == torch.float16)
-    start, best_loss = 0, math.inf
+    start, best, best_loss = 0, False, math.inf
+    stride = options.eval_stride or seq_len
+    sampled, every_window = (
+        evaluation_windows(len(data.valid), seq_len, stride, limit) for limit in (options.eval_tokens, 0)
+    )
+    # Losses along the way are compared where they are of the same windows.
+    measure = (sampled, every_window, stride)
+    unlogged: list[tuple[float, float, float | None]] = []
     if resume_from is not None and state is not None:
         tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         load_tensors(resume_from, tensors)
@@ -125,7 +133,8 @@ def train(
         # A checkpoint of another number of ranks has no random states for these.
         if len(state.random) == ranks():
             restore_random_state(state.random[rank()])
-        start, best_loss = state.step, state.best_loss
+        start, best, unlogged = state.step, state.best, list(state.unlogged)
+        best_loss = state.best_loss if state.best_measure == measure else math.inf
 
     writer = CheckpointWriter(run / "checkpoints", options.async_checkpoint)
     tokens_per_step = options.batch_size * config.optim.accumulation * seq_len
@@ -136,7 +145,13 @@ def train(
         writer.save(
             {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
             TrainingState(
-                step=step, scaler=scaler.state_dict(), random=[], best_loss=best_loss, wandb_id=wandb_id
+                step=step,
+                scaler=scaler.state_dict(),
+                random=[],
+                best_loss=best_loss,
+                wandb_id=wandb_id,
+                best_measure=measure,
+                unlogged=unlogged,
             ),
             best,
         )
@@ -163,6 +178,7 @@ def train(
     )
     quiet = bool(bar.disable) and rank() == 0
     step, signal_number = start, None
+    valid: Evaluation | None = None
     profiling = profiled(config, model, optimizer, data.vocab_size, device, run)
     with (
         deferred_interrupt() as interrupt,
@@ -174,44 +190,47 @@ def train(
             before = time.perf_counter()
             optimizer.set_learning_rate(learning_rate_factor(config.optim, step, options.steps))
             loss = _accumulate_gradients(parallel_loss, config, data, device, step, cast, scaler)
-            loss, signal_number = _agree(model, loss, interrupt.signal, device)
+            error = take_reconstruction_error(model)
+            loss, error, signal_number = _agree(model, loss, error, interrupt.signal, device)
             norm = _update(model, optimizer, scaler, config, step, loss, writer)
             step += 1
             seconds = time.perf_counter() - before
             speeds.append(tokens_per_step / seconds)
             profile_step(seconds)
             bar.update()
+            unlogged.append((loss, norm, error))
             if step % config.logger.log_every == 0 or step == options.steps:
-                recent = sorted(speeds[-config.logger.log_every :])
-                speed = recent[len(recent) // 2]
-                rate = optimizer.optimizers[0].param_groups[0]["lr"]
-                log(
-                    step,
-                    {
-                        "train/loss": loss,
-                        "train/grad_norm": norm,
-                        "train/lr": rate,
-                        "train/tokens": step * tokens_per_step,
-                        "train/tokens_per_second": speed,
-                        **flow_metrics(model),
-                    },
-                )
-                bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+                speed = median(speeds[-len(unlogged) :])
+                line = {
+                    **_means(unlogged),
+                    "train/lr": optimizer.optimizers[0].param_groups[0]["lr"],
+                    "train/tokens": step * tokens_per_step,
+                    "train/tokens_per_second": speed,
+                    **flow_metrics(model),
+                }
+                unlogged = []
+                log(step, line)
+                told = f"loss {line['train/loss']:.3f}"
+                bar.set_postfix_str(f"{told}, {speed:,.0f} tokens/s")
                 if quiet and progress and step % (10 * config.logger.log_every) == 0:
                     left = (options.steps - step) * tokens_per_step / speed
                     print(
-                        f"step {step}/{options.steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  "
+                        f"step {step}/{options.steps}  {told}  {speed:,.0f} tokens/s  "
                         f"{tqdm.format_interval(left)} left",
                         flush=True,
                     )
-            due = options.eval_every and step % options.eval_every == 0 and step < options.steps
-            best = False
-            if due:
-                valid = evaluation("valid", options.eval_tokens)
-                log(step, {"valid/loss": valid.loss, "valid/ppl": valid.ppl})
-                if rank() == 0:
+            best, valid = False, None
+            if options.eval_every and (step % options.eval_every == 0 or step == options.steps):
+                with watched_flows(model) as flows:
+                    valid = evaluation("valid", options.eval_tokens)
+                measured_on = {"valid/tokens": valid.tokens, "valid/stride": stride}
+                log(step, {"valid/loss": valid.loss, "valid/ppl": valid.ppl, **measured_on, **flows})
+                if rank() == 0 and step < options.steps:
                     bar.write(f"step {step}: validation loss {valid.loss:.3f}, perplexity {valid.ppl:.1f}")
                 best, best_loss = valid.loss < best_loss, min(best_loss, valid.loss)
+            elif step == options.steps:
+                # Nothing was compared.
+                best = best_loss == math.inf
             periodic = options.checkpoint_every and step % options.checkpoint_every == 0
             if (periodic or best) and step < options.steps:
                 save(step, best)
@@ -219,18 +238,22 @@ def train(
                 # Several agree on it in their next step.
                 signal_number = interrupt.signal
 
-    # Before the evaluation, which may take long: a run that is killed in it goes on from here.
-    save(step, best=False)
+    # Before the whole split is evaluated, which may take long: a run that is killed in it goes on from here.
+    save(step, best)
     writer.finish()
     valid_end = test_end = None
     if signal_number is None:
-        valid_end = evaluation("valid", 0)
-        log(step, {"valid/loss": valid_end.loss, "valid/ppl": valid_end.ppl})
+        if valid is not None and sampled == every_window:
+            valid_end, flows = valid, {}
+        else:
+            with watched_flows(model) as flows:
+                valid_end = evaluation("valid", 0)
+        whole = {"valid/whole_loss": valid_end.loss, "valid/whole_ppl": valid_end.ppl}
+        # One measurement of the flows a step.
+        log(step, whole if options.eval_every else {**whole, **flows})
         if options.test:
             test_end = evaluation("test", 0)
             log(step, {"test/loss": test_end.loss, "test/ppl": test_end.ppl})
-        if valid_end.loss < best_loss:
-            save(step, best=True)
     model.eval()
     return model, TrainResult(
         step=step,
@@ -239,7 +262,7 @@ def train(
         parameters=parameters,
         tokens=step * tokens_per_step,
         seconds=time.perf_counter() - began,
-        tokens_per_second=sorted(speeds)[len(speeds) // 2] if speeds else 0.0,
+        tokens_per_second=median(speeds) if speeds else 0.0,
         checkpoint=find_checkpoint(run),
         signal=signal_number,
     )
@@ -276,16 +299,38 @@ def _accumulate_gradients(
 
 
 def _agree(
-    model: LanguageModel, loss: float, signal: int | None, device: torch.device
-) -> tuple[float, int | None]:
-    """The mean loss of all ranks, and the signal that one was sent: they stop after the same step."""
+    model: LanguageModel, loss: float, error: float | None, signal: int | None, device: torch.device
+) -> tuple[float, float | None, int | None]:
+    """Of a step the mean loss and the largest reconstruction error of all ranks, and the signal to one.
+
+    They stop after the same step.
+    """
     if ranks() == 1:
-        return loss, None
+        return loss, error, None
     agree_on_fallbacks(model)
-    losses, signals = torch.zeros(2, ranks(), dtype=torch.float64, device=device)
-    losses[rank()], signals[rank()] = loss / ranks(), signal or 0
-    losses, signals = summed(torch.stack((losses, signals))).cpu()
-    return losses.sum().item(), int(signals.max()) or None
+    losses, errors, signals = torch.zeros(3, ranks(), dtype=torch.float64, device=device)
+    losses[rank()], errors[rank()] = loss / ranks(), -1 if error is None else error
+    signals[rank()] = signal or 0
+    losses, errors, signals = summed(torch.stack((losses, errors, signals))).cpu()
+    largest = errors.max().item()
+    return losses.sum().item(), None if largest < 0 else largest, int(signals.max()) or None
+
+
+def _means(steps: list[tuple[float, float, float | None]]) -> dict[str, float]:
+    """What is logged of some steps' losses, gradient norms and reconstruction errors.
+
+    A norm that is not finite belongs to a step that was skipped.
+    """
+    losses = [loss for loss, _, _ in steps]
+    norms = [norm for _, norm, _ in steps if math.isfinite(norm)]
+    errors = [error for _, _, error in steps if error is not None]
+    return {
+        "train/loss": math.fsum(losses) / len(losses),
+        "train/last_loss": losses[-1],
+        "train/grad_norm": math.fsum(norms) / len(norms) if norms else math.nan,
+        "train/max_grad_norm": max(norms, default=math.nan),
+        **({"flow/reconstruction_error": max(errors)} if errors else {}),
+    }
 
 
 def _update(

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from muse.config import ConfigError
-from muse.data import batches, evaluation_batches, training_batch
+from muse.data import batches, evaluation_batches, evaluation_windows, training_batch
 
 
 def count_up(size: int) -> np.ndarray:
@@ -72,11 +72,10 @@ def test_too_little_training_text_names_the_option(size):
 @pytest.mark.parametrize("size", [2, 3, 8, 9, 10, 15, 16, 17, 18, 61, 101])
 @pytest.mark.parametrize("stride", [None, 1, 3, 7, 8])
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("limit", [0, 1, 8, 13])
-def test_every_token_is_predicted_once(size, stride, batch_size, limit):
+def test_every_token_is_predicted_once(size, stride, batch_size):
     seq_len = 8
     predicted: list[int] = []
-    for inputs, targets, mask in evaluation_batches(count_up(size), seq_len, batch_size, stride, limit):
+    for inputs, targets, mask in evaluation_batches(count_up(size), seq_len, batch_size, stride):
         assert inputs.shape == targets.shape == mask.shape
         assert inputs.shape[0] <= batch_size
         assert inputs.shape[1] == seq_len
@@ -84,8 +83,36 @@ def test_every_token_is_predicted_once(size, stride, batch_size, limit):
         assert mask.any(dim=1).all(), "a window that predicts nothing is wasted"
         assert torch.equal(targets[mask], inputs[mask] + 1)
         predicted += targets[mask].tolist()
-    last = size - 1 if limit == 0 else min(limit, size - 1)
-    assert predicted == list(range(1, last + 1))
+    assert predicted == list(range(1, size))
+
+
+def windows_of(
+    size: int, stride: int | None, limit: int, batch_size: int = 3
+) -> list[tuple[torch.Tensor, ...]]:
+    """Inputs, targets and mask of each window."""
+    found = evaluation_batches(count_up(size), 8, batch_size, stride, limit)
+    return [window for batch in found for window in zip(*batch, strict=True)]
+
+
+@pytest.mark.parametrize("size", [2, 9, 10, 61, 101, 1000])
+@pytest.mark.parametrize("stride", [None, 1, 3, 8])
+@pytest.mark.parametrize("limit", [1, 8, 13, 40, 400, 5000])
+def test_a_limit_takes_windows_from_equal_parts_of_the_split(size, stride, limit):
+    every, some = windows_of(size, stride, 0), windows_of(size, stride, limit)
+    assert (
+        len(some) == evaluation_windows(size, 8, stride, limit) == min(len(every), -(-limit // (stride or 8)))
+    )
+    assert len(every) == evaluation_windows(size, 8, stride)
+    starts = [int(inputs[0]) for inputs, _, _ in every]
+    for part, window in enumerate(some):
+        place = starts.index(int(window[0][0]))
+        # It holds the middle of its part.
+        assert place <= (part + 0.5) * len(every) / len(some) < place + 1
+        # Predicted as in the evaluation of the whole split: with the same context.
+        assert all(torch.equal(a, b) for a, b in zip(window, every[place], strict=True))
+    for batch_size in (1, 7):
+        again = windows_of(size, stride, limit, batch_size)
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(some, again, strict=True))
 
 
 def test_a_sliding_window_gives_every_prediction_context():

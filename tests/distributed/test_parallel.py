@@ -89,7 +89,7 @@ def test_ranks_train_the_model_of_one_rank(trained, count, together, case):
     one = trained(1, "none")[0][case]
     names = tuple(CASES) if count == 2 else OVER_THREE
     for found in (joined[case] for joined in trained(count, together, "fp64", names)):
-        for loss in ("train/loss", "valid/loss"):
+        for loss in ("train/loss", "train/last_loss", "valid/whole_loss"):
             assert found.series(loss) == pytest.approx(one.series(loss), rel=1e-12)
         # Norms are float32.
         assert found.series("train/grad_norm") == pytest.approx(one.series("train/grad_norm"), rel=1e-6)
@@ -167,6 +167,27 @@ def test_the_exact_flow_is_rebuilt_to_the_last_bit_on_every_rank(tmp_path, toget
     for training in run_ranks(2, train_verified, tmp_path, together, precision):
         assert training.series("flow/reconstruction_error") == [0.0] * 4
         assert training.series("flow/fallbacks") == [0.0] * 4
+
+
+def train_evaluated(folder: Path, together: str) -> Training:
+    stage = stage_config("2", gradient="reversible", integrator="leapfrog", ode_steps=2, dropout=0.2)
+    return run_train(run_config(stage, together, eval_every=2, eval_tokens=16), folder)
+
+
+@pytest.mark.parametrize("together", ["ddp", "fsdp"])
+def test_the_first_rank_watches_flows(tmp_path, together):
+    first, second = run_ranks(2, train_evaluated, tmp_path, together)
+    for name in [f"blocks_{block}_flow_{flow}" for block in (0, 1) for flow in (0, 1)]:
+        for key in ("energy", "drift_max", "drift_mean", "curvature_dt2"):
+            values = first.series(f"flow/{name}/{key}")
+            assert len(values) == 2
+            assert all(0 < value < 1e3 for value in values)
+    assert second.series("flow/energy") == []
+    # The largest of all ranks.
+    errors = first.series("flow/reconstruction_error")
+    assert errors == second.series("flow/reconstruction_error")
+    assert 0 < max(errors) < 1e-5
+    assert first.series("valid/loss") == second.series("valid/loss")
 
 
 def fall_back(folder: Path, together: str, failing: str) -> Training:

@@ -78,6 +78,7 @@ def test_the_first_rank_alone_prints_and_writes(place, undisturbed):
     assert sorted(path.name for path in run.iterdir()) == [
         ".hydra",
         "checkpoints",
+        "flow.png",
         "loss.png",
         "metrics.jsonl",
         "result.json",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 
 @dataclass
@@ -38,6 +39,21 @@ def read_wandb(monkeypatch) -> Callable[[Path], Uploaded]:
         while (found := _parse(path.read_bytes())).exit_code is None and time.monotonic() < deadline:
             time.sleep(0.02)
         return found
+
+    return read
+
+
+@pytest.fixture
+def pixels() -> Callable[[Path], bytes]:
+    """The pixels of a PNG, all of which must be readable."""
+
+    def read(path: Path) -> bytes:
+        assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        with Image.open(path) as image:
+            image.verify()
+        with Image.open(path) as image:
+            assert min(image.size) > 150
+            return image.convert("RGB").tobytes()
 
     return read
 

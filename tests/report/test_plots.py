@@ -3,28 +3,14 @@ from __future__ import annotations
 import math
 
 import pytest
-from PIL import Image
 
 from muse.report.plots import (
     draw_lines,
     draw_ratios,
     draw_stacked,
-    plot_lines,
-    plot_loss_curve,
     save,
     subtracted,
 )
-
-
-def pixels(path) -> bytes:
-    """The pixels of a PNG, all of which must be readable."""
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    with Image.open(path) as image:
-        image.verify()
-    with Image.open(path) as image:
-        assert min(image.size) > 150
-        return image.convert("RGB").tobytes()
-
 
 POINTS = {"one": [(0.0, 1.0), (1.0, 3.0)], "two": [(0.0, 2.0), (1.0, 2.5)]}
 
@@ -42,11 +28,11 @@ POINTS = {"one": [(0.0, 1.0), (1.0, 3.0)], "two": [(0.0, 2.0), (1.0, 2.5)]}
     ids=["nothing", "empty", "two", "point", "long", "not finite"],
 )
 @pytest.mark.parametrize("log", [False, True])
-def test_lines_give_a_png(tmp_path, lines, log):
+def test_lines_give_a_png(tmp_path, pixels, lines, log):
     path = tmp_path / "plot.png"
     save(draw_lines("title", "x", "y", lines, log), path)
     drawn = pixels(path)
-    plot_lines(path, "title", "x", "y", {})
+    save(draw_lines("title", "x", "y", {}), path)
     if any(len(points) > 0 for points in lines.values()):
         assert drawn != pixels(path)
 
@@ -123,7 +109,7 @@ def test_the_limit_of_bars_is_in_sight_and_in_the_legend():
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 12])
-def test_no_legend_or_name_lies_on_the_bars(tmp_path, overlapping, count):
+def test_no_legend_or_name_lies_on_the_bars(tmp_path, overlapping, pixels, count):
     bars = {f"a model with a long name {number}": BARS["stage 0"] for number in range(count)}
     rows = {name: {f"alternative {part}": 2.0 + part for part in range(8)} for name in bars}
     for figure in (
@@ -148,29 +134,9 @@ def test_ratios_are_bars_from_one_with_a_colour_a_name():
     assert [tick.get_text() for tick in axes.get_yticklabels()] == list(rows)
 
 
-def test_a_loss_curve_leaves_out_what_was_not_measured(tmp_path):
-    metrics = [
-        {"step": 1, "train/loss": 3.0},
-        {"step": 2, "train/loss": None},
-        {"step": 3, "train/loss": 2.0},
-        {"step": 3, "valid/loss": 2.5},
-    ]
-    plots = []
-    for lines in (
-        metrics,
-        [line for line in metrics if line.get("train/loss", 0) is not None],
-        metrics[:3],
-        [],
-    ):
-        plot_loss_curve(tmp_path / "loss.png", lines, "title")
-        plots.append(pixels(tmp_path / "loss.png"))
-    assert plots[0] == plots[1]
-    assert len(set(plots)) == 3
-
-
 def test_no_figure_is_kept(tmp_path):
     from matplotlib import pyplot
 
     before = pyplot.get_fignums()
-    plot_lines(tmp_path / "plot.png", "title", "x", "y", POINTS)
+    save(draw_lines("title", "x", "y", POINTS), tmp_path / "plot.png")
     assert pyplot.get_fignums() == before

@@ -51,17 +51,35 @@ def test_the_loss_is_the_mean_over_every_token_once(number, stride, size, batch_
 
 
 @pytest.mark.parametrize("limit", [1, 5, SEQ_LEN, 20, 1000])
-def test_a_limit_evaluates_the_first_tokens(limit):
+def test_a_limit_evaluates_windows_of_the_whole_split(limit):
     data = token_data()
     result = evaluate(model(), data.valid, data.counts["valid"], SEQ_LEN, 4, limit=limit)
-    expected = losses_by_hand(model(), data.valid, SEQ_LEN)
-    count = min(limit, len(data.valid) - 1)
-    assert result.tokens == count
-    assert result.loss == pytest.approx(
-        sum(expected[place] for place in range(1, count + 1)) / count, rel=1e-5
-    )
+    losses = losses_by_hand(model(), data.valid, SEQ_LEN)
+    every = -(-(len(data.valid) - 1) // SEQ_LEN)
+    count = min(every, -(-limit // SEQ_LEN))
+    starts = [(2 * part + 1) * every // (2 * count) * SEQ_LEN for part in range(count)]
+    expected = [
+        losses[at] for start in starts for at in range(start + 1, start + SEQ_LEN + 1) if at in losses
+    ]
+    assert result.tokens == len(expected)
+    assert result.loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
     # Words and bytes are counted for the whole split only.
-    assert (result.word_ppl is None) == (result.bits_per_byte is None) == (count < len(data.valid) - 1)
+    assert (result.word_ppl is None) == (result.bits_per_byte is None) == (count < every)
+
+
+def test_a_part_of_a_split_that_changes_on_the_way_stands_for_all_of_it():
+    """One half is what the model knows, the other is not; the first tokens are of one half alone."""
+    half = 40 * SEQ_LEN
+    generator = np.random.default_rng(0)
+    tokens = np.concatenate((np.full(half, 3), generator.integers(VOCAB, size=half + 1))).astype(np.uint16)
+    net = model()
+    with torch.no_grad():
+        # The head is the embedding: after a 3 it says 3.
+        net.embedding.weight[3] *= 100
+    whole, part = (evaluate(net, tokens, None, SEQ_LEN, 4, limit=limit).loss for limit in (0, 16 * SEQ_LEN))
+    first = evaluate(net, tokens[: 16 * SEQ_LEN + 1], None, SEQ_LEN, 4).loss
+    assert part == pytest.approx(whole, rel=0.2)
+    assert abs(first - whole) > 3 * abs(part - whole)
 
 
 def test_every_unit_tells_the_same_total():

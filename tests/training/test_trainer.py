@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -48,6 +49,7 @@ from muse.training.checkpoint import (
     find_sound_checkpoint,
     load_state,
 )
+from muse.training.evaluate import evaluate
 from muse.training.trainer import TrainResult
 
 
@@ -219,6 +221,33 @@ def test_evaluations_logging_and_checkpoints_do_not_change_the_training(tmp_path
     assert results[1].test is not None
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16-mixed"])
+@pytest.mark.parametrize(
+    "stage", [{}, {"gradient": "reversible"}, {"gradient": "backprop"}, {"potential": "duffing"}], ids=str
+)
+def test_watching_flows_does_not_change_the_training(tmp_path, monkeypatch, precision, stage):
+    config = run_config(2, precision, steps=4, eval_every=2, checkpoint_every=2)
+    config.stage = dataclasses.replace(config.stage, **stage)
+    logs = [Recorder(), Recorder()]
+    _, first = run_train(config, tmp_path / "watched", logs[0])
+    monkeypatch.setattr(trainer, "watched_flows", lambda model: contextlib.nullcontext({}))
+    _, second = run_train(config, tmp_path / "not watched", logs[1])
+    assert same(contents(first.checkpoint), contents(second.checkpoint))
+    assert first.valid == second.valid
+    assert logs[0].losses() == logs[1].losses()
+    watched, plain = (log.lines for log in logs)
+    key = "flow/blocks_1_flow_0/drift_max"
+    assert [step for step, metrics in watched if key in metrics] == [2, 4]
+    assert not [step for step, metrics in plain if key in metrics]
+
+
+def test_flows_are_watched_once_at_the_end_of_a_run_without_evaluations(tmp_path):
+    log = Recorder()
+    run_train(run_config(2, steps=2), tmp_path, log)
+    (line,) = [metrics for _, metrics in log.lines if "flow/energy" in metrics]
+    assert "valid/whole_loss" in line
+
+
 def test_a_run_killed_in_its_last_evaluation_is_only_evaluated_again(tmp_path):
     config = run_config(steps=3)
     _, finished = run_train(config, tmp_path / "first")
@@ -227,6 +256,39 @@ def test_a_run_killed_in_its_last_evaluation_is_only_evaluated_again(tmp_path):
     assert again.valid == finished.valid
     assert not log.losses()
     assert_same_end(again, finished)
+
+
+def test_a_line_tells_the_mean_of_the_steps_since_the_last_one(tmp_path):
+    config = run_config(steps=10, optim={"accumulation": 2}, checkpoint_every=5)
+    single = Recorder()
+    run_train(config, tmp_path / "single", single)
+    losses = single.losses()
+    norms = {
+        step: metrics["train/grad_norm"] for step, metrics in single.lines if "train/grad_norm" in metrics
+    }
+    config.logger.log_every = 4
+    log = Recorder()
+    run_train(config, tmp_path / "whole", log)
+    lines = {step: metrics for step, metrics in log.lines if "train/loss" in metrics}
+    assert list(lines) == [4, 8, 10]
+    for step, before in ((4, 0), (8, 4), (10, 8)):
+        since = range(before + 1, step + 1)
+        assert lines[step]["train/loss"] == pytest.approx(
+            sum(losses[i] for i in since) / len(since), rel=1e-12
+        )
+        assert lines[step]["train/last_loss"] == losses[step]
+        mean_norm = sum(norms[i] for i in since) / len(since)
+        assert lines[step]["train/grad_norm"] == pytest.approx(mean_norm, rel=1e-12)
+        assert lines[step]["train/max_grad_norm"] == max(norms[i] for i in since)
+
+    # From a checkpoint between two lines the rest is logged to the last bit as without the interruption.
+    def timeless(metrics: dict[str, float]) -> dict[str, float]:
+        return {key: value for key, value in metrics.items() if key != "train/tokens_per_second"}
+
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000005"
+    rest = Recorder()
+    run_train(config, tmp_path / "rest", rest, checkpoint)
+    assert [timeless(metrics) for _, metrics in rest.lines[:2]] == [timeless(lines[8]), timeless(lines[10])]
 
 
 def test_the_seed_decides_the_run(tmp_path):
@@ -430,11 +492,80 @@ def test_best_is_the_checkpoint_of_the_lowest_validation_loss(tmp_path):
     assert len(losses) == 10
     best = find_checkpoint(tmp_path, "best")
     state = load_state(best)
-    # The checkpoint of the last step comes before its evaluation and does not know that loss yet.
-    known = min(loss for step, loss in losses.items() if step <= state.step and step < 30)
     assert losses[state.step] == min(losses.values())
-    assert state.best_loss == known
-    assert load_state(find_checkpoint(tmp_path, "last")).step == 30
+    assert state.best_loss == losses[state.step]
+    last = load_state(find_checkpoint(tmp_path, "last"))
+    assert (last.step, last.best_loss) == (30, min(losses.values()))
+
+
+def evaluated(log: Recorder, key: str = "valid/loss") -> dict[int, float]:
+    """Validation losses by step."""
+    return {step: metrics[key] for step, metrics in log.lines if key in metrics}
+
+
+def test_all_points_of_the_validation_curve_are_of_the_same_windows(tmp_path):
+    data, limit = token_data(), 3 * SEQ_LEN
+    config = run_config(steps=5, eval_every=2, eval_tokens=limit)
+    log = Recorder()
+    model, result = run_train(config, tmp_path, log)
+    assert list(evaluated(log)) == [2, 4, 5]
+    part = evaluate(model, data.valid, None, SEQ_LEN, 2, limit=limit)
+    assert evaluated(log)[5] == part.loss != result.valid.loss
+    assert set(evaluated(log, "valid/tokens").values()) == {part.tokens}
+    assert evaluated(log, "valid/whole_loss") == {5: result.valid.loss}
+    # A split that is no larger is evaluated once at the end.
+    config.train.eval_tokens = 0
+    again = Recorder()
+    run_train(config, tmp_path / "all", again)
+    assert evaluated(again)[5] == result.valid.loss == evaluated(again, "valid/whole_loss")[5]
+
+
+@pytest.mark.parametrize("tokens", [0, 3 * SEQ_LEN])
+def test_a_split_is_evaluated_no_more_often_than_needed(tmp_path, monkeypatch, tokens):
+    calls = []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments[6])
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(trainer, "evaluate", counted)
+    run_train(run_config(steps=4, eval_every=2, eval_tokens=tokens), tmp_path / "along the way")
+    assert calls == ([0, 0] if tokens == 0 else [tokens, tokens, 0])
+    calls.clear()
+    run_train(run_config(steps=4, eval_tokens=tokens), tmp_path / "at the end")
+    assert calls == [0]
+    assert find_checkpoint(tmp_path / "at the end", "best") is not None
+
+
+@pytest.mark.parametrize("changed", [{}, {"eval_tokens": 2 * SEQ_LEN}, {"eval_stride": 3}])
+def test_losses_of_other_windows_are_not_compared(tmp_path, changed):
+    config = run_config(steps=4, checkpoint_every=2, eval_every=2, eval_tokens=SEQ_LEN)
+    with pytest.raises(CrashError):
+        run_train(config, tmp_path / "first", Recorder(react=crash_at(3)))
+    checkpoint = find_checkpoint(tmp_path / "first")
+    # Lower than anything that follows.
+    rewrite_state(checkpoint, best_loss=0.0)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **changed))
+    log = Recorder()
+    run_train(config, tmp_path / "rest", log, resume_from=checkpoint)
+    state = load_state(find_checkpoint(tmp_path / "rest"))
+    assert state.best_loss == (evaluated(log)[4] if changed else 0.0)
+    assert state.best == bool(changed)
+
+
+def test_a_checkpoint_of_before_measures_were_stored_still_loads(tmp_path):
+    config = run_config(steps=4, checkpoint_every=2, eval_every=2)
+    with pytest.raises(CrashError):
+        run_train(config, tmp_path / "first", Recorder(react=crash_at(3)))
+    checkpoint = find_checkpoint(tmp_path / "first")
+    old = vars(load_state(checkpoint))
+    torch.save({k: v for k, v in old.items() if k not in ("best_measure", "unlogged")}, checkpoint / STATE)
+    hashes = json.loads((checkpoint / HASHES).read_text())
+    hashes[STATE] = hashlib.sha256((checkpoint / STATE).read_bytes()).hexdigest()
+    (checkpoint / HASHES).write_text(json.dumps(hashes))
+    log = Recorder()
+    _, result = run_train(config, tmp_path / "rest", log, resume_from=checkpoint)
+    assert load_state(result.checkpoint).best_loss == evaluated(log)[4]
 
 
 def rewrite_state(checkpoint: Path, **changed: Any) -> None:
