@@ -20,6 +20,7 @@ from muse.config import build_config, quote_stage, register_schemas
 from muse.errors import ConfigError, RunError
 from muse.files import full_disk_told
 from muse.report.sweep import UNFINISHED
+from muse.run_options import folder_of_kind
 from muse.sweep import check_plugins, digest, finish_sweep, record, record_failure, record_interruption
 from muse.torchrun import launched_rank, launched_ranks
 
@@ -34,6 +35,7 @@ FIRST_RANK_SPEAKS = 10.0
 # there, too: Hydra hands the cache on.
 OmegaConf.register_new_resolver("muse.pid", os.getpid, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("muse.digest", digest, replace=True)
+OmegaConf.register_new_resolver("muse.kind", folder_of_kind, replace=True)
 
 
 def prepare() -> None:

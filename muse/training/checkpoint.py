@@ -1,8 +1,8 @@
 """Checkpoints: folders written by torch.distributed.checkpoint, which load on any number of ranks.
 
 ``checkpoints/step_00000200/`` appears only when it is complete, with the SHA-256 of every file in it;
-``checkpoints/best`` is a one-line file that names a folder and is replaced, never rewritten. The last two
-checkpoints and the best one are kept.
+``checkpoints/best`` is a one-line file that names a folder and its loss, and is replaced, never rewritten.
+The last two checkpoints and the best one are kept.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -93,12 +94,12 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 @dataclass
 class _Pending:
-    """A checkpoint whose tensors are being written."""
+    """A checkpoint whose tensors are being written; ``best_loss`` is that of the best one."""
 
     written: Future[Any]
     temporary: Path
     step: int
-    best: bool
+    best_loss: float | None
 
 
 class CheckpointWriter:
@@ -128,13 +129,14 @@ class CheckpointWriter:
         Args:
             tensors: state dicts; DTensors are written by the ranks that hold their parts.
             state: of this process; random states are taken from all, and ``best`` from the argument.
-            best: whether the model is the best so far.
+            best: whether the model is the best so far, and ``state.best_loss`` its loss.
 
         Raises:
             RunError: when the disk is full or cannot be written; earlier checkpoints are untouched.
         """
         self.finish()
         name = f"step_{state.step:08d}"
+        best_loss = state.best_loss if best else None
         temporary = self.folder / f".{name}.tmp"
         randoms = gathered(random_state())
         exists = same((self.folder / name).exists())
@@ -151,7 +153,7 @@ class CheckpointWriter:
 
         self._together(state.step, start)
         if exists:
-            self._together(state.step, lambda: self._counts(name, best) if rank() == 0 else None)
+            self._together(state.step, lambda: self._counts(name, best_loss) if rank() == 0 else None)
             return
         alone = ranks() == 1
         written: Future[Any] = Future()
@@ -165,11 +167,11 @@ class CheckpointWriter:
                 tensors, checkpoint_id=temporary, process_group=self._group, no_dist=alone
             )
             assert isinstance(saving, Future)
-            self._pending = _Pending(saving, temporary, state.step, best)
+            self._pending = _Pending(saving, temporary, state.step, best_loss)
 
         self._together(state.step, write)
         if self._pending is None:
-            self._pending = _Pending(written, temporary, state.step, best)
+            self._pending = _Pending(written, temporary, state.step, best_loss)
             self.finish()
 
     def finish(self) -> None:
@@ -203,7 +205,7 @@ class CheckpointWriter:
                 sync(path)
             os.rename(pending.temporary, self.folder / name)
             sync(self.folder)
-            self._counts(name, pending.best)
+            self._counts(name, pending.best_loss)
 
         self._together(pending.step, count)
 
@@ -222,11 +224,11 @@ class CheckpointWriter:
                     self.finish()
             raise
 
-    def _counts(self, name: str, best: bool) -> None:
-        if best:
-            write_atomically(self.folder / BEST, name)
+    def _counts(self, name: str, best_loss: float | None) -> None:
+        if best_loss is not None:
+            write_atomically(self.folder / BEST, f"{name} {best_loss!r}")
         for old in _newest_first(self.folder)[2:]:
-            if old.name != _best(self.folder):
+            if old.name != _best(self.folder)[0]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _together(self, step: int, act: Callable[[], None]) -> None:
@@ -275,11 +277,13 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob(FOLDERS), reverse=True)
 
 
-def _best(folder: Path) -> str | None:
+def _best(folder: Path) -> tuple[str | None, float]:
+    """Name and loss of the best checkpoint; the loss is infinite where it is not known."""
     try:
-        return (folder / BEST).read_text(encoding="utf-8").strip() or None
-    except OSError:
-        return None
+        name, *loss = (folder / BEST).read_text(encoding="utf-8").split()
+        return name, float(loss[0]) if loss else math.inf
+    except (OSError, ValueError):
+        return None, math.inf
 
 
 def find_checkpoint(run: Path, which: str = "last") -> Path | None:
@@ -287,7 +291,7 @@ def find_checkpoint(run: Path, which: str = "last") -> Path | None:
     folder = run / "checkpoints"
     if which == "last":
         return next(iter(_newest_first(folder)), None)
-    name = _best(folder)
+    name, _ = _best(folder)
     return folder / name if name and (folder / name).is_dir() else None
 
 
@@ -322,11 +326,17 @@ def find_damage(checkpoint: Path) -> str | None:
     return None
 
 
-def adopt_checkpoints(previous: Path, checkpoint: Path, run: Path) -> None:
+def adopt_checkpoints(previous: Path, checkpoint: Path, run: Path, same_evaluation: bool = True) -> None:
     """Give ``run``, which continues ``checkpoint`` of ``previous``, that one, the one before and the best.
 
     Files are linked where the file system can, since checkpoints are never rewritten. So what damages the
     continued one damages it in both runs, and the one before is what is left.
+
+    Args:
+        previous: folder of the run that is continued.
+        checkpoint: of that run.
+        run: folder of the run that continues it.
+        same_evaluation: whether the losses of ``run`` can be compared with that of the best checkpoint.
 
     Warns of a best one that is damaged, and leaves it out.
     """
@@ -346,14 +356,16 @@ def adopt_checkpoints(previous: Path, checkpoint: Path, run: Path) -> None:
 
     folder = run / "checkpoints"
     # A process may have ended when its best checkpoint was complete, but not yet called so.
-    best = checkpoint if load_state(checkpoint).best else find_checkpoint(previous, "best")
+    state = load_state(checkpoint)
+    best = checkpoint if state.best else find_checkpoint(previous, "best")
     # The best one first: a run that can be continued must not lack it.
     if best is not None and best.name <= checkpoint.name:
         # The continued one was found sound.
         damage = find_damage(best) if best.name < checkpoint.name else None
         if damage is None:
             adopt(best)
-            write_atomically(folder / BEST, best.name)
+            loss = f" {state.best_loss!r}" if same_evaluation and math.isfinite(state.best_loss) else ""
+            write_atomically(folder / BEST, best.name + loss)
         else:
             warnings.warn(
                 f"the best checkpoint {best} is damaged: {damage}; the run goes on without it", stacklevel=2
@@ -450,12 +462,19 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 def load_state(checkpoint: Path) -> TrainingState:
     """Read the training state of a checkpoint onto the CPU.
 
+    At the end of a run its best loss is found after the last checkpoint, which is left as it is. It stands
+    beside it, for a run that goes on from there.
+
     Raises:
         RunError: when the file is missing or corrupted.
     """
     try:
-        return TrainingState(**torch.load(checkpoint / STATE, map_location="cpu", weights_only=True))
+        state = TrainingState(**torch.load(checkpoint / STATE, map_location="cpu", weights_only=True))
     # Damaged bytes make torch.load raise nearly anything: UnicodeDecodeError, KeyError, struct.error.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise of_all_ranks(f"the checkpoint {checkpoint} cannot be read, it is damaged: {reason}") from error
+    best, loss = _best(checkpoint.parent)
+    if best is not None and best <= checkpoint.name:
+        state.best_loss = min(state.best_loss, loss)
+    return state

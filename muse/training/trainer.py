@@ -72,6 +72,7 @@ def train(
     resume_from: Path | None = None,
     wandb_id: str | None = None,
     progress: bool = True,
+    same_evaluation: bool = True,
 ) -> tuple[LanguageModel, TrainResult]:
     """Train the model of a stage, on all ranks together.
 
@@ -88,6 +89,8 @@ def train(
         resume_from: a checkpoint to go on from.
         wandb_id: kept in the checkpoints, so that a resumed run finds its W&B run.
         progress: whether a progress bar is drawn where standard error is a terminal.
+        same_evaluation: whether ``resume_from`` was evaluated as this run is; if not, its best loss is
+            that of no evaluation of this run, and the best is looked for anew.
 
     Returns:
         The model with its last weights, in evaluation mode, and the result.
@@ -125,7 +128,7 @@ def train(
         # A checkpoint of another number of ranks has no random states for these.
         if len(state.random) == ranks():
             restore_random_state(state.random[rank()])
-        start, best_loss = state.step, state.best_loss
+        start, best_loss = state.step, state.best_loss if same_evaluation else math.inf
 
     writer = CheckpointWriter(run / "checkpoints", options.async_checkpoint)
     tokens_per_step = options.batch_size * config.optim.accumulation * seq_len
@@ -230,6 +233,7 @@ def train(
             test_end = evaluation("test", 0)
             log(step, {"test/loss": test_end.loss, "test/ppl": test_end.ppl})
         if valid_end.loss < best_loss:
+            best_loss = valid_end.loss
             save(step, best=True)
     model.eval()
     return model, TrainResult(

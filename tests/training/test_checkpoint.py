@@ -70,8 +70,8 @@ def small_model(number: int = 1, precision: str = "fp32", seed: int = 0, d_model
     return build_model(stage_config(number, precision, **stage), model, VOCAB, seed)
 
 
-def training_state(step: int) -> TrainingState:
-    return TrainingState(step, scaler={"scale": 65536.0}, random=[], best_loss=math.inf, wandb_id="abc")
+def training_state(step: int, best_loss: float = math.inf) -> TrainingState:
+    return TrainingState(step, scaler={"scale": 65536.0}, random=[], best_loss=best_loss, wandb_id="abc")
 
 
 def save(
@@ -80,12 +80,13 @@ def save(
     model: nn.Module | None = None,
     best: bool = False,
     asynchronous: bool = False,
+    best_loss: float = math.inf,
     **tensors: Any,
 ) -> Path:
     """Write a checkpoint, wait for it, and return the folder it must be in."""
     model = model if model is not None else small_model()
     writer = CheckpointWriter(run / "checkpoints", asynchronous)
-    writer.save({"model": model.state_dict(), **tensors}, training_state(step), best)
+    writer.save({"model": model.state_dict(), **tensors}, training_state(step, best_loss), best)
     writer.finish()
     return run / "checkpoints" / f"step_{step:08d}"
 
@@ -254,7 +255,25 @@ def test_a_saved_step_can_be_made_the_best_later(tmp_path, asynchronous):
     assert files(first) == before
 
 
-@pytest.mark.parametrize("content", [None, "", "step_00000009"])
+def test_the_best_loss_at_the_end_of_a_run_stands_beside_its_last_checkpoint(tmp_path):
+    """The evaluation comes after the checkpoint, which is left as it is."""
+    before, last = save(tmp_path, 2, best_loss=2.0), save(tmp_path, 3, best_loss=2.0)
+    save(tmp_path, 3, best=True, best_loss=0.1 + 0.2)
+    assert load_state(last).best_loss == 0.1 + 0.2
+    # A run that goes on from before has not seen it.
+    assert load_state(before).best_loss == 2.0
+    for same_evaluation, loss in ((True, 0.1 + 0.2), (False, 2.0)):
+        run = tmp_path / str(same_evaluation)
+        adopt_checkpoints(tmp_path, last, run, same_evaluation)
+        assert find_checkpoint(run, "best").name == last.name
+        assert load_state(find_checkpoint(run)).best_loss == loss
+    # As it was before there was a loss in it.
+    (tmp_path / "checkpoints" / "best").write_text("step_00000003")
+    assert find_checkpoint(tmp_path, "best") == last
+    assert load_state(last).best_loss == 2.0
+
+
+@pytest.mark.parametrize("content", [None, "", "step_00000009", "step_00000009 nonsense"])
 def test_a_pointer_to_nothing_is_no_checkpoint(tmp_path, content):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
