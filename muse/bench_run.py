@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from muse.benchmarks.criteria_decoder import VRAM_TARGET
 from muse.benchmarks.criteria_flow import DRIFT_TARGET, VRAM_REDUCTION
 from muse.benchmarks.report import Report
 from muse.benchmarks.setting import check_flow, check_updates
-from muse.benchmarks.stored import check_checkpoint
+from muse.benchmarks.stored import check_baseline, of_checkpoint
 from muse.benchmarks.suite import run_suite
 from muse.config import BENCHMARKS, BenchConfig
 from muse.errors import ConfigError
@@ -26,6 +27,8 @@ from muse.sweep import given_options, record, sweep_folder
 from muse.torchrun import launched_ranks
 
 RESULT = "result.json"
+# Benchmarks that no weights change.
+UNTRAINED = ("adjoint", "kernels", "speedup")
 CRITERION = ("criterion", "measured", "target", "pass")
 
 
@@ -36,11 +39,18 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
     The status is 1 where a measurement failed; what the others found is written all the same.
     In a multirun a cell that an earlier sweep has finished with the same options and the same code on the
     same hardware is taken from there, and goes into the summary of the sweep like every other.
+    With ``benchmark.checkpoint`` the options of the model, the text and the tokenizer are the checkpoint's.
     """
     if launched_ranks():
         raise ConfigError(
             "torchrun starts the processes of hardware.parallel=ddp or fsdp, which are options of train.py; "
             "bench.py measures in one process, so start it with python"
+        )
+    config = of_checkpoint(config, given_options())
+    if config.benchmark.checkpoint is not None:
+        print(
+            f"stage {config.stage.number}, {config.model.name}, {config.stage.precision} of "
+            f"{config.benchmark.checkpoint}"
         )
     if (
         (config.benchmark.seq_len or 0) > config.model.seq_len
@@ -60,17 +70,24 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
             f"benchmark={config.benchmark.name} does not go with stage={config.stage.number}; stage=3a has "
             "benchmark=speedup, and only stage=3a has it"
         )
+    if config.benchmark.checkpoint is not None and (stacked or config.benchmark.name in UNTRAINED):
+        raise ConfigError(
+            f"benchmark.checkpoint changes nothing in benchmark={config.benchmark.name} of "
+            f"stage={config.stage.number}, which does not measure trained weights; leave it out"
+        )
     check_flow(config, given_options())
     check_updates(config)
-    check_checkpoint(config)
+    check_baseline(config)
     here = machine(config.hardware, use_hardware(config.hardware))
-    result = _finished(config, here) if sweep_folder() is not None and not config.benchmark.rerun else None
-    status = "measured" if result is None else "reused"
-    if result is None:
+    finished = _finished(config, here) if sweep_folder() is not None and not config.benchmark.rerun else None
+    status = "measured" if finished is None else "reused"
+    if finished is None:
         result = _measure(config, run, here)
     else:
-        print(f"already measured in {result['folder']}; benchmark.rerun=true measures again")
-        write_json(run / RESULT, result)
+        folder, result = finished
+        print(f"already measured in {folder}; benchmark.rerun=true measures again")
+        # Paths in it are relative to that folder.
+        write_json(run / RESULT, {**result, "reused_from": os.path.relpath(folder, run)})
     failures = [f"{name}: {reason}" for name, reason in result["failures"].items()]
     if failures:
         record({**result["values"], "error": "; ".join(failures)}, "failed")
@@ -92,7 +109,6 @@ def _measure(config: BenchConfig, run: Path, here: dict[str, Any]) -> dict[str, 
         "unjudged": report.unjudged,
         "source": source_hash(),
         "machine": here,
-        "folder": str(run),
         **provenance(config),
     }
     # Hours of measuring must not hang on a plot.
@@ -261,8 +277,8 @@ def _differences(curves: dict[str, Any], references: dict[str, Any]) -> dict[str
     }
 
 
-def _finished(config: BenchConfig, here: dict[str, Any]) -> dict[str, Any] | None:
-    """The newest finished result of the same options, code and machine below ``output_root``."""
+def _finished(config: BenchConfig, here: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """Folder and result of the newest finished run with the same options, code and machine."""
     wanted = {"identity": identity(config), "source": source_hash(), "machine": here}
     found = find_files(Path(config.output_root) / "bench", RESULT)
     paths = sorted(found, key=lambda path: -path.stat().st_mtime_ns)
@@ -273,5 +289,5 @@ def _finished(config: BenchConfig, here: dict[str, Any]) -> dict[str, Any] | Non
             continue
         same = all(result.get(key) == value for key, value in wanted.items())
         if same and not result.get("failures"):
-            return result
+            return Path(os.path.normpath(path.parent / result.get("reused_from", "."))), result
     return None

@@ -25,6 +25,7 @@ from muse.errors import ConfigError, RunError
 from muse.files import full_disk_told
 from muse.help import help_text
 from muse.report.sweep import UNFINISHED
+from muse.run_options import folder_of_kind
 from muse.sweep import check_plugins, digest, finish_sweep, record, record_failure, record_interruption
 from muse.torchrun import launched_rank, launched_ranks
 
@@ -47,6 +48,7 @@ OmegaConf.register_new_resolver(
     lambda *topics, _root_: help_text(_root_, list(map(str, topics))).replace("$", "$$"),
     replace=True,
 )
+OmegaConf.register_new_resolver("muse.kind", folder_of_kind, replace=True)
 
 
 def prepare() -> None:

@@ -458,9 +458,9 @@ class BenchmarkConfig:
         seq_len: tokens in a measured window; null for the benchmark's own.
         train_steps: steps that both models are trained for when no checkpoint is given; 0 for none.
             ``speedup`` takes at least ``optim.accumulation``.
-        checkpoint: run folder, or exported file, of the model under test; the options must be those that it
-            was trained with.
-        baseline_checkpoint: run folder, or exported file, of the baseline.
+        checkpoint: run folder, or exported file, of the model under test; stage, model, data and tokenizer
+            are those that it was trained with.
+        baseline_checkpoint: run folder, or exported file, of the baseline, trained on the same text.
         warmup: untimed steps.
         repeats: timed steps.
         inputs: random inputs of the stability benchmark.
@@ -559,8 +559,8 @@ class RunConfig:
 
     Attributes:
         seed: seed of initialisation, data order and dropout.
-        resume: ``never``, ``auto`` (continue the newest unfinished run of the same configuration)
-            or the folder of a run.
+        resume: ``never``, ``auto`` (continue the newest run of the same options, or take its results) or the
+            folder of a run, whose options are taken where none is given; how it goes on may change.
         output_root: folder in which runs are written and looked for.
         profile: whether the first steps are profiled (``train.py`` only); see docs/profiling.md.
     """

@@ -1,7 +1,7 @@
 """One safetensors file with the weights of a run and its configuration, and back.
 
 python -m muse.export outputs/train/stage1-tiny/2026-01-31_12-00-00-123 stage1.safetensors
-python bench.py stage=1 benchmark=perplexity data=wikitext2 benchmark.checkpoint=stage1.safetensors
+python bench.py benchmark=perplexity benchmark.checkpoint=stage1.safetensors
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from muse.config import RunConfig
 from muse.errors import ConfigError, RunError
 from muse.files import replacement
 from muse.models import LanguageModel, build_model
-from muse.train_run import RUN_FILE
+from muse.run_options import RUN_FILE
 from muse.training.checkpoint import (
     find_checkpoint,
     find_damage,

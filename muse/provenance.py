@@ -21,6 +21,7 @@ PACKAGES = ("torch", "triton", "numpy", "tokenizers", "datasets", "hydra-core", 
 RESOURCES = "resources.json"
 # Options that change where a run writes or what it shows, but not a number in it.
 UNIDENTIFYING = ("resume", "logger", "hardware", "output_root", "profile")
+UNIDENTIFYING_OPTIONS = ("data.cache", "train.async_checkpoint")
 
 
 def package_version(package: str) -> str | None:
@@ -67,8 +68,9 @@ def identity(config: RunConfig, extra: str = "") -> str:
     options: dict[str, Any] = dataclasses.asdict(config)
     for name in UNIDENTIFYING:
         options.pop(name)
-    options["data"].pop("cache")
-    options["train"].pop("async_checkpoint")
+    for name in UNIDENTIFYING_OPTIONS:
+        group, option = name.split(".")
+        options[group].pop(option)
     options.get("benchmark", {}).pop("rerun", None)
     text = json.dumps(options, sort_keys=True) + extra
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ from hydra.core.hydra_config import HydraConfig
 from muse.apart import run_apart
 from muse.config import RunConfig
 from muse.files import full_disk_told
-from muse.sweep import record, sweep_folder
-
-RESULT_FILE = "result.json"
+from muse.provenance import UNIDENTIFYING
+from muse.run_options import RESULT_FILE, RUN_FILE, may_go_on, with_options_of
+from muse.sweep import given_options, record, sweep_folder
 
 
 def run_train(config: RunConfig, run: Path) -> int:
-    """Train as configured and return the exit status; the results are in the folder ``run``."""
+    """Train as configured and return the exit status; the results are in the folder ``run``.
+
+    With ``resume=<run folder>`` every option that the command does not give is that run's.
+    """
+    config = _with_options_of_run(config)
     # submitit starts a process for each cell, and Slurm's signals reach all processes of a job by themselves.
     sweep = sweep_folder()
     if sweep is not None and config.logger.group is None:
@@ -31,8 +36,17 @@ def run_train(config: RunConfig, run: Path) -> int:
         status = run_apart(_train, config, run, True)
     if status == 0 and sweep is not None:
         result = _result(run)
-        record(_values(result, run), "reused" if "reused_from" in result else "trained")
+        record(_values(result, run, sweep), "reused" if "reused_from" in result else "trained")
     return status
+
+
+def _with_options_of_run(config: RunConfig) -> RunConfig:
+    named = config.resume not in ("never", "auto")
+    # A folder without the file is refused where the run would begin.
+    if not named or not (Path(config.resume) / RUN_FILE).exists():
+        return config
+    groups = {field.name for field in dataclasses.fields(RunConfig)} - {*UNIDENTIFYING}
+    return with_options_of(config, "resume", Path(config.resume), given_options(), groups, may_go_on)
 
 
 def validation_loss() -> float:
@@ -57,8 +71,11 @@ def _result(run: Path) -> dict[str, Any]:
     return result
 
 
-def _values(result: dict[str, Any], run: Path) -> dict[str, Any]:
-    """What the summary of a multirun tells of a training."""
+def _values(result: dict[str, Any], run: Path, sweep: Path) -> dict[str, Any]:
+    """What the summary of a multirun, in the folder ``sweep``, tells of a training.
+
+    The folder of the run is relative to that of the multirun.
+    """
     splits = {
         f"{split}_{key}": (result[split] or {}).get(key)
         for split in ("valid", "test")
@@ -66,5 +83,5 @@ def _values(result: dict[str, Any], run: Path) -> dict[str, Any]:
         if result[split]
     }
     keys = ("tokens_per_second", "seconds", "parameters", "steps")
-    folder = result.get("reused_from", str(run))
+    folder = os.path.relpath(run / result.get("reused_from", "."), sweep)
     return {**splits, **{key: result[key] for key in keys}, "folder": folder}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,26 @@ from muse.config import RunConfig
 from muse.data import TokenData, load_tokens
 from muse.distributed import first_rank_does, joined_ranks, rank, ranks, same
 from muse.errors import ConfigError
-from muse.files import find_files, write_atomically, write_json
+from muse.files import write_atomically, write_json
 from muse.hardware import describe, use_hardware
 from muse.models import LanguageModel
-from muse.provenance import identity, provenance
+from muse.provenance import provenance
 from muse.report.metrics import MetricsLog, read_metrics
 from muse.report.run_plot import plot_flow, plot_loss_curve
 from muse.report.table import table
-from muse.training.checkpoint import adopt_checkpoints, find_checkpoint, find_sound_checkpoint, load_state
+from muse.resume import (
+    Previous,
+    history_of,
+    lines_before,
+    run_to_resume,
+    warn_of_changes,
+)
+from muse.run_options import RESULT_FILE, RUN_FILE, told
+from muse.training.checkpoint import adopt_checkpoints, find_sound_checkpoint, load_state
 from muse.training.profile import require_steps
 from muse.training.sample import sample_text
 from muse.training.trainer import TrainResult, train
 
-RUN_FILE = "run.json"
-RESULT_FILE = "result.json"
 # Tokens of the validation split that the sample goes on from.
 PROMPT = 16
 
@@ -54,18 +61,20 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
         raise ConfigError(
             "data=synthetic has nothing to learn, it is for benchmarks; choose data=stdlib, wikitext2 or text"
         )
-    previous, checkpoint = first_rank_does(lambda: _found_to_resume(config, in_sweep))
-    if previous is not None and (previous / RESULT_FILE).exists():
+    found, checkpoint = first_rank_does(lambda: _found_to_resume(config, in_sweep))
+    if found is not None and found.is_finished:
         if rank() == 0:
-            finished = json.loads((previous / RESULT_FILE).read_text(encoding="utf-8"))
-            write_json(run / RESULT_FILE, {"reused_from": str(previous), **finished})
-            print(
-                f"{previous} is finished; its results are in {previous / RESULT_FILE}, resume=never starts "
-                "afresh"
-            )
+            _reuse(found.run, run)
         return 0
+    previous = found.run if found is not None else None
     state = load_state(checkpoint) if checkpoint is not None else None
+    if state is not None and state.step > config.train.steps:
+        raise ConfigError(
+            f"train.steps={config.train.steps} is less than the {state.step} steps that {previous} has made; "
+            f"it must be at least {state.step}"
+        )
     require_steps(config, state.step if state else 0)
+    changes = found.changes if found is not None else {}
     # The first rank fills data.cache, the others find everything there.
     first_rank_does(lambda: bool(_load_data(config)))
     data = _load_data(config)
@@ -75,9 +84,12 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
             _sample(config, model, data)
         return 128 + result.signal if result.signal is not None else 0
     earlier: list[dict[str, Any]] = []
-    if previous is not None and state is not None:
-        print(f"resuming {previous} after step {state.step}")
+    history: dict[str, Any] = {}
+    if found is not None and previous is not None and state is not None:
+        print(f"resuming {previous} after step {state.step}{f', {told(changes)}' if changes else ''}")
+        warn_of_changes(config, found, state.step)
         earlier = lines_before(previous, state.step, config.train.steps)
+        history = history_of(found, state.step)
     print(
         f"stage {config.stage.number}, {config.model.name}, {config.stage.precision} on {describe(device)}"
         f"{f', {ranks()} ranks' if ranks() > 1 else ''}: "
@@ -94,19 +106,22 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
             {
                 **provenance(config),
                 "device": describe(device),
-                "resumed_from": str(previous) if previous else None,
+                "ranks": ranks(),
+                "resumed_from": os.path.relpath(previous, run) if previous else None,
+                **history,
             },
         )
         model, result = train(config, data, device, run, log, checkpoint, log.wandb_id)
         plots = _plots(config, run)
         if result.signal is not None:
+            # A sweep's resume=auto takes no run whose options have changed.
+            resume = f"resume={run}" if history else "resume=auto"
             print(
-                f"interrupted; step {result.step} is saved, "
-                "resume=auto with the same options goes on from there"
+                f"interrupted; step {result.step} is saved, {resume} with the same options goes on from there"
             )
             return 128 + result.signal
-        summary = _summary(result)
-        write_json(run / RESULT_FILE, {**summary, **provenance(config)})
+        summary = _summary(result, run)
+        write_json(run / RESULT_FILE, {**summary, **provenance(config), **history})
         log.add_results(summary, plots)
         print(_table(result))
         text = _sample(config, model, data)
@@ -140,25 +155,15 @@ def _sample(config: RunConfig, model: LanguageModel, data: TokenData) -> str | N
     return sample_text(model, data.tokenizer, prompt, config.train.sample_tokens, config.model.seq_len)
 
 
-def lines_before(previous: Path, step: int, last_step: int) -> list[dict[str, Any]]:
-    """Metrics of the run to continue that will not be logged again: up to its checkpoint.
-
-    The evaluations of whole splits at the very end come after the last checkpoint, all else comes before.
-    """
-    lines = [line for line in read_metrics(previous) if line["step"] <= step]
-    at_the_end = {"valid/whole_loss", "test/loss"}
-    return [line for line in lines if line["step"] < last_step or not at_the_end & line.keys()]
-
-
-def _summary(result: TrainResult) -> dict[str, Any]:
-    """The result as the JSON file holds it."""
+def _summary(result: TrainResult, run: Path) -> dict[str, Any]:
+    """The result as the JSON file in the folder ``run`` holds it; paths are relative to that folder."""
     return {
         "steps": result.step,
         "tokens": result.tokens,
         "parameters": result.parameters,
         "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
-        "checkpoint": str(result.checkpoint),
+        "checkpoint": os.path.relpath(result.checkpoint, run) if result.checkpoint is not None else None,
         "valid": dataclasses.asdict(result.valid) if result.valid else None,
         "test": dataclasses.asdict(result.test) if result.test else None,
     }
@@ -172,61 +177,26 @@ def _table(result: TrainResult) -> str:
     )
 
 
-def _found_to_resume(config: RunConfig, in_sweep: bool) -> tuple[Path | None, Path | None]:
-    """Folder of the run that ``resume`` means and its newest sound checkpoint; None to start afresh.
+def _reuse(previous: Path, run: Path) -> None:
+    """Give the folder ``run`` the results of a finished run."""
+    finished = json.loads((previous / RESULT_FILE).read_text(encoding="utf-8"))
+    if finished.get("checkpoint") is not None:
+        finished["checkpoint"] = os.path.relpath(previous / finished["checkpoint"], run)
+    write_json(run / RESULT_FILE, {"reused_from": os.path.relpath(previous, run), **finished})
+    print(
+        f"{previous} is finished; its results are in {previous / RESULT_FILE}, resume=never starts afresh, "
+        f"resume={previous} train.steps=<more> goes on"
+    )
+
+
+def _found_to_resume(config: RunConfig, in_sweep: bool) -> tuple[Previous | None, Path | None]:
+    """The run that ``resume`` means and its newest sound checkpoint; None to start afresh.
 
     Raises:
         ConfigError: when a folder is named that holds no checkpoint or another configuration.
         RunError: when every checkpoint of the run is damaged.
     """
-    previous = run_to_resume(config, in_sweep)
-    if previous is None or (previous / RESULT_FILE).exists():
-        return previous, None
-    return previous, find_sound_checkpoint(previous)
-
-
-def run_to_resume(config: RunConfig, same_hardware: bool = False) -> Path | None:
-    """Folder of the run that ``resume`` means; None to start afresh.
-
-    Args:
-        config: of the run that goes on.
-        same_hardware: whether ``resume=auto`` takes runs with the same ``hardware`` options alone.
-
-    Raises:
-        ConfigError: when a folder is named that holds no checkpoint or another configuration.
-    """
-    if config.resume == "never":
-        return None
-    wanted = identity(config)
-    if config.resume != "auto":
-        run = Path(config.resume)
-        if find_checkpoint(run) is None or not (run / RUN_FILE).exists():
-            raise ConfigError(f"resume={config.resume} holds no checkpoint; give a run folder, auto or never")
-        if _described(run).get("identity") != wanted:
-            raise ConfigError(
-                f"resume={config.resume} was trained with other options (see {run / RUN_FILE}); repeat its "
-                "options, only hardware, logger, profile and output_root may differ"
-            )
-        return run
-
-    def fits(run: dict[str, Any]) -> bool:
-        hardware = dataclasses.asdict(config.hardware)
-        return run.get("identity") == wanted and (
-            not same_hardware or run.get("config", {}).get("hardware") == hardware
-        )
-
-    candidates = [
-        file.parent
-        for file in find_files(Path(config.output_root) / "train", RUN_FILE)
-        if fits(_described(file.parent)) and find_checkpoint(file.parent) is not None
-    ]
-    return max(candidates, key=lambda run: (run / RUN_FILE).stat().st_mtime_ns, default=None)
-
-
-def _described(run: Path) -> dict[str, Any]:
-    """What a run wrote of itself; nothing where that cannot be read."""
-    try:
-        found = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    found = run_to_resume(config, in_sweep)
+    if found is None or found.is_finished:
+        return found, None
+    return found, find_sound_checkpoint(found.run)

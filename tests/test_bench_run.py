@@ -11,8 +11,8 @@ from muse import bench_run, hardware
 from muse.benchmarks import suite
 from muse.benchmarks.criteria_flow import DRIFT_TARGET
 from muse.benchmarks.report import Report
-from muse.config import BenchConfig, BenchmarkConfig, HardwareConfig, LoggerConfig
-from muse.errors import RunError
+from muse.config import BenchConfig, BenchmarkConfig, HardwareConfig, LoggerConfig, RunConfig, StageConfig
+from muse.errors import ConfigError, RunError
 from muse.hardware import machine
 
 CONFIG = BenchConfig(
@@ -25,6 +25,13 @@ MEASURED = {
     "stability": {"nan_count": 0, "inf_count": 0},
     "gradients": {"grad_norm_min": 1e-3, "grad_norm_max": 1.0},
     "perplexity": {"ppl": 20.0, "trained": "untrained", "parameters": 10, "curve": [(1, 3.0)]},
+}
+ENERGY = {
+    **dict.fromkeys(("max_drift", "leapfrog_max_drift", "mean_drift", "mean_energy", "curvature_dt2"), 1e-6),
+    **{key: [1e-6, 1e-6] for key in ("energy_trajectory", "drift_trajectory", "leapfrog_drift_trajectory")},
+    "monotone_share": 0.0,
+    "times": [0.0, 0.1],
+    "integrator": "leapfrog",
 }
 MEASURED["vram"]["gradients and temporaries"] = 0.1
 
@@ -195,4 +202,46 @@ def test_a_result_with_failures_is_not_reused(tmp_path, monkeypatch):
     keys = ("tokens_per_second", "products_ratio", "products_and_sdpa_ratio", "products_ms", "step_ms_p50")
     monkeypatch.setitem(MEASURED, "throughput", dict.fromkeys(keys, 1.0))
     bench_run.run_benchmark(root, tmp_path / "bench" / "second")
-    assert bench_run._finished(root, here)["tokens_per_second"] == 1.0
+    folder, result = bench_run._finished(root, here)
+    assert folder == tmp_path / "bench" / "second"
+    assert result["tokens_per_second"] == 1.0
+
+
+def test_a_sweep_that_is_moved_is_whole(tmp_path, sweep):
+    """A reused result tells where it was measured from where it is, also if it was reused before."""
+    for _ in range(3):
+        sweep()
+    (tmp_path / "bench").rename(tmp_path / "moved")
+    for n in (1, 2):
+        told = json.loads((tmp_path / "moved" / str(n) / "result.json").read_text())
+        assert (tmp_path / "moved" / str(n) / told["reused_from"]).resolve() == tmp_path / "moved" / "0"
+        told.pop("config")
+        assert str(tmp_path) not in json.dumps(told)
+    assert "reused_from" not in json.loads((tmp_path / "moved" / "0" / "result.json").read_text())
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_checkpoint_decides_the_stage_that_a_benchmark_needs(tmp_path, monkeypatch):
+    """Also where the command's own would do, or not."""
+    runs = {}
+    for number in ("1", "2"):
+        runs[number] = tmp_path / number
+        runs[number].mkdir()
+        trained = dataclasses.asdict(RunConfig(stage=StageConfig(number=number)))
+        (runs[number] / "run.json").write_text(json.dumps({"config": trained}))
+
+    def bench(name, run, given=()):
+        monkeypatch.setattr(bench_run, "given_options", lambda: set(given))
+        benchmark = BenchmarkConfig(name=name, checkpoint=str(run))
+        return bench_run.run_benchmark(dataclasses.replace(CONFIG, benchmark=benchmark), tmp_path / "out")
+
+    with pytest.raises(ConfigError, match="it needs stage=2"):
+        bench("energy", runs["1"])
+    with pytest.raises(ConfigError, match=r"\(stage: 2 → 1\)"):
+        bench("energy", runs["2"], {"stage"})
+    with pytest.raises(ConfigError, match="changes nothing in benchmark=kernels"):
+        bench("kernels", runs["2"])
+    monkeypatch.setitem(MEASURED, "energy", ENERGY)
+    assert bench("energy", runs["2"], {"benchmark.checkpoint"}) == 0
+    told = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert told["config"]["stage"]["number"] == "2"

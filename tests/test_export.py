@@ -33,7 +33,7 @@ from muse.export import export_run, load_exported
 from muse.files import write_json
 from muse.models import LanguageModel, build_model
 from muse.provenance import provenance
-from muse.train_run import RUN_FILE
+from muse.run_options import RUN_FILE
 from muse.training.checkpoint import CheckpointWriter, TrainingState, load_weights
 
 VOCAB, SEQ_LEN = 29, 8

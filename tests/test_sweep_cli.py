@@ -100,11 +100,11 @@ def outcomes(folder: Path, option: str) -> list[tuple[str, str]]:
     return [(cell["options"][option], cell["status"]) for cell in summary(folder)]
 
 
-def weights(cells: list[dict[str, Any]], place: Path) -> list[bytes]:
-    """Final weights of each cell."""
+def weights(folder: Path, place: Path) -> list[bytes]:
+    """Final weights of each cell of a sweep."""
     found = []
-    for cell in cells:
-        export_run(Path(cell["folder"]), place / "weights.safetensors", "last")
+    for cell in summary(folder):
+        export_run(folder / cell["folder"], place / "weights.safetensors", "last")
         # Without the metadata, which name the cell's options.
         found.append(save(load_file(place / "weights.safetensors")))
     return found
@@ -164,8 +164,9 @@ def test_no_cell_of_a_parallel_sweep_is_lost(tmp_path, undisturbed):
     cells = summary(undisturbed)
     assert outcomes(undisturbed, "seed") == [(seed, "trained") for seed in ("0", "1", "2")]
     for cell in cells:
-        result = json.loads((Path(cell["folder"]) / "result.json").read_text())
-        assert Path(cell["folder"]).parent == undisturbed
+        result = json.loads((undisturbed / cell["folder"] / "result.json").read_text())
+        # Relative, so that a sweep that is moved is whole.
+        assert cell["folder"] == f"{cell['options']['seed']}-stage1-tiny"
         assert result["seed"] == int(cell["options"]["seed"])
         assert cell["valid_loss"] == result["valid"]["loss"]
         assert cell["valid_ppl"] == result["valid"]["ppl"]
@@ -178,7 +179,7 @@ def test_no_cell_of_a_parallel_sweep_is_lost(tmp_path, undisturbed):
         (cell["options"]["seed"], cell["valid_loss"]) for cell in cells
     ]
     assert (undisturbed / "summary.png").read_bytes().startswith(b"\x89PNG")
-    assert len(set(weights(cells, tmp_path))) == 3
+    assert len(set(weights(undisturbed, tmp_path))) == 3
 
 
 @pytest.mark.slow
@@ -189,7 +190,10 @@ def test_a_repeated_sweep_trains_nothing(place, undisturbed):
     again = sweeps(place, "whole")[-1]
     assert again != undisturbed
     assert out.count("is finished; its results are in") == 3
-    assert summary(again) == [{**cell, "status": "reused"} for cell in before]
+    after = summary(again)
+    for cell, own in zip(after, before, strict=True):
+        assert (again / cell.pop("folder")).samefile(undisturbed / own.pop("folder"))
+    assert after == [{**cell, "status": "reused"} for cell in before]
     assert find_files(again, "metrics.jsonl") == []
 
 
@@ -217,7 +221,7 @@ def test_a_sweep_that_is_killed_and_repeated_ends_with_the_same_bits(place, undi
     assert "resuming" in out
     cells = summary(sweeps(place, root)[-1])
     assert [cell["status"] for cell in cells] == ["trained"] * 3
-    assert weights(cells, place) == weights(summary(undisturbed), place)
+    assert weights(sweeps(place, root)[-1], place) == weights(undisturbed, place)
     assert [cell["valid_loss"] for cell in cells] == [cell["valid_loss"] for cell in summary(undisturbed)]
 
 

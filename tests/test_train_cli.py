@@ -202,7 +202,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 def weights(run: Path) -> list[dict[str, bytes]]:
     """Parameters and moments at the end of a run, bit for bit."""
-    checkpoint = Path(read_json(run / "result.json")["checkpoint"])
+    checkpoint = run / read_json(run / "result.json")["checkpoint"]
     return [stored(checkpoint, group) for group in ("model", "optimizer")]
 
 
@@ -296,7 +296,7 @@ def test_a_signal_ends_a_run_that_can_be_continued(place, undisturbed):
     status, out, err = run_cli(place, *options(place, "stopped elsewhere"), f"resume={run}")
     assert status == 0, err
     (last,) = run_folders(place, "stopped elsewhere")
-    assert read_json(last / "run.json")["resumed_from"] == str(run)
+    assert (last / read_json(last / "run.json")["resumed_from"]).samefile(run)
     assert f"resuming {run} after step {steps[-1]}" in out
     assert weights(last) == weights(undisturbed)
     assert logged(last) == logged(undisturbed)
@@ -441,6 +441,29 @@ def test_a_finished_run_is_left_alone(place, undisturbed):
 
 
 @pytest.mark.slow
+def test_a_finished_run_is_extended_by_its_folder_and_what_changes(place, undisturbed):
+    """All else comes from the run, though the command has other defaults."""
+    elsewhere = [f"output_root={place / 'extended'}", f"data.cache={place / 'cache'}", "hardware=cpu"]
+    arguments = [*elsewhere, "logger=none", f"resume={undisturbed}"]
+    status, out, err = run_cli(place, *arguments, f"train.steps={STEPS + 3}", "stage=1")
+    assert status == 0, err
+    assert f"resuming {undisturbed} after step {STEPS}, train.steps: {STEPS} → {STEPS + 3}" in out
+    assert "the learning rate of" in err
+    (run,) = run_folders(place, "extended")
+    assert run.parent.name == "stage1-tiny"
+    told, before = (read_json(folder / "run.json")["config"] for folder in (run, undisturbed))
+    assert told["train"] == {**before["train"], "steps": STEPS + 3}
+    assert told["model"] == before["model"]
+    assert len(logged(run)) > len(logged(undisturbed))
+    assert read_json(run / "result.json")["steps"] == STEPS + 3
+    status, _, err = run_cli(place, *arguments, "stage=2", "train.batch_size=4")
+    assert status == 1
+    (message,) = errors(err)
+    assert "(stage: 1 → 2, train.batch_size: 2 → 4)" in message
+    assert len(run_folders(place, "extended")) == 1
+
+
+@pytest.mark.slow
 def test_a_sweep_over_bare_stage_numbers_goes_on_after_a_job_that_diverges(place):
     arguments = [argument for argument in options(place, "sweep") if not argument.startswith("stage=")]
     status, _, err = run_cli(
@@ -489,9 +512,9 @@ def test_options_that_cannot_be_used_are_one_sentence_each(place, undisturbed):
     assert sum(line.startswith("error: optim.schedule=foo") for line in found) == 8
     assert all("cosine, wsd, constant" in line for line in found if "optim.schedule" in line)
     assert sum("hardware.device=cuda" in line and "hardware=cpu" in line for line in found) == 4
-    resumed = [line for line in found if line.startswith("error: resume=")]
+    resumed = [line for line in found if "train.steps=2" in line or line.startswith("error: resume=")]
     assert len(resumed) == 3
-    assert f"resume={undisturbed} was trained with other options" in resumed[0]
+    assert f"train.steps=2 is less than the {STEPS} steps that {undisturbed} has made" in resumed[0]
     assert "holds no checkpoint" in resumed[1]
     assert "holds no checkpoint" in resumed[2]
     # The one job without a fault ran.

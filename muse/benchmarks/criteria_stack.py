@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def _speedup_of(folder: Path, config: BenchConfig, report: Report, asked: bool) 
         measurement = "speedup until learned" if goes_on and name == "stack" else "speedup"
         own = dataclasses.replace(config, stack=stack, output_root=place)
         runs[name] = report.measure(measurement, f"{name}, {label}", own, shown_as="speedup")
+        _place_checkpoint(runs[name], folder)
     print(f"speedup: in turns, {label} ...", flush=True)
     pairs = report.measure("speedup pairs", label, config)
     plain, ours = runs["plain"], runs["stack"]
@@ -158,6 +160,12 @@ def _over(runs: dict[str, dict[str, Any]], join: Callable[[list[float]], float],
     return None if None in values else join(values)
 
 
+def _place_checkpoint(run: dict[str, Any], folder: Path) -> None:
+    """Make the path of a run's checkpoint relative to the folder of the results."""
+    if "texts" in run:
+        run["texts"]["checkpoint"] = os.path.relpath(run["texts"]["checkpoint"], folder)
+
+
 def _ablation(folder: Path, config: BenchConfig, report: Report) -> None:
     """Each part of the stack alone, and the stack without it, against the runs there are already.
 
@@ -180,6 +188,7 @@ def _ablation(folder: Path, config: BenchConfig, report: Report) -> None:
         place = str(folder / "ablation" / name.replace(" ", "-"))
         own = dataclasses.replace(config, stack=variant, output_root=place)
         runs[name] = report.run("speedup", own, name)
+        _place_checkpoint(runs[name], folder)
     report.details["ablation"] = {name: run for name, run in runs.items() if run}
     plain = runs["plain"]["seconds"]
     shares = {name: saved(run["seconds"], plain) for name, run in runs.items()}

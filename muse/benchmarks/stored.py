@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 
 from muse.config import BenchConfig, StageConfig, WidthConfig
 from muse.errors import ConfigError
+from muse.run_options import differences, stored_options, told, was_moved, with_options_of
+from muse.training.checkpoint import find_checkpoint, stored_tensors
 
-RUN_FILE = "run.json"
 # Options of a stage that say how a model is initialised, trained or computed, but not what it computes.
 FREE = (
     "precision",
@@ -28,71 +30,98 @@ FREE = (
     "recon_threshold",
     "verify",
 )
-OF_FLOW = (
-    "ode_steps",
-    "dt",
-    "integrator",
-    "potential",
-    "potential_width",
-    "phi",
-    "flows",
-    "context",
-    "confinement",
-)
+# What a checkpoint says of a benchmark.
+GROUPS = ("stage", "model", "data", "tokenizer")
+# What two models must have in common to be compared.
+TEXT = ("data.name", "data.path", "data.variant", "tokenizer.name", "tokenizer.vocab_size", "tokenizer.path")
 
 
-def stored_config(checkpoint: str) -> dict[str, Any]:
-    """The configuration, as JSON, of a run folder, one of its checkpoints or a file of ``muse.export``.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    path = Path(checkpoint)
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as opened:
-                config = json.loads((opened.metadata() or {})["config"])
-        else:
-            # Also <run>/checkpoints/step_00000200.
-            files = [folder / RUN_FILE for folder in (path, path.parent.parent)]
-            file = next((file for file in files if file.exists()), files[0])
-            config = json.loads(file.read_text(encoding="utf-8"))["config"]
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"{checkpoint} does not say which options its weights were trained with ({error}); give the "
-            "folder of a run of train.py or a file of python -m muse.export"
-        ) from error
-    assert isinstance(config, dict)
-    return config
-
-
-def check_checkpoint(config: BenchConfig) -> None:
-    """See that ``benchmark.checkpoint`` was trained as the options say.
+def of_checkpoint(config: BenchConfig, given: Collection[str]) -> BenchConfig:
+    """``config`` with the model, the text and the tokenizer that ``benchmark.checkpoint`` was trained with.
 
     A flow has no weights that tell its steps or its integrator, so another one would load without a word.
 
+    Args:
+        config: composed from what was given and defaults.
+        given: names of the options, and of the groups, that the command gives.
+
     Raises:
-        ConfigError: it was not; names the first option that differs.
+        ConfigError: an option was given that says something else; names each.
     """
     checkpoint = config.benchmark.checkpoint
     if checkpoint is None:
+        return config
+    place = Path(checkpoint)
+    taken = with_options_of(config, "benchmark.checkpoint", place, given, GROUPS, _may_differ)
+    size = _vocabulary(place) or taken.model.vocab_size
+    return dataclasses.replace(taken, model=dataclasses.replace(taken.model, vocab_size=size))
+
+
+def _may_differ(name: str, trained_with: Any) -> bool:
+    """Whether a benchmark may give an option another value than the checkpoint was trained with."""
+    group, _, option = name.partition(".")
+    return (group == "stage" and option in FREE) or was_moved(name, trained_with)
+
+
+def _vocabulary(checkpoint: Path) -> int | None:
+    """Entries of the vocabulary that the weights are for; None where that cannot be read."""
+    try:
+        if checkpoint.suffix == ".safetensors":
+            with safe_open(checkpoint, "pt") as opened:
+                return int(opened.get_slice("embedding.weight").get_shape()[0])
+        folder = find_checkpoint(checkpoint, "best") or checkpoint
+        return int(stored_tensors(folder)["model.embedding.weight"][0][0])
+    # Whoever loads the weights says what is wrong with them; CheckpointException is no Exception.
+    except (OSError, SafetensorError, KeyError, ValueError, CheckpointException):
+        return None
+
+
+def check_baseline(config: BenchConfig) -> None:
+    """See that ``benchmark.baseline_checkpoint`` can stand beside the model, before anything is measured.
+
+    Args:
+        config: as ``of_checkpoint`` returns it.
+
+    Raises:
+        ConfigError: it is of a wrong stage, or was trained on another text or with another tokenizer.
+    """
+    checkpoint = config.benchmark.baseline_checkpoint
+    if checkpoint is None or config.stage.number == "3a":
         return
-    stored = stored_config(checkpoint)
-    for name in _defining(config.stage.number):
-        group, _, option = name.rpartition(".")
-        own = OmegaConf.select(OmegaConf.create(dataclasses.asdict(config)), name)
-        trained = OmegaConf.select(OmegaConf.create(stored), name)
-        if own != trained:
-            shown = group if option == "number" else name
-            raise ConfigError(
-                f"{checkpoint} was trained with {shown}={_shown(trained)}, not {_shown(own)}; give the "
-                "options that it was trained with"
-            )
+    stored = stored_options(Path(checkpoint))
+    _require_stage(checkpoint, stored, "1" if config.stage.number == "2" else "0")
+    if config.benchmark.checkpoint is None:
+        return
+    apart = {
+        name: values
+        for name, values in differences(stored, config).items()
+        if name in TEXT and not (name.endswith(".path") and _same_place(*values))
+    }
+    if apart:
+        raise ConfigError(
+            f"benchmark.baseline_checkpoint={checkpoint} was trained on another text than "
+            f"benchmark.checkpoint={config.benchmark.checkpoint}, or with another tokenizer ({told(apart)}), "
+            "so their perplexities cannot be compared; give one that was trained on the same"
+        )
+
+
+def _same_place(first: str | None, second: str | None) -> bool:
+    """Whether two paths lead to the same place, or may, because one of them is not there now."""
+    if first is None or second is None:
+        return True
+    one, other = Path(first), Path(second)
+    return not (one.exists() and other.exists()) or one.samefile(other)
+
+
+def _require_stage(checkpoint: str, stored: dict[str, Any], number: str) -> None:
+    found = stored.get("stage", {}).get("number")
+    if found != number:
+        raise ConfigError(f"{checkpoint} is of stage={found}; give one of stage={number}")
 
 
 def tokens_seen(checkpoint: str) -> int:
     """Tokens that the training of a checkpoint is long."""
-    stored = stored_config(checkpoint)
+    stored = stored_options(Path(checkpoint))
     train, accumulation = stored["train"], stored["optim"]["accumulation"]
     return int(train["steps"] * train["batch_size"] * accumulation * stored["model"]["seq_len"])
 
@@ -103,13 +132,10 @@ def as_trained(config: BenchConfig, checkpoint: str) -> BenchConfig:
     Raises:
         ConfigError: the checkpoint is of another stage, or of a version with other options.
     """
-    stored = stored_config(checkpoint)
+    stored = stored_options(Path(checkpoint))
     number = config.stage.number
+    _require_stage(checkpoint, stored, number)
     try:
-        if stored["stage"]["number"] != number:
-            raise ConfigError(
-                f"{checkpoint} is of stage={stored['stage']['number']}; give one of stage={number}"
-            )
         stage = {name: value for name, value in stored["stage"].items() if name not in FREE}
         width = {name: stored["model"][_widths(number)][name] for name in dataclasses.asdict(WidthConfig())}
         changed = OmegaConf.merge(OmegaConf.structured(config.stage), stage)
@@ -123,16 +149,3 @@ def as_trained(config: BenchConfig, checkpoint: str) -> BenchConfig:
 
 def _widths(stage_number: str) -> str:
     return "real" if stage_number in ("0", "3a") else "complex"
-
-
-def _defining(stage_number: str) -> list[str]:
-    """Names of the options that say what a model computes."""
-    stage = [field.name for field in dataclasses.fields(StageConfig) if field.name not in FREE]
-    if stage_number != "2":
-        stage = [name for name in stage if name not in OF_FLOW]
-    widths = [f"{_widths(stage_number)}.{field.name}" for field in dataclasses.fields(WidthConfig)]
-    return [f"stage.{name}" for name in stage] + [f"model.{name}" for name in widths]
-
-
-def _shown(value: object) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ STEP = "train/step"
 def start_wandb(
     run: Path, config: RunConfig, wandb_id: str | None = None, previous: Path | None = None
 ) -> Any:
-    """Begin the W&B run of the folder ``run`` and note its id, group and folder in ``run / FILE``.
+    """Begin the W&B run of the folder ``run``; note its id, group and own folder in ``run / FILE``.
 
     Online the run ``wandb_id`` goes on, if the server knows it below this entity and project. Elsewhere, and
     offline, where no run is known, a new one begins in the same group; its notes and its config name the run
@@ -74,7 +75,8 @@ def start_wandb(
         if wandb_id is not None:
             print(f"W&B: run {wandb_id} of {previous} {why}; run {started.id} of group {group} continues it")
     started.define_metric("*", step_metric=STEP)
-    write_json(run / FILE, {"id": started.id, "group": group, "folder": str(started.settings.sync_dir)})
+    folder = os.path.relpath(started.settings.sync_dir, run)
+    write_json(run / FILE, {"id": started.id, "group": group, "folder": folder})
     return started
 
 

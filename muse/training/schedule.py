@@ -1,4 +1,4 @@
-"""Learning-rate schedules."""
+"""Learning-rate schedules, and what becomes of one whose options change on the way."""
 
 from __future__ import annotations
 
@@ -24,3 +24,19 @@ def learning_rate_factor(config: OptimConfig, step: int, steps: int) -> float:
     decay_steps = max(1, round(config.decay * steps))
     left = (steps - 1 - step) / decay_steps
     return 1.0 if left >= 1 else config.final_lr + (1 - config.final_lr) * max(0.0, left)
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Learning rate in step ``step`` (from 0) of ``steps``: AdamW's, or Muon's where it is the optimiser."""
+    peak = config.muon_lr if config.name == "muon" else config.lr
+    return peak * learning_rate_factor(config, step, steps)
+
+
+def same_until(step: int, first: OptimConfig, steps: int, second: OptimConfig, other_steps: int) -> bool:
+    """Whether two schedules, of ``steps`` and of ``other_steps``, have the same rates before ``step``."""
+    if step and (first.lr, first.muon_lr) != (second.lr, second.muon_lr):
+        return False
+    return all(
+        learning_rate_factor(first, n, steps) == learning_rate_factor(second, n, other_steps)
+        for n in range(step)
+    )

@@ -499,6 +499,18 @@ def test_everything_passes_when_it_does(speedup_config, monkeypatch):
     assert values["throughput_improvement_pct"] == pytest.approx(50)
 
 
+def test_checkpoints_are_found_from_the_folder_of_the_results(speedup_config, monkeypatch):
+    def change(name, config, found):
+        if name in ("speedup memory", "speedup pairs"):
+            return found
+        return {**found, "texts": {"checkpoint": f"{config.output_root}/checkpoints/step_00000008"}}
+
+    details = report_of(monkeypatch, speedup_config(accumulation=8, ablation=True), change=change).details
+    found = {run["texts"]["checkpoint"] for part in ("speedup", "ablation") for run in details[part].values()}
+    assert {"plain-8/checkpoints/step_00000008", "stack-1/checkpoints/step_00000008"} <= found
+    assert "ablation/all-three/checkpoints/step_00000008" in found
+
+
 def test_each_setting_has_its_own_keys(speedup_config, monkeypatch):
     def change(name, config, found):
         return {**found, "decode_plain": 1.0, "loss": 2.0} if config.optim.accumulation == 1 else found

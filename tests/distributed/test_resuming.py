@@ -27,7 +27,7 @@ from muse.export import export_run, load_exported
 from muse.files import write_json
 from muse.models import build_model
 from muse.provenance import provenance
-from muse.train_run import RUN_FILE
+from muse.run_options import RUN_FILE
 from muse.training.checkpoint import find_damage, find_sound_checkpoint, load_state, load_weights
 
 STEPS = 6

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from muse.config import OptimConfig
-from muse.training.schedule import learning_rate_factor
+from muse.training.schedule import learning_rate, learning_rate_factor, same_until
 
 SCHEDULES = ["cosine", "wsd", "constant"]
 
@@ -66,3 +66,32 @@ def test_wsd_is_stable_and_then_falls_linearly():
 def test_steps_after_the_end_stay_at_the_last_value(schedule):
     config = OptimConfig(schedule=schedule, warmup=3)
     assert learning_rate_factor(config, 500, 20) == pytest.approx(learning_rate_factor(config, 19, 20))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "same"),
+    [("cosine", 2, True), ("cosine", 4, False), ("wsd", 6, True), ("wsd", 7, False), ("constant", 8, True)],
+)
+def test_more_steps_are_the_same_schedule_until_it_decays(schedule, step, same):
+    config = OptimConfig(schedule=schedule, warmup=2, decay=0.2)
+    assert same_until(step, config, 8, config, 12) is same
+    rates = [[learning_rate_factor(config, n, steps) for n in range(step)] for steps in (8, 12)]
+    assert (rates[0] == rates[1]) is same
+
+
+def test_a_warm_up_that_was_cut_short_is_another_one():
+    config = OptimConfig(schedule="constant", warmup=50)
+    assert not same_until(8, config, 8, config, 12)
+    assert same_until(8, config, 100, config, 200)
+
+
+@pytest.mark.parametrize("option", ["lr", "muon_lr"])
+def test_another_peak_is_another_schedule(option):
+    assert not same_until(1, OptimConfig(), 8, OptimConfig(**{option: 1.0}), 8)
+    assert same_until(0, OptimConfig(), 8, OptimConfig(**{option: 1.0}), 8)
+
+
+@pytest.mark.parametrize(("name", "peak"), [("adamw", 0.25), ("muon", 0.5)])
+def test_the_rate_is_that_of_the_optimiser(name, peak):
+    config = OptimConfig(name=name, lr=0.25, muon_lr=0.5, schedule="constant", warmup=2)
+    assert [learning_rate(config, step, 8) for step in (0, 1, 7)] == [peak / 2, peak, peak]
