@@ -66,9 +66,10 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
         return 0
     state = load_state(checkpoint) if checkpoint is not None else None
     require_steps(config, state.step if state else 0)
+    loaded: list[TokenData] = []
     # The first rank fills data.cache, the others find everything there.
-    first_rank_does(lambda: bool(_load_data(config)))
-    data = _load_data(config)
+    first_rank_does(lambda: loaded.append(_load_data(config)))
+    data = loaded[0] if loaded else _load_data(config)
     if rank() > 0:
         model, result = train(config, data, device, run, lambda step, metrics: None, checkpoint)
         if result.signal is None:
@@ -158,10 +159,14 @@ def _summary(result: TrainResult) -> dict[str, Any]:
 
 def _table(result: TrainResult) -> str:
     splits = [(name, split) for name, split in (("valid", result.valid), ("test", result.test)) if split]
-    return table(
+    figures = table(
         ("split", "loss [nats/token]", "perplexity", "per word", "bits/byte", "tokens"),
         [(name, s.loss, s.ppl, s.word_ppl, s.bits_per_byte, s.tokens) for name, s in splits],
     )
+    reasons = [
+        f"{name} has no perplexity per word: {s.word_ppl_reason}" for name, s in splits if s.word_ppl_reason
+    ]
+    return "\n".join([figures, *reasons])
 
 
 def _found_to_resume(config: RunConfig, in_sweep: bool) -> tuple[Path | None, Path | None]:

@@ -7,7 +7,9 @@ from muse.config import DataConfig, HardwareConfig, RunConfig
 from muse.errors import ConfigError
 from muse.provenance import identity, provenance
 from muse.report.metrics import FILE
-from muse.train_run import RUN_FILE, lines_before, run_to_resume
+from muse.train_run import RUN_FILE, _summary, _table, lines_before, run_to_resume
+from muse.training.evaluate import Evaluation
+from muse.training.trainer import TrainResult
 
 
 def write(run, text):
@@ -40,6 +42,17 @@ def test_a_run_is_continued_if_it_has_a_checkpoint_whatever_became_of_other_file
         config.resume = str(run)
         with pytest.raises(ConfigError, match="holds no checkpoint"):
             run_to_resume(config)
+
+
+def test_a_table_has_a_dash_and_a_reason_for_a_perplexity_that_does_not_exist(tmp_path):
+    words = Evaluation(2.0, 7.4, 99.5, 1.5, 1000, None)
+    none = Evaluation(2.0, 7.4, None, 1.5, 1000, "words of 41 bytes on average are none")
+    result = TrainResult(1, words, none, 1, 1, 1.0, 1.0, None, None)
+    _, _, valid, test, *reasons = _table(result).splitlines()
+    assert valid.split()[3] == "99.5"
+    assert test.split()[3] == "-"
+    assert reasons == ["test has no perplexity per word: words of 41 bytes on average are none"]
+    assert _summary(result)["test"]["word_ppl_reason"] == "words of 41 bytes on average are none"
 
 
 def test_a_cell_of_a_sweep_is_not_that_of_other_hardware(tmp_path):
