@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -61,6 +62,8 @@ def _work(sender: Connection, parent: int, job: Callable[..., int], arguments: t
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     threading.Thread(target=stop.stop_without, args=(parent,), daemon=True).start()
+    # As Hydra shows it in its own process.
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     try:
         status = job(*arguments)
     except (ConfigError, RunError) as error:

@@ -236,7 +236,12 @@ class DataConfig:
     Attributes:
         name: ``stdlib`` (the standard library of the running Python), ``wikitext2``, ``text``
             (any files) or ``synthetic`` (random tokens, for the memory and speed benchmarks).
-        path: a file or folder; needed by ``text``, optional for ``wikitext2``.
+        path: a file or folder of plain text in UTF-8; needed by ``text``, optional for ``wikitext2``. Of a
+            folder, files and folders named train, valid (validation, val, dev) and test are those splits,
+            with any extension but a program's (train.txt, wiki.valid.tokens, train-00000-of-00002.txt, and
+            stories-train.txt where there is stories-valid.txt); what is beside them is left out, and 5 % of
+            the training text is held out for each one missing. Without such names all of it is split
+            about 90 / 5 / 5: files by a hash of their names, a single file at its end.
         variant: the hub's configuration of WikiText-2, ``wikitext-2-v1`` or ``wikitext-2-raw-v1``.
         cache: folder of tokenizers and tokenised text; they are found again by content hash.
     """
@@ -258,7 +263,8 @@ class TokenizerConfig:
     """How text becomes tokens.
 
     Attributes:
-        name: ``bpe`` (byte-level, trained on the training split), ``gpt2`` or ``word``.
+        name: ``bpe`` (byte-level, trained on the training split; text without white space is cut after every
+            256 characters), ``gpt2`` or ``word``.
         vocab_size: entries of a trained BPE.
         path: local folder with ``vocab.json`` and ``merges.txt`` for ``gpt2``; the hub if absent.
     """

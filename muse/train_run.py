@@ -74,10 +74,10 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
             f"it must be at least {state.step}"
         )
     require_steps(config, state.step if state else 0)
-    changes = found.changes if found is not None else {}
+    loaded: list[TokenData] = []
     # The first rank fills data.cache, the others find everything there.
-    first_rank_does(lambda: bool(_load_data(config)))
-    data = _load_data(config)
+    first_rank_does(lambda: loaded.append(_load_data(config)))
+    data = loaded[0] if loaded else _load_data(config)
     if rank() > 0:
         model, result = train(config, data, device, run, lambda step, metrics: None, checkpoint)
         if result.signal is None:
@@ -86,7 +86,8 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
     earlier: list[dict[str, Any]] = []
     history: dict[str, Any] = {}
     if found is not None and previous is not None and state is not None:
-        print(f"resuming {previous} after step {state.step}{f', {told(changes)}' if changes else ''}")
+        changes = f", {told(found.changes)}" if found.changes else ""
+        print(f"resuming {previous} after step {state.step}{changes}")
         warn_of_changes(config, found, state.step)
         earlier = lines_before(previous, state.step, config.train.steps)
         history = history_of(found, state.step)
@@ -171,10 +172,14 @@ def _summary(result: TrainResult, run: Path) -> dict[str, Any]:
 
 def _table(result: TrainResult) -> str:
     splits = [(name, split) for name, split in (("valid", result.valid), ("test", result.test)) if split]
-    return table(
+    figures = table(
         ("split", "loss [nats/token]", "perplexity", "per word", "bits/byte", "tokens"),
         [(name, s.loss, s.ppl, s.word_ppl, s.bits_per_byte, s.tokens) for name, s in splits],
     )
+    reasons = [
+        f"{name} has no perplexity per word: {s.word_ppl_reason}" for name, s in splits if s.word_ppl_reason
+    ]
+    return "\n".join([figures, *reasons])
 
 
 def _reuse(previous: Path, run: Path) -> None:

@@ -1,5 +1,6 @@
 """A job in a fresh process; the jobs are here, where that process can import them."""
 
+import logging
 import os
 import signal
 import sys
@@ -33,6 +34,11 @@ def break_down(folder):
     raise KeyError("a fault of ours")
 
 
+def tell(folder):
+    logging.getLogger("muse").info("what the run is about")
+    return 0
+
+
 def die(folder):
     os.kill(os.getpid(), signal.SIGKILL)
     return 0
@@ -40,6 +46,12 @@ def die(folder):
 
 def leave(folder):
     sys.exit(3)
+
+
+@pytest.mark.slow
+def test_what_a_job_logs_is_shown(tmp_path, capfd):
+    assert run_apart(tell, tmp_path) == 0
+    assert capfd.readouterr().out == "what the run is about\n"
 
 
 @pytest.mark.slow

@@ -213,6 +213,8 @@ def undisturbed(place: Path) -> Path:
     assert "torch.distributed" not in err
     (run,) = run_folders(place, "whole")
     assert f"everything is in {run}" in out
+    for split in ("training", "validation", "test"):
+        assert out.count(f"{split} split: documents 1, bytes ") == 1
     return run
 
 

@@ -30,8 +30,10 @@ from muse.provenance import provenance
 from muse.report.metrics import FILE, read_metrics
 from muse.resume import lines_before, run_to_resume
 from muse.run_options import RESULT_FILE, RUN_FILE
-from muse.train_run import run_training
+from muse.train_run import _summary, _table, run_training
 from muse.training.checkpoint import find_checkpoint, load_state, load_tensors, stored_tensors
+from muse.training.evaluate import Evaluation
+from muse.training.trainer import TrainResult
 
 
 def write(run, text):
@@ -101,6 +103,17 @@ def test_a_run_is_continued_if_it_has_a_checkpoint_whatever_became_of_other_file
         config.resume = str(run)
         with pytest.raises(ConfigError, match="holds no checkpoint"):
             run_to_resume(config)
+
+
+def test_a_table_has_a_dash_and_a_reason_for_a_perplexity_that_does_not_exist(tmp_path):
+    words = Evaluation(2.0, 7.4, 99.5, 1.5, 1000, None)
+    none = Evaluation(2.0, 7.4, None, 1.5, 1000, "words of 41 bytes on average are none")
+    result = TrainResult(1, words, none, 1, 1, 1.0, 1.0, None, None)
+    _, _, valid, test, *reasons = _table(result).splitlines()
+    assert valid.split()[3] == "99.5"
+    assert test.split()[3] == "-"
+    assert reasons == ["test has no perplexity per word: words of 41 bytes on average are none"]
+    assert _summary(result, tmp_path)["test"]["word_ppl_reason"] == "words of 41 bytes on average are none"
 
 
 def test_a_cell_of_a_sweep_is_not_that_of_other_hardware(tmp_path, config):
@@ -248,7 +261,10 @@ def test_a_finished_run_that_is_extended_twice_ends_with_the_bits_of_an_undistur
             more = with_train(dataclasses.replace(small, resume=str(run)), steps=steps)
             run = trained(str(steps), more)
     assert end_of(run) == end_of(whole)
-    assert logged(run) == logged(whole)
+    # The former ends were of the whole split.
+    assert [
+        line for line in logged(run) if line["step"] in (16, *range(8)) or "valid/whole_loss" not in line
+    ] == logged(whole)
     assert read(run)["valid"] == read(whole)["valid"]
     assert find_checkpoint(run, "best").name == find_checkpoint(whole, "best").name
     assert load_state(find_checkpoint(run)).best_loss == load_state(find_checkpoint(whole)).best_loss
@@ -301,7 +317,7 @@ def test_a_finished_run_gets_the_evaluation_that_it_lacks(small, trained):
     assert math.isfinite(read(tested)["test"]["loss"])
     lines = [line for line in logged(tested) if line["step"] == 8]
     assert [next(key for key in line if key != "step") for line in lines] == [
-        "train/loss", "valid/loss", "test/loss",
+        "train/loss", "valid/loss", "valid/whole_loss", "test/loss",
     ]  # fmt: skip
 
 

@@ -27,9 +27,10 @@ def measure_perplexity(config: BenchConfig, device: torch.device) -> dict[str, A
     measured with the same configuration sees the same tokens in the same order.
 
     Returns:
-        ``ppl``, ``loss``, ``word_ppl``, ``bits_per_byte`` and ``tokens`` of the evaluation, ``trained``,
-        which says how the weights came about, ``parameters``, their number, and ``curve``, the training loss
-        of each step, no mean over some.
+        ``ppl``, ``loss``, ``word_ppl``, ``bits_per_byte`` and ``tokens`` of the evaluation,
+        ``word_ppl_reason`` where there is no perplexity per word, ``trained``, which says how the weights
+        came about, ``parameters``, their number, and ``curve``, the training loss of each step, no mean over
+        some.
 
     Raises:
         ConfigError: for data without text.
@@ -48,9 +49,12 @@ def measure_perplexity(config: BenchConfig, device: torch.device) -> dict[str, A
             _, valid = train_briefly(config, data, device, Path(folder), curve)
         trained = f"{config.benchmark.train_steps} steps in this run"
     parameters = count_parameters(build_model(config.stage, config.model, data.vocab_size))
+    figures = dataclasses.asdict(valid)
+    if valid.word_ppl_reason is None:
+        del figures["word_ppl_reason"]
     return {
         **flow_of(config),
-        **dataclasses.asdict(valid),
+        **figures,
         "trained": trained,
         "parameters": parameters,
         "curve": curve,

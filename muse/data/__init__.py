@@ -1,7 +1,8 @@
 """Text, tokenizers, tokenised splits and batches."""
 
 from muse.data.batches import evaluation_batches, evaluation_windows, training_batch
-from muse.data.corpus import SPLITS, Corpus, count_words, load_corpus
+from muse.data.corpus import Corpus, count_words, load_corpus
+from muse.data.splits import SPLITS
 from muse.data.tokenizer import Tokenizer, build_tokenizer
 from muse.data.tokens import Counts, TokenData, load_tokens
 

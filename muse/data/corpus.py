@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
 import sysconfig
-from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from muse.config import DataConfig
 from muse.data import hub
+from muse.data.reading import PACKED, RECORDS, FolderText, NotTextError, read_folder, read_text, visible
+from muse.data.splits import FEWEST_FILES, HELD_OUT, LEAST, LONG, SPLITS, find_splits, hold_out
 from muse.errors import ConfigError
 
-SPLITS = ("train", "valid", "test")
+log = logging.getLogger(__name__)
 
 # Tests, and the packages that some distributions of Python leave out: without them the corpus is the
 # same wherever the version of Python is.
@@ -66,17 +67,18 @@ def count_words(text: str) -> int:
 
 
 def load_corpus(config: DataConfig) -> Corpus:
-    """Read the text that ``data`` and ``data.path`` name.
+    """Read the text that ``data`` and ``data.path`` name, and log how it is split and what is left out.
 
     - ``stdlib``: the modules and text files of the running Python's standard library without its
       tests, split by a hash of their relative path.
     - ``wikitext2``: the published splits, from the folder ``data.path`` or from the hub.
-    - ``text``: a folder is split by a hash of the relative paths, a file into consecutive parts;
-      both about 90 / 5 / 5.
+    - ``text``: files and folders named after splits (muse/data/splits.py) are those splits, and of the others
+      5 % each is held out of the training text; where there are none, all text is training text.
 
     Raises:
-        ConfigError: when the text is missing or too short to be split, when the hub is needed and
-            does not answer, or for ``synthetic``, which has no text.
+        ConfigError: when the text is missing, not plain text or too short to be split, when names of splits
+            contradict each other, when the hub is needed and does not answer, or for ``synthetic``, which
+            has no text.
     """
     if config.name == "stdlib":
         return _load_stdlib()
@@ -91,37 +93,30 @@ def _load_stdlib() -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
     files = {
         name: text
-        for name, text in _read_folder(root, EXCLUDED_FOLDERS, (".py", ".txt", ".rst")).items()
+        for name, text in read_folder(root, EXCLUDED_FOLDERS, (".py", ".txt", ".rst")).texts.items()
         # What the build of this one interpreter wrote.
         if not name.startswith(("config-", "_sysconfigdata"))
     }
-    if len(files) < 3:
+    parts = hold_out(files, 2) if len(files) >= 3 else None
+    if parts is None:
         raise ConfigError(
             f"data=stdlib found no sources in {root}; use data=text with data.path=<file or folder>"
         )
-    return _split_files(files)
+    return Corpus(*parts)
 
 
 def _load_wikitext2(config: DataConfig) -> Corpus:
     if config.path is None:
         return _download_wikitext2(config.variant)
-    folder = Path(config.path).expanduser()
-    texts = {}
-    for split, names in zip(SPLITS, (("train",), ("valid", "validation"), ("test",)), strict=True):
-        candidates = [
-            folder / pattern.format(name)
-            for name in names
-            for pattern in ("{}.txt", "wiki.{}.tokens", "wiki.{}.raw")
-        ]
-        found = next((path for path in candidates if path.is_file()), None)
-        text = None if found is None else _read(found)
-        if text is None:
+    folder, told = Path(config.path).expanduser(), f"data.path={config.path}"
+    found = _named_splits(folder, told) if folder.is_dir() else {}
+    for split in SPLITS:
+        if split not in found:
             raise ConfigError(
-                f"data.path={config.path} has no readable {split}.txt; data=wikitext2 needs a folder "
-                "with train.txt, valid.txt and test.txt"
+                f"{told} has no {split}.txt; data=wikitext2 needs a folder with train.txt, valid.txt and "
+                "test.txt"
             )
-        texts[split] = [text]
-    return Corpus(**texts)
+    return Corpus(*(list(_read_split(folder, found[split], told).texts.values()) for split in SPLITS))
 
 
 def _download_wikitext2(variant: str) -> Corpus:
@@ -149,72 +144,92 @@ def _join_rows(rows: Iterable[str]) -> str:
 
 
 def _load_text(config: DataConfig) -> Corpus:
-    path = Path(config.path or "").expanduser()
-    if config.path and path.is_dir():
-        files = _read_folder(path)
-        if len(files) < 3:
-            raise ConfigError(
-                f"data.path={config.path} holds {len(files)} text files in UTF-8; a folder needs at "
-                "least 3 of them to be split, a single file needs 3 lines"
-            )
-        return _split_files(files)
-    if not config.path or not path.is_file():
-        raise ConfigError(f"data.path={config.path} does not exist; give a file or a folder of text files")
-    text = _read(path)
-    if text is None:
-        raise ConfigError(f"data.path={config.path} is not text in UTF-8; give a file or a folder of it")
-    valid = _line_after(text, len(text) * 90 // 100)
-    test = _line_after(text, max(len(text) * 95 // 100, valid))
-    parts = text[:valid], text[valid:test], text[test:]
-    if not all(part.strip() for part in parts):
+    path, told = Path(config.path or "").expanduser(), f"data.path={config.path}"
+    if not config.path or not path.exists():
+        raise ConfigError(f"{told} does not exist; give a file or a folder of text files")
+    if path.is_dir():
+        named = _named_splits(path, told)
+        read = {split: _read_split(path, paths, told) for split, paths in named.items()}
+        if not named:
+            read = {"train": _checked(read_folder(path), told)}
+        _tell_left_out(path, named, read, told)
+        files = {split: text.texts for split, text in read.items()}
+    else:
+        files = {"train": {path.name: _read_one(path, told)}}
+    missing = [split for split in SPLITS if split not in files]
+    parts = hold_out(files["train"], len(missing))
+    if parts is None:
         raise ConfigError(
-            f"data.path={config.path} is too short to be split into training, validation and test text; "
-            "give a file with many lines"
+            f"{told} has a training text of {sum(map(len, files['train'].values())):,} characters; to hold "
+            f"{' and '.join(LONG[split] for split in missing)} text out of it takes at least {LEAST}"
         )
-    return Corpus(*([part] for part in parts))
+    if missing:
+        log.info(
+            "%s names no %s split: %d %% of the training text for each, %s",
+            *(told, " and no ".join(LONG[split] for split in missing), HELD_OUT),
+            f"by a hash of the names of its {len(files['train']):,} files"
+            if len(files["train"]) >= FEWEST_FILES
+            else "from its end",
+        )
+    splits = {split: list(texts.values()) for split, texts in files.items()}
+    return Corpus(**{**splits, **dict(zip(["train", *missing], parts, strict=True))})
 
 
-def _line_after(text: str, position: int) -> int:
-    newline = text.find("\n", position)
-    return len(text) if newline < 0 else newline + 1
-
-
-def _read(path: Path) -> str | None:
-    """The text of a file with line feeds as line ends; None where it is empty or no text in UTF-8."""
+def _named_splits(folder: Path, told: str) -> dict[str, list[Path]]:
     try:
-        text = path.read_bytes().decode().replace("\r\n", "\n")
-    except (UnicodeDecodeError, PermissionError):
-        return None
-    return None if "\0" in text or not text.strip() else text
+        return find_splits(folder, told)
+    except OSError as error:
+        raise ConfigError(f"{told} cannot be read ({error.strerror})") from error
 
 
-def _read_folder(
-    root: Path, excluded: Iterable[str] = (), suffixes: tuple[str, ...] = ("",)
-) -> dict[str, str]:
-    """The text of each readable, visible file below ``root`` by its relative path, in sorted order."""
+def _read_one(path: Path, told: str) -> str:
+    try:
+        return read_text(path)
+    except NotTextError as error:
+        raise ConfigError(f"{told} cannot be trained on: {error}") from error
+
+
+def _read_split(root: Path, paths: list[Path], told: str) -> FolderText:
+    """The text of a split's files, each of which must be text, or of its folders."""
     texts = {}
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in excluded and not name.startswith(".")]
-        for name in names:
-            path = Path(folder, name)
-            if name.startswith(".") or not name.endswith(suffixes) or not path.is_file():
-                continue
-            text = _read(path)
-            if text is not None:
-                texts[path.relative_to(root).as_posix()] = text
-    return dict(sorted(texts.items()))
+    left_out: dict[str, list[str]] = {}
+    for path in paths:
+        name = path.relative_to(root).as_posix()
+        if path.is_file():
+            texts[name] = _read_one(path, f"{told}: {name}")
+            continue
+        read = _checked(read_folder(path), f"{told}: {name}")
+        texts |= {f"{name}/{inner}": text for inner, text in read.texts.items()}
+        for reason, names in read.left_out.items():
+            left_out.setdefault(reason, []).extend(f"{name}/{inner}" for inner in names)
+    return FolderText(texts, left_out)
 
 
-def _split_files(files: dict[str, str]) -> Corpus:
-    """Split at least three files about 90 / 5 / 5 by the hash of their relative path."""
+def _checked(read: FolderText, told: str) -> FolderText:
+    """What was read of a folder, unless that is nothing, or little beside what could be its real text."""
+    records = [name for reason in (RECORDS, PACKED) for name in read.left_out.get(reason, [])]
+    if read.texts and read.record_bytes <= read.bytes:
+        return read
+    if records:
+        suffixes = ", ".join(sorted({Path(name).suffix for name in records}))
+        raise ConfigError(
+            f"{told} holds mostly {suffixes} ({records[0]}), which are no plain text; unpack them, or write "
+            "the text of their records into .txt files"
+        )
+    example = next((f" ({names[0]}: {reason})" for reason, names in read.left_out.items()), "")
+    raise ConfigError(f"{told} holds no text{example}; give a file or a folder of plain text in UTF-8")
 
-    def position(name: str) -> float:
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little") / 2**48
 
-    names = sorted(files, key=position)
-    positions = [position(name) for name in names]
-    # A small folder may have no hash above 0.9; every split gets at least one file all the same.
-    test = min(max(bisect_left(positions, 0.95), 2), len(names) - 1)
-    valid = min(max(bisect_left(positions, 0.90), 1), test - 1)
-    parts = names[:valid], names[valid:test], names[test:]
-    return Corpus(*([files[name] for name in sorted(part)] for part in parts))
+def _tell_left_out(root: Path, named: dict[str, list[Path]], read: dict[str, FolderText], told: str) -> None:
+    left_out: dict[str, list[str]] = {}
+    for text in read.values():
+        for reason, names in text.left_out.items():
+            left_out.setdefault(reason, []).extend(names)
+    if named:
+        taken = {path.name for paths in named.values() for path in paths}
+        beside = sorted(path.name for path in root.iterdir() if visible(path.name) and path.name not in taken)
+        if beside:
+            left_out["beside the splits"] = beside
+    for reason, names in left_out.items():
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        log.warning("%s: %d left out, %s: %s", told, len(names), reason, shown)

@@ -6,8 +6,11 @@ import hashlib
 import logging
 import re
 import sys
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,6 +39,15 @@ CHUNKS_PER_BATCH = 64
 # such a place is encoded independently. Words are separated there, too.
 _CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
+# Our own BPE cuts text without white space, which would be one word of any length, after so many characters.
+LONGEST_RUN = 256
+# What neither Python nor the library takes for white space: they differ over these four control characters.
+_RUN = rf"[^\s\x1c-\x1f]{{{LONGEST_RUN}}}"
+_CUT_IN_RUNS = re.compile(rf"{_RUN}|{_CUT.pattern}")
+
+# Seconds between two lines about work that takes long, where no progress bar is drawn.
+TELL_SECONDS = 10.0
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -44,10 +56,12 @@ class Tokenizer:
     Attributes:
         model: the library's tokenizer.
         end: ``<|endoftext|>``, which ends a document, or ``<eos>``, which ends a line of words.
+        cuts_runs: whether ``model`` cuts text without white space after every ``LONGEST_RUN`` characters.
     """
 
     model: tokenizers.Tokenizer
     end: str
+    cuts_runs: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -72,7 +86,7 @@ class Tokenizer:
         return self.model.encode(self._prepare(text), add_special_tokens=False).ids
 
     def encode_documents(self, documents: Sequence[str]) -> Iterator[np.ndarray]:
-        """Encode documents, each followed by an end token, with a progress bar on stderr.
+        """Encode documents, each followed by an end token, and tell how far that is.
 
         A word tokenizer ends every line, and so adds an end only to a last line without a line feed.
 
@@ -80,8 +94,12 @@ class Tokenizer:
             Consecutive pieces of the stream of tokens: uint32 arrays of shape (tokens,).
         """
         total = sum(map(len, documents))
-        with tqdm(total=total, desc="tokenising", unit="char", unit_scale=True, disable=None) as progress:
-            pieces = (piece for document in documents for piece in _pieces(document))
+        done = 0
+        with (
+            tqdm(total=total, desc="tokenising", unit="char", unit_scale=True, disable=None) as progress,
+            _told_at_times(lambda: f"tokenising: {done:,} of {total:,} characters"),
+        ):
+            pieces = (piece for document in documents for piece in _pieces(document, self.cuts_runs))
             while batch := list(islice(pieces, CHUNKS_PER_BATCH)):
                 encodings = self.model.encode_batch_fast(
                     [self._prepare(text) for text, _ in batch], add_special_tokens=False
@@ -91,6 +109,7 @@ class Tokenizer:
                     ids += encoding.ids
                     if last and not (self.end == END_OF_LINE and text.endswith("\n")):
                         ids.append(self.end_id)
+                    done += len(text)
                     progress.update(len(text))
                 yield np.array(ids, dtype=np.uint32)
 
@@ -126,24 +145,30 @@ def build_tokenizer(config: TokenizerConfig, corpus: Corpus, cache: Path) -> Tok
 
 
 def _cached_bpe(vocab_size: int, corpus: Corpus, cache: Path) -> Tokenizer:
-    state = f"bpe {corpus.digest('train')} {vocab_size} {tokenizers.__version__}"
+    state = f"bpe {_RUN} {corpus.digest('train')} {vocab_size} {tokenizers.__version__}"
     path = cache / f"bpe-{vocab_size}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.json"
     if path.is_file():
         try:
-            return _byte_level(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+            trained = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            return _byte_level(trained, cuts_runs=True)
         # The library raises nothing more specific.
         except Exception as error:  # noqa: BLE001
             log.warning("%s is damaged (%s); training the tokenizer again", path, error)
     model = _train_bpe(vocab_size, corpus.train)
     with atomic_write(path) as file:
         file.write(model.to_str().encode())
-    return _byte_level(model)
+    return _byte_level(model, cuts_runs=True)
 
 
 def _train_bpe(vocab_size: int, documents: Sequence[str]) -> tokenizers.Tokenizer:
     log.info("training a BPE with %d entries on %d characters", vocab_size, sum(map(len, documents)))
     model = tokenizers.Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_RUN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -151,8 +176,10 @@ def _train_bpe(vocab_size: int, documents: Sequence[str]) -> tokenizers.Tokenize
         special_tokens=[END_OF_TEXT],
         show_progress=sys.stderr.isatty(),
     )
-    pieces = (text for document in documents for text, _ in _pieces(document))
-    model.train_from_iterator(pieces, trainer)
+    pieces = (text for document in documents for text, _ in _pieces(document, cuts_runs=True))
+    began = time.monotonic()
+    with _told_at_times(lambda: f"training the tokenizer: {time.monotonic() - began:.0f} s"):
+        model.train_from_iterator(pieces, trainer)
     return model
 
 
@@ -212,16 +239,52 @@ def _word_tokenizer(documents: Sequence[str]) -> Tokenizer:
     return Tokenizer(model, END_OF_LINE)
 
 
-def _byte_level(model: tokenizers.Tokenizer) -> Tokenizer:
+def _byte_level(model: tokenizers.Tokenizer, cuts_runs: bool = False) -> Tokenizer:
     # An end token spelled out in a text is text: only encode_documents ends a document.
     model.encode_special_tokens = True
-    return Tokenizer(model, END_OF_TEXT)
+    return Tokenizer(model, END_OF_TEXT, cuts_runs)
 
 
-def _pieces(document: str) -> Iterator[tuple[str, bool]]:
+def _pieces(document: str, cuts_runs: bool) -> Iterator[tuple[str, bool]]:
     """Cut a document into pieces that are encoded independently; the flag marks the last one."""
     start = 0
-    while cut := _CUT.search(document, start + CHUNK_CHARACTERS):
-        yield document[start : cut.start()], False
-        start = cut.start()
+    while (cut := _next_cut(document, start, cuts_runs)) is not None:
+        yield document[start:cut], False
+        start = cut
     yield document[start:], True
+
+
+def _next_cut(document: str, start: int, cuts_runs: bool) -> int | None:
+    """The first place after ``CHUNK_CHARACTERS`` at which a piece that begins at ``start`` may end."""
+    position = start + CHUNK_CHARACTERS
+    if not cuts_runs:
+        cut = _CUT.search(document, position)
+    elif position >= len(document):
+        cut = None
+    else:
+        # A run is cut at multiples of the limit from where it begins, which is not before ``start``.
+        piece = document[start:position]
+        run = 0 if piece[-1].isspace() else len(piece.rsplit(maxsplit=1)[-1])
+        cut = _CUT_IN_RUNS.search(document, position - run % LONGEST_RUN)
+    return cut.end() if cut else None
+
+
+@contextmanager
+def _told_at_times(tell: Callable[[], str]) -> Iterator[None]:
+    """Print what ``tell`` returns every ``TELL_SECONDS`` where standard error shows no progress bar."""
+    if sys.stderr.isatty():
+        yield
+        return
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.wait(TELL_SECONDS):
+            print(tell(), flush=True)
+
+    teller = threading.Thread(target=work, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()

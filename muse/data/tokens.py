@@ -11,7 +11,8 @@ import numpy as np
 
 from muse.config import DataConfig, TokenizerConfig
 from muse.data.cache import atomic_write
-from muse.data.corpus import SPLITS, Corpus, count_words, load_corpus
+from muse.data.corpus import Corpus, count_words, load_corpus
+from muse.data.splits import LONG, SPLITS
 from muse.data.tokenizer import Tokenizer, build_tokenizer
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ class TokenData:
 def load_tokens(data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int) -> TokenData:
     """Load a corpus, build its tokenizer and tokenise every split, or find all that in ``data.cache``.
 
+    The documents, bytes and tokens of each split are logged.
+
     Args:
         data: the corpus; ``synthetic`` gives uniformly random tokens, the same ones every time.
         tokenizer: the tokenizer; ignored for synthetic data.
@@ -73,6 +76,12 @@ def load_tokens(data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int) -
     if data.name == "synthetic":
         return _synthetic(vocab_size)
     corpus = load_corpus(data)
+    sizes = {split: sum(len(document.encode()) for document in corpus.split(split)) for split in SPLITS}
+    if sizes["train"] < sizes["valid"]:
+        log.warning(
+            "the training split (%d bytes) is smaller than the validation split (%d bytes)",
+            *(sizes["train"], sizes["valid"]),
+        )
     cache = Path(data.cache)
     built = build_tokenizer(tokenizer, corpus, cache)
     tokens = {split: _cached_tokens(corpus, split, built, cache) for split in SPLITS}
@@ -80,10 +89,15 @@ def load_tokens(data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int) -
         split: Counts(
             tokens=len(tokens[split]),
             words=sum(map(count_words, corpus.split(split))),
-            bytes=sum(len(document.encode()) for document in corpus.split(split)),
+            bytes=sizes[split],
         )
         for split in SPLITS
     }
+    for split in SPLITS:
+        log.info(
+            "%s split: documents %d, bytes %d, tokens %d",
+            *(LONG[split], len(corpus.split(split)), sizes[split], len(tokens[split])),
+        )
     return TokenData(**tokens, vocab_size=built.vocab_size, tokenizer=built, counts=counts)
 
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 
 def show(value: object) -> str:
-    """A value as a table shows it: four significant digits, yes and no, a dash for what was not measured."""
+    """A value as a table shows it: four significant digits or a whole number, yes and no, a dash for None."""
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}"
     return str(value)

@@ -16,6 +16,9 @@ from muse.distributed import rank, ranks, summed
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
 
+# Bytes a word on average beyond which what stands between white space is no word: Chinese, or DNA.
+LONGEST_WORDS = 40
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -24,9 +27,10 @@ class Evaluation:
     Attributes:
         loss: mean cross-entropy in nats a token.
         ppl: perplexity per token.
-        word_ppl: perplexity per word; None when words were not counted or only a part was evaluated.
-        bits_per_byte: bits per UTF-8 byte; None as above.
+        word_ppl: perplexity per word; None where ``word_ppl_reason`` says why.
+        bits_per_byte: bits per UTF-8 byte; None without text or when only a part was evaluated.
         tokens: predicted tokens.
+        word_ppl_reason: why there is no perplexity per word; None where there is one.
     """
 
     loss: float
@@ -34,6 +38,7 @@ class Evaluation:
     word_ppl: float | None
     bits_per_byte: float | None
     tokens: int
+    word_ppl_reason: str | None
 
 
 def perplexity(loss: float) -> float:
@@ -80,9 +85,23 @@ def evaluate(
         total = summed(torch.tensor(total, dtype=torch.float64, device=device)).item()
     loss = total / max(1, predicted)
     whole = counts is not None and predicted >= len(tokens) - 1
-    word_ppl = perplexity(total / counts.words) if whole and counts and counts.words else None
+    reason = _no_word_ppl(total, counts, whole)
+    word_ppl = perplexity(total / counts.words) if reason is None and counts and counts.words else None
     bits = total / math.log(2) / counts.bytes if whole and counts and counts.bytes else None
-    return Evaluation(loss, perplexity(loss), word_ppl, bits, predicted)
+    return Evaluation(loss, perplexity(loss), word_ppl, bits, predicted, reason)
+
+
+def _no_word_ppl(total: float, counts: Counts | None, whole: bool) -> str | None:
+    """Why a loss of ``total`` nats has no perplexity per word; None where it has one."""
+    if counts is None or not counts.words:
+        return "the words were not counted"
+    if not whole:
+        return "only a part of the split was evaluated"
+    if counts.bytes and counts.bytes > LONGEST_WORDS * counts.words:
+        return f"words of {counts.bytes / counts.words:,.0f} bytes on average are none"
+    if math.isinf(perplexity(total / counts.words)):
+        return "it is too large for a float"
+    return None
 
 
 def _share(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import json
 import logging
+import random
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
 
 from muse.config import ConfigError, DataConfig, TokenizerConfig
 from muse.data import Corpus, Tokenizer, build_tokenizer, count_words, load_corpus
@@ -78,6 +85,101 @@ def test_cutting_long_documents_does_not_change_the_tokens(bpe, small_corpus, mo
     monkeypatch.setattr(module, "CHUNK_CHARACTERS", chunk)
     monkeypatch.setattr(module, "CHUNKS_PER_BATCH", 3)
     assert np.concatenate(list(bpe.encode_documents(documents))).tolist() == whole
+
+
+PARTS = ("a", "B", "12", ",", "'s", "é", "漢", "🙂", "e\u0301", " ", "  ", "\n", "\t", "\r\n", "\x1c", "\x1f")
+PARTS += ("\x85", "\xa0", "\u2028", "\u3000", "\u200b")
+RUNS = ("A", "ACGT", "漢", "漢字。", "a,", "\u0301", "\t", "🙂")
+
+
+def mixed_text(generator: random.Random) -> str:
+    """Short words with runs that are shorter and longer than what is cut, around the limit above all."""
+    text = ""
+    for _ in range(generator.randint(1, 60)):
+        text += generator.choice(PARTS) * generator.randint(1, 3)
+        if generator.random() < 0.3:
+            text += (generator.choice(RUNS) * module.LONGEST_RUN)[: generator.choice((9, 255, 256, 257, 700))]
+    return text
+
+
+def test_cutting_runs_does_not_change_the_tokens(small_corpus, tmp_path, monkeypatch):
+    generator = random.Random(0)
+    corpus = Corpus([*small_corpus.train, "ACGT" * 900, "漢字。" * 300], [], [])
+    bpe = build_tokenizer(TokenizerConfig("bpe", 400), corpus, tmp_path)
+    for _ in range(300):
+        text = mixed_text(generator)
+        monkeypatch.setattr(module, "CHUNK_CHARACTERS", generator.choice((1, 7, 100, 255, 256, 257, 1000)))
+        pieces = [piece for piece, _ in module._pieces(text, cuts_runs=True)]
+        assert "".join(pieces) == text
+        assert [index for piece in pieces for index in bpe.encode(piece)] == bpe.encode(text)
+        assert bpe.decode(bpe.encode(text)) == text
+
+
+def test_no_token_is_longer_than_a_run(tmp_path):
+    bpe = build_tokenizer(TokenizerConfig("bpe", 300), Corpus(["A" * 100_000], [], []), tmp_path)
+    assert max(map(len, bpe.model.get_vocab())) <= module.LONGEST_RUN
+    pieces = [piece for piece, _ in module._pieces("A" * 100_000, cuts_runs=True)]
+    assert max(map(len, pieces)) <= module.CHUNK_CHARACTERS + module.LONGEST_RUN
+    ids = np.concatenate(list(bpe.encode_documents(["A" * 100_000])))
+    assert bpe.decode(ids[:-1]) == "A" * 100_000
+
+
+def plain_bpe(documents: list[str], size: int) -> tokenizers.Tokenizer:
+    """Byte-level BPE of the library as it is."""
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), [module.END_OF_TEXT]
+    model.train_from_iterator(
+        documents,
+        trainers.BpeTrainer(
+            vocab_size=size, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+        ),
+    )
+    return model
+
+
+def test_ordinary_text_has_the_merges_and_tokens_of_plain_bpe(small_corpus, tmp_path):
+    source = Path(json.__file__).parent
+    documents = [*small_corpus.train, *STRANGE, *(path.read_text("utf-8") for path in source.glob("*.py"))]
+    bpe = build_tokenizer(TokenizerConfig("bpe", 1000), Corpus(documents, [], []), tmp_path)
+    plain = plain_bpe(documents, 1000)
+    plain.encode_special_tokens = True
+    assert json.loads(bpe.model.to_str())["model"] == json.loads(plain.to_str())["model"]
+    for text in documents:
+        assert bpe.encode(text) == plain.encode(text).ids
+
+
+def test_gpt2_does_not_cut_runs(gpt2, small_corpus, tmp_path, monkeypatch):
+    tokenizer = build_tokenizer(TokenizerConfig("gpt2", path=str(gpt2)), small_corpus, tmp_path)
+    plain = tokenizers.Tokenizer(models.BPE.from_file(str(gpt2 / "vocab.json"), str(gpt2 / "merges.txt")))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 100)
+    generator = random.Random(1)
+    runs = ["".join(generator.choices(letters, k=2000)) for letters in ("ACGT", "漢字。仮名")]
+    documents = [*runs, mixed_text(generator)]
+    whole = [index for text in documents for index in [*plain.encode(text).ids, tokenizer.end_id]]
+    assert np.concatenate(list(tokenizer.encode_documents(documents))).tolist() == whole
+
+
+def test_another_limit_of_runs_is_another_tokenizer(bpe, small_corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_RUN", r"[^\s\x1c-\x1f]{8}")
+    other = build_tokenizer(TokenizerConfig("bpe", 400), small_corpus, tmp_path)
+    assert other.digest != bpe.digest
+    assert len(list(tmp_path.glob("bpe-*.json"))) == 2
+
+
+def test_what_takes_long_says_so_where_there_is_no_progress_bar(small_corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "TELL_SECONDS", 0.001)
+    text = "".join(random.Random(0).choices("ACGT", k=100_000))
+    bpe = build_tokenizer(TokenizerConfig("bpe", 400), Corpus([text], [], []), tmp_path)
+    assert re.search(r"^training the tokenizer: \d+ s$", capsys.readouterr().out, re.MULTILINE)
+    for _ in bpe.encode_documents([text] * 20):
+        pass
+    assert re.search(r"^tokenising: [\d,]+ of 2,000,000 characters$", capsys.readouterr().out, re.MULTILINE)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for _ in bpe.encode_documents([text] * 20):
+        pass
+    assert capsys.readouterr().out == ""
 
 
 def test_words(tmp_path, monkeypatch):

@@ -42,6 +42,27 @@ def test_tokens_and_counts(data):
         assert counts.bytes == len(text.encode())
 
 
+def test_the_sizes_of_every_split_are_logged(data, caplog):
+    for _ in ("built", "found in the cache"):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            counts = load_tokens(data, BPE, 0).counts
+        for split, name in zip(SPLITS, ("training", "validation", "test"), strict=True):
+            told = f"{name} split: documents 1, bytes {counts[split].bytes}, tokens {counts[split].tokens}"
+            assert told in caplog.messages
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_less_text_to_train_on_than_to_validate_with_is_told(tmp_path, caplog):
+    (tmp_path / "text").mkdir()
+    for name, size in (("train", 100), ("valid", 101), ("test", 1000)):
+        (tmp_path / "text" / f"{name}.txt").write_text("a" * size, encoding="utf-8")
+    load_tokens(DataConfig("text", path=str(tmp_path / "text"), cache=str(tmp_path / "cache")), BPE, 0)
+    assert caplog.messages == [
+        "the training split (100 bytes) is smaller than the validation split (101 bytes)"
+    ]
+
+
 def test_a_word_tokenizer_has_one_token_a_word(data):
     tokens = load_tokens(data, TokenizerConfig("word"), 0)
     assert all(counts.tokens == counts.words for counts in tokens.counts.values())

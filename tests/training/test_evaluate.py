@@ -65,6 +65,7 @@ def test_a_limit_evaluates_windows_of_the_whole_split(limit):
     assert result.loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
     # Words and bytes are counted for the whole split only.
     assert (result.word_ppl is None) == (result.bits_per_byte is None) == (count < every)
+    assert result.word_ppl_reason == ("only a part of the split was evaluated" if count < every else None)
 
 
 def test_a_part_of_a_split_that_changes_on_the_way_stands_for_all_of_it():
@@ -98,8 +99,21 @@ def test_every_unit_tells_the_same_total():
 def test_without_words_there_is_only_a_perplexity_per_token(counts):
     result = evaluate(model(), token_data().valid, counts, SEQ_LEN, 4)
     assert result.word_ppl is None
+    assert result.word_ppl_reason == "the words were not counted"
     assert result.bits_per_byte is None
     assert math.isfinite(result.ppl)
+
+
+@pytest.mark.parametrize("size", [40, 41])
+def test_words_of_more_than_40_bytes_are_none(size):
+    result = evaluate(model(), token_data().valid, Counts(61, 5, 5 * size), SEQ_LEN, 4)
+    assert result.bits_per_byte is not None
+    if size == 40:
+        assert result.word_ppl is not None
+        assert result.word_ppl_reason is None
+    else:
+        assert result.word_ppl is None
+        assert result.word_ppl_reason == "words of 41 bytes on average are none"
 
 
 def test_a_perplexity_too_large_for_a_float_is_infinite_and_null_in_json(tmp_path):
@@ -113,7 +127,8 @@ def test_a_perplexity_too_large_for_a_float_is_infinite_and_null_in_json(tmp_pat
     with torch.no_grad():
         net.embedding.weight *= 100
     result = evaluate(net, data.valid, Counts(61, 1, 1), SEQ_LEN, 4)
-    assert result.word_ppl == math.inf
+    assert result.word_ppl is None
+    assert result.word_ppl_reason == "it is too large for a float"
     write_json(tmp_path / "result.json", dataclasses.asdict(result))
     written = read_json(tmp_path / "result.json")
     assert written["word_ppl"] is None
