@@ -68,7 +68,12 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
     require_steps(config, state.step if state else 0)
     # The first rank fills data.cache, the others find everything there.
     first_rank_does(lambda: bool(_load_data(config)))
-    data = _load_data(config)
+    try:
+        data = _load_data(config)
+    except ConfigError as error:
+        # The first rank has found everything.
+        error.everywhere = False
+        raise
     if rank() > 0:
         model, result = train(config, data, device, run, lambda step, metrics: None, checkpoint)
         if result.signal is None:
@@ -98,13 +103,16 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
             },
         )
         model, result = train(config, data, device, run, log, checkpoint, log.wandb_id)
+        if result.signal is not None:
+            # Before the picture: whoever sent the signal may not wait for that.
+            print(
+                f"interrupted; step {result.step} is saved, "
+                "resume=auto with the same options goes on from there",
+                flush=True,
+            )
         curve = run / "loss.png"
         plot_loss_curve(curve, read_metrics(run), f"stage {config.stage.number}, {config.model.name}")
         if result.signal is not None:
-            print(
-                f"interrupted; step {result.step} is saved, "
-                "resume=auto with the same options goes on from there"
-            )
             return 128 + result.signal
         summary = _summary(result)
         write_json(run / RESULT_FILE, {**summary, **provenance(config)})

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from muse.config import RunConfig
 from muse.data import TokenData, training_batch
-from muse.distributed import rank, ranks, summed
+from muse.distributed import largest, rank, ranks, summed
 from muse.dynamics import agree_on_fallbacks, flow_metrics
 from muse.errors import ConfigError, of_all_ranks
 from muse.hardware import autocast_dtype
@@ -218,10 +218,12 @@ def train(
             if ranks() == 1:
                 # Several agree on it in their next step.
                 signal_number = interrupt.signal
+        # Before the evaluation, which may take long: a run that is killed in it goes on from here. A signal
+        # still waits: that of this rank may come after all have stopped for that of another one.
+        save(step, best=False)
+        writer.finish()
+        signal_number = signal_number or _agreed(interrupt.signal, device)
 
-    # Before the evaluation, which may take long: a run that is killed in it goes on from here.
-    save(step, best=False)
-    writer.finish()
     valid_end = test_end = None
     if signal_number is None:
         valid_end = evaluation("valid", 0)
@@ -286,6 +288,11 @@ def _agree(
     losses[rank()], signals[rank()] = loss / ranks(), signal or 0
     losses, signals = summed(torch.stack((losses, signals))).cpu()
     return losses.sum().item(), int(signals.max()) or None
+
+
+def _agreed(signal: int | None, device: torch.device) -> int | None:
+    """The signal that a rank was sent, on all."""
+    return int(largest(torch.tensor(signal or 0, device=device))) or None
 
 
 def _update(
