@@ -1,4 +1,4 @@
-"""What torchrun and the processes that it starts tell each other.
+"""What torchrun and the ranks, the processes that it starts, tell each other.
 
 ``python -m muse.torchrun`` is torchrun without its own report where a process has said why it ends.
 """
