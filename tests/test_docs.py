@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = ("python ", "torchrun ", "wandb ", "pip ")
 # Commands that start the processes of another one, and what they are here.
-LAUNCHERS = {"torchrun": "torch.distributed.run", "python -m muse.torchrun": "muse.torchrun"}
+TORCHRUNS = {"torchrun": "torch.distributed.run", "python -m muse.torchrun": "muse.torchrun"}
 # Only these are not run, and why.
 NOT_RUN = {
     "python -m venv": "the gate does it (.ci/run)",
@@ -203,7 +203,7 @@ def filled_in(text: str, **values: object) -> list[str]:
 
 def launcher_of(text: str) -> str | None:
     """The module that starts the processes of a command."""
-    return next((module for name, module in LAUNCHERS.items() if text.startswith(f"{name} ")), None)
+    return next((module for name, module in TORCHRUNS.items() if text.startswith(f"{name} ")), None)
 
 
 def split(words: list[str]) -> tuple[list[str], str, list[str]]:
