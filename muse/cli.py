@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,12 @@ from muse.help import help_text
 from muse.report.sweep import UNFINISHED
 from muse.run_options import folder_of_kind
 from muse.sweep import check_plugins, digest, finish_sweep, record, record_failure, record_interruption
-from muse.torchrun import launched_rank, launched_ranks
+from muse.torchrun import launched_rank, launched_ranks, say_last
 
 _statuses: list[int] = []
 # How errors of gloo and of a collective's wait begin, which have no class of their own, where ranks do not
 # find each other, or no longer. A failed check of gloo's begins with [enforce fail at and is none of them.
 _LOST = re.compile(r"\[\S*/gloo/\S+:\d+\]|Gloo connectFullMesh failed|Operation timed out!|Wait timeout")
-# Seconds in which the first rank may say what is wrong on all.
-FIRST_RANK_SPEAKS = 10.0
 # Flags with which Hydra only shows something.
 SHOWING = frozenset(("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"))
 
@@ -153,7 +150,8 @@ def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
             record_failure(error)
             raise
         reason = str(error).splitlines()[0]
-        _say(RunError(f"the ranks do not reach each other ({reason}); if one of them ended, it said why"))
+        lost = RunError(f"the ranks do not reach each other ({reason}); if one of them ended, it said why")
+        _say(lost, cause=False)
         status = 1
     except KeyboardInterrupt:
         _say_interrupted()
@@ -185,21 +183,19 @@ def _of_lost_ranks(error: RuntimeError) -> bool:
     return isinstance(error, DistError) or _LOST.match(str(error)) is not None
 
 
-def _say(error: ConfigError | RunError) -> None:
-    """Print an error; of one that should be raised everywhere the first rank does so for all.
+def _say(error: ConfigError | RunError, cause: bool = True) -> None:
+    """Print an error; one that every rank should raise is printed by the one that finds it first.
 
-    torchrun ends all ranks with the first one that fails, so the others must not fail before that one has
-    said why. If they are still there after a while, it had no such error.
+    torchrun ends all ranks with the first one that fails, whichever that is.
     """
-    if launched_rank() and error.everywhere:
-        time.sleep(FIRST_RANK_SPEAKS)
-    which = f"rank {launched_rank()}: " if launched_rank() else ""
-    print(f"error: {which}{error}", file=sys.stderr)
+    alone = f"rank {launched_rank()}: " if launched_rank() and not error.everywhere else ""
+    say_last(f"error: {alone}{error}", once=error.everywhere, cause=cause)
 
 
 def _say_interrupted() -> None:
+    # Not where torchrun has interrupted this rank because another one ended, and said why.
     if launched_rank() == 0:
-        print("interrupted", file=sys.stderr)
+        say_last("interrupted", once=True, cause=False)
 
 
 def finish() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,6 +16,10 @@ from muse.errors import ConfigError, RunError
 from muse.torchrun import launched_ranks
 
 T = TypeVar("T")
+# The first rank may read data or a checkpoint for hours while the others wait; other collectives give up
+# after half an hour, as torch has it.
+FIRST_RANK_WORKS = timedelta(days=1)
+_waiting: dist.ProcessGroup | None = None
 
 
 @contextmanager
@@ -30,6 +35,8 @@ def joined_ranks(device: torch.device) -> Iterator[None]:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
+    global _waiting
+    _waiting = dist.new_group(backend="gloo", timeout=FIRST_RANK_WORKS)
     yield
     # Not after an error: the other ranks wait in a collective that this one will never reach.
     dist.destroy_process_group()
@@ -56,7 +63,7 @@ def same(value: T) -> T:
     if ranks() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=_waiting)
     return box[0]
 
 

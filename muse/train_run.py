@@ -77,7 +77,12 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
     loaded: list[TokenData] = []
     # The first rank fills data.cache, the others find everything there.
     first_rank_does(lambda: loaded.append(_load_data(config)))
-    data = loaded[0] if loaded else _load_data(config)
+    try:
+        data = loaded[0] if loaded else _load_data(config)
+    except ConfigError as error:
+        # The first rank has found everything.
+        error.everywhere = False
+        raise
     if rank() > 0:
         model, result = train(config, data, device, run, lambda step, metrics: None, checkpoint)
         if result.signal is None:
@@ -113,13 +118,14 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
             },
         )
         model, result = train(config, data, device, run, log, checkpoint, log.wandb_id)
-        plots = _plots(config, run)
         if result.signal is not None:
             # A sweep's resume=auto takes no run whose options have changed.
             resume = f"resume={run}" if history else "resume=auto"
-            print(
-                f"interrupted; step {result.step} is saved, {resume} with the same options goes on from there"
-            )
+            goes_on = f"{resume} with the same options goes on from there"
+            # Before the pictures: whoever sent the signal may not wait for them.
+            print(f"interrupted; step {result.step} is saved, {goes_on}", flush=True)
+        plots = _plots(config, run)
+        if result.signal is not None:
             return 128 + result.signal
         summary = _summary(result, run)
         write_json(run / RESULT_FILE, {**summary, **provenance(config), **history})

@@ -40,6 +40,8 @@ from muse.hardware import describe, use_hardware
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = ("python ", "torchrun ", "wandb ", "pip ")
+# Commands that start the processes of another one, and what they are here.
+TORCHRUNS = {"torchrun": "torch.distributed.run", "python -m muse.torchrun": "muse.torchrun"}
 # Only these are not run, and why.
 NOT_RUN = {
     "python -m venv": "the gate does it (.ci/run)",
@@ -200,11 +202,17 @@ def filled_in(text: str, **values: object) -> list[str]:
     return words
 
 
+def launcher_of(text: str) -> str | None:
+    """The module that starts the processes of a command."""
+    return next((module for name, module in TORCHRUNS.items() if text.startswith(f"{name} ")), None)
+
+
 def split(words: list[str]) -> tuple[list[str], str, list[str]]:
     """torchrun's own options, the script or module, and its arguments."""
-    if words[0] == "torchrun":
+    if launcher_of(" ".join(words)):
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        return words[1:at], words[at], words[at + 1 :]
+        options = next(i for i, word in enumerate(words) if word.startswith("--"))
+        return words[options:at], words[at], words[at + 1 :]
     if words[1] == "-m":
         return [], words[2], words[3:]
     return [], words[1], words[2:]
@@ -347,14 +355,15 @@ def finished_run(place) -> Callable[[str], Path]:
 
 def stands_on_its_own(text: str, arguments: list[str]) -> bool:
     """Whether a command needs processes of its own, which others run in this one without."""
-    return text.startswith("torchrun") or any(word.startswith("hydra/launcher=") for word in arguments)
+    return launcher_of(text) is not None or any(word.startswith("hydra/launcher=") for word in arguments)
 
 
 def run_apart(text: str, script: str, arguments: list[str], place: Path) -> int:
     """The exit status of a command in processes of its own, two where torchrun starts them."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    module = launcher_of(text)
+    launch = ["-m", module, "--standalone", "--nproc-per-node=2"] if module else []
     done = subprocess.run(
-        [sys.executable, *(launch if text.startswith("torchrun") else []), str(ROOT / script), *arguments],
+        [sys.executable, *launch, str(ROOT / script), *arguments],
         cwd=place,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         check=False,

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from waiting import PATIENCE
 
 # As OmegaConf does where a value is taken into a container.
 STARTING = """
@@ -22,6 +23,9 @@ finally:
 @pytest.mark.parametrize(("signal", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_ends_a_command_that_only_starts_whatever_code_it_meets(signal, status):
     done = subprocess.run(
-        [sys.executable, "-c", STARTING.format(signal=signal)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", STARTING.format(signal=signal)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert (done.returncode, done.stdout, done.stderr) == (status, "left\n", "")

@@ -8,13 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 from safetensors.torch import load_file, save
+from waiting import PATIENCE, wait_until
 
 from muse.export import export_run
 from muse.files import find_files
@@ -22,8 +22,6 @@ from muse.files import find_files
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = "{d_model:16,layers:2,heads:2,kv_heads:2,d_ff:32}"
 STEPS = 40
-# Seconds after which a process hangs rather than works.
-PATIENCE = 240
 # Of which a process and all that it starts can be told.
 MARK = "MUSE_TEST_SWEEP"
 
@@ -128,21 +126,19 @@ def wait_for_steps(process: subprocess.Popen[str], root: Path, steps: int, cells
     def count(path: Path) -> int:
         return path.read_text(encoding="utf-8").count("\n")
 
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and process.poll() is None:
+    def made() -> bool:
         logs = find_files(root / "train", "metrics.jsonl")
-        if sum(count(log) >= steps for log in logs) >= cells:
-            return
-        time.sleep(0.02)
-    process.kill()
-    pytest.fail(f"the sweep ended too early or never started: {process.communicate()}")
+        return sum(count(log) >= steps for log in logs) >= cells
+
+    try:
+        wait_until(made, lambda: process.poll() is None)
+    except AssertionError as error:
+        process.kill()
+        raise AssertionError(process.communicate()) from error
 
 
 def wait_until_alone(root: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while processes_of(root) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert processes_of(root) == []
+    wait_until(lambda: not processes_of(root))
 
 
 THREE = ["seed=0,1,2", f"train.steps={STEPS}", "train.checkpoint_every=4", "resume=auto"]
@@ -205,11 +201,34 @@ def test_cells_that_differ_in_their_hardware_are_all_trained(place):
     assert outcomes(folder, "hardware.threads") == [("1", "trained"), ("2", "trained")]
 
 
+# Lets every cell wait after so many steps until it is sent a signal.
+HELD = """
+import signal, time
+from muse.report.metrics import MetricsLog
+
+log, sent = MetricsLog.__call__, []
+
+def log_and_wait(self, step, metrics):
+    if step != {steps}:
+        return log(self, step, metrics)
+    handle = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *given: (sent.append(given), handle(*given)))
+    log(self, step, metrics)
+    while not sent:
+        time.sleep(0.01)
+
+MetricsLog.__call__ = log_and_wait
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["processes", "basic"])
 def test_a_sweep_that_is_killed_and_repeated_ends_with_the_same_bits(place, undisturbed, launcher):
     root = f"killed {launcher}"
-    process = start(place, root, *THREE, f"hydra/launcher={launcher}")
+    (place / "held").mkdir(exist_ok=True)
+    (place / "held" / "sitecustomize.py").write_text(HELD.format(steps=6))
+    path = f"{place / 'held'}{os.pathsep}{ROOT}"
+    process = start(place, root, *THREE, f"hydra/launcher={launcher}", PYTHONPATH=path)
     wait_for_steps(process, place / root, 6, 1)
     process.kill()
     process.communicate()
@@ -236,7 +255,7 @@ def test_a_signal_ends_the_workers_after_their_cells_have_saved(place, launcher,
         place,
         root,
         "seed=0,1,2",
-        "train.steps=100000",
+        "train.steps=1000000",
         "train.checkpoint_every=0",
         f"hydra/launcher={launcher}",
     )

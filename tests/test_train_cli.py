@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from waiting import PATIENCE, wait_until
 
 from muse.export import load_exported
 from muse.files import find_files
@@ -27,10 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = 90
 EVALUATIONS = [20, 40, 60, 80, 90]
 WIDTH = "{d_model:16,layers:2,heads:2,kv_heads:2,d_ff:32}"
-# Seconds after which a process hangs rather than works.
-PATIENCE = 240
 # train.py, but after so many of its own steps it tells its folder and waits until its standard input ends,
-# and it cannot write larger files than that; a shell's background job would ignore Ctrl-C.
+# and makes ten more at most before it waits for ever where that folder holds a file `until killed`;
+# it cannot write larger files than that; a shell's background job would ignore Ctrl-C.
 SPECIAL = """
 import resource, runpy, signal, sys
 from pathlib import Path
@@ -45,9 +45,12 @@ log, made = MetricsLog.__call__, []
 def log_and_wait(self, step, metrics):
     log(self, step, metrics)
     made.append(step)
+    folder = Path(self._file.name).parent
     if "train/loss" in metrics and str(len(made)) == steps:
-        Path(told).write_text(str(Path(self._file.name).parent) + "\\n")
+        Path(told).write_text(str(folder) + "\\n")
         sys.stdin.read()
+    while str(len(made) - 10) == steps and (folder / "until killed").exists():
+        signal.pause()
 
 MetricsLog.__call__ = log_and_wait
 sys.argv = [script, *arguments]
@@ -128,14 +131,16 @@ def start_python(place: Path, command: list[str]) -> subprocess.Popen[str]:
 def held(place: Path, arguments: list[str], steps: int) -> tuple[subprocess.Popen[str], Path]:
     """A run that waits after so many steps of its own, and its folder; ``release`` or ``finish`` it."""
     process = start(place, arguments, steps)
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and process.poll() is None:
-        told = (place / "held").read_text() if (place / "held").exists() else ""
-        if told.endswith("\n"):
-            return process, Path(told.strip())
-        time.sleep(0.01)
-    process.kill()
-    pytest.fail(f"the run ended too early or never started: {process.communicate()}")
+
+    def told() -> str:
+        return (place / "held").read_text() if (place / "held").exists() else ""
+
+    try:
+        wait_until(lambda: told().endswith("\n"), lambda: process.poll() is None)
+    except AssertionError as error:
+        process.kill()
+        raise AssertionError(process.communicate()) from error
+    return process, Path(told().strip())
 
 
 def release(process: subprocess.Popen[str]) -> None:
@@ -262,7 +267,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(place, und
     generator = random.Random(7)
     arguments = [*options(place, root), *extra, "resume=auto"]
     for _ in range(kills):
-        process, _ = held(place, arguments, generator.randint(5, 9))
+        process, run = held(place, arguments, generator.randint(5, 9))
+        (run / "until killed").touch()
         release(process)
         time.sleep(generator.uniform(0, 0.05))
         process.kill()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from muse.config import RunConfig
 from muse.data import TokenData, evaluation_windows, training_batch
-from muse.distributed import rank, ranks, summed
+from muse.distributed import largest, rank, ranks, summed
 from muse.dynamics import agree_on_fallbacks, flow_metrics, take_reconstruction_error, watched_flows
 from muse.errors import ConfigError, of_all_ranks
 from muse.hardware import autocast_dtype
@@ -237,10 +237,12 @@ def train(
             if ranks() == 1:
                 # Several agree on it in their next step.
                 signal_number = interrupt.signal
+        # Before the whole split is evaluated, which may take long: a run that is killed in it goes on from
+        # here. A signal still waits: that of this rank may come after all have stopped for that of another.
+        save(step, best)
+        writer.finish()
+        signal_number = signal_number or _agreed(interrupt.signal, device)
 
-    # Before the whole split is evaluated, which may take long: a run that is killed in it goes on from here.
-    save(step, best)
-    writer.finish()
     valid_end = test_end = None
     if signal_number is None:
         if valid is not None and sampled == every_window:
@@ -312,8 +314,8 @@ def _agree(
     losses[rank()], errors[rank()] = loss / ranks(), -1 if error is None else error
     signals[rank()] = signal or 0
     losses, errors, signals = summed(torch.stack((losses, errors, signals))).cpu()
-    largest = errors.max().item()
-    return losses.sum().item(), None if largest < 0 else largest, int(signals.max()) or None
+    worst = errors.max().item()
+    return losses.sum().item(), None if worst < 0 else worst, int(signals.max()) or None
 
 
 def _means(steps: list[tuple[float, float, float | None]]) -> dict[str, float]:
@@ -331,6 +333,11 @@ def _means(steps: list[tuple[float, float, float | None]]) -> dict[str, float]:
         "train/max_grad_norm": max(norms, default=math.nan),
         **({"flow/reconstruction_error": max(errors)} if errors else {}),
     }
+
+
+def _agreed(signal: int | None, device: torch.device) -> int | None:
+    """The signal that a rank was sent, on all."""
+    return int(largest(torch.tensor(signal or 0, device=device))) or None
 
 
 def _update(

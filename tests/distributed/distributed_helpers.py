@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from waiting import PATIENCE, wait_until
 
 from muse.config import (
     DataConfig,
@@ -47,8 +48,6 @@ from muse.training import parallel, trainer
 from muse.training.checkpoint import load_tensors, stored_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
-# Seconds after which a process hangs rather than works.
-PATIENCE = 240
 VOCAB = 13
 SEQ_LEN = 8
 
@@ -90,7 +89,7 @@ class Ranks:
         # The ranks find each other through it.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = self._store.port
-        environments = [_environment(rank, count, port) if torchrun else {} for rank in range(count)]
+        environments = [_environment(rank, count, port, folder) if torchrun else {} for rank in range(count)]
         self.processes: list[BaseProcess] = [
             context.Process(
                 target=_be_rank,
@@ -103,6 +102,7 @@ class Ranks:
             # One that is ended very early has printed nothing.
             for ending in ("out", "err"):
                 (folder / f"{rank}.{ending}").touch()
+            (folder / "errors" / str(rank)).mkdir(parents=True, exist_ok=True)
             process.start()
 
     def wait(self, watched: bool = False) -> list[int]:
@@ -136,7 +136,7 @@ class Ranks:
         return [(self.folder / f"{rank}.err").read_text() for rank in range(len(self.processes))]
 
 
-def _environment(rank: int, count: int, port: int) -> dict[str, str]:
+def _environment(rank: int, count: int, port: int, folder: Path) -> dict[str, str]:
     return {
         "TORCHELASTIC_RUN_ID": "test",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -146,6 +146,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
         "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_ERROR_FILE": str(folder / "errors" / str(rank) / "error.json"),
     }
 
 
@@ -220,10 +221,35 @@ def be_train_py(arguments: list[str], place: Path, prepare: Callable[[], None] |
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def script(place: Path, prepare: Callable[[], None], *arguments: Any) -> Path:
+    """A train.py that first calls ``prepare``, a function of a test module, with plain values."""
+    folders = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
+    module, name = prepare.__module__, prepare.__name__
+    path = place / f"{name}_{'_'.join(map(str, arguments))}.py"
+    path.write_text(
+        f"""import sys
+sys.path[:0] = {folders}
+from functools import partial
+from pathlib import Path
+from distributed_helpers import be_train_py
+from {module} import {name}
+be_train_py(sys.argv[1:], Path.cwd(), partial({name}, *{arguments}))
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
 class Job:
     """A torchrun with two ranks in sessions of their own, all of which can be found and killed."""
 
-    def __init__(self, place: Path, arguments: list[str], script: Path = ROOT / "train.py") -> None:
+    def __init__(
+        self,
+        place: Path,
+        arguments: list[str],
+        script: Path = ROOT / "train.py",
+        torchrun: str = "torch.distributed.run",
+    ) -> None:
         self.mark = f"MUSE_TEST_JOB={uuid.uuid4()}"
         name, _, value = self.mark.partition("=")
         (place / "temporary").mkdir(exist_ok=True)
@@ -233,8 +259,11 @@ class Job:
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "TMPDIR": str(place / "temporary"),
+            "PYTHONPATH": str(ROOT),
+            # A rank that is slow to save is not killed; torch 2.13 is the first to read this.
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE),
         }
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        launch = ["-m", torchrun, "--standalone", "--nproc-per-node=2"]
         self.process = subprocess.Popen(
             [sys.executable, *launch, str(script), *arguments],
             cwd=place,
@@ -263,8 +292,7 @@ class Job:
 
     def kill(self, variable: str = "") -> None:
         """End the processes, once they are there, at once, as when a machine goes down."""
-        while self.alive() and not self.processes(variable):
-            time.sleep(0.002)
+        wait_until(lambda: not self.alive() or self.processes(variable))
         while found := self.processes(variable):
             for process in found:
                 with suppress(ProcessLookupError):
@@ -283,19 +311,14 @@ class Job:
         return self.process.returncode, out, err
 
 
-def wait_for_step(alive: Callable[[], bool], root: Path, steps: int, before: Sequence[Path] = ()) -> Path:
-    """Wait until a run below ``root`` that was not there ``before`` has made so many steps; its folder."""
-    deadline = time.monotonic() + PATIENCE
-    first = None
-    while time.monotonic() < deadline and alive():
-        runs = [run for run in run_folders(root) if run not in before and (run / "metrics.jsonl").exists()]
-        if runs:
-            lines = len(logged(runs[-1]))
-            first = lines if first is None else first
-            if lines >= first + steps:
-                return runs[-1]
-        time.sleep(0.002)
-    raise AssertionError(f"no run below {root} made {steps} steps")
+def wait_for_steps(alive: Callable[[], bool], root: Path, steps: int) -> Path:
+    """Wait until a run below ``root`` has logged so many steps; its folder."""
+
+    def found() -> list[Path]:
+        runs = [run for run in run_folders(root) if (run / "metrics.jsonl").exists()]
+        return [run for run in runs if len(logged(run)) >= steps]
+
+    return wait_until(found, alive)[-1]
 
 
 def run_folders(root: Path) -> list[Path]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from collections import Counter
 from dataclasses import astuple
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from distributed_helpers import (
     SEQ_LEN,
     VOCAB,
@@ -93,6 +96,15 @@ def test_an_error_of_the_first_rank_is_raised_on_every_rank(kind):
     first, second = run_ranks(2, first_rank_fails, kind)
     assert first == ("it cannot be done", True, 1, [0, 1])
     assert second == ("it cannot be done", True, 0, [0, 1])
+
+
+def first_rank_works_long() -> str:
+    dist.distributed_c10d._set_pg_timeout(timedelta(milliseconds=100))
+    return first_rank_does(lambda: time.sleep(2) or "done")
+
+
+def test_the_others_wait_for_the_first_rank_longer_than_for_a_collective():
+    assert run_ranks(2, first_rank_works_long) == ["done", "done"]
 
 
 def stopped(folder: Path, together: str) -> tuple[int, int | None, list[float]]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import itertools
 import json
 import struct
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from waiting import wait_until
 
 
 @dataclass
@@ -35,10 +35,8 @@ def read_wandb(monkeypatch) -> Callable[[Path], Uploaded]:
     def read(run: Path) -> Uploaded:
         (path,) = run.glob("wandb/offline-run-*/*.wandb")
         # W&B's service may still be writing when finish returns.
-        deadline = time.monotonic() + 60
-        while (found := _parse(path.read_bytes())).exit_code is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        return found
+        wait_until(lambda: _parse(path.read_bytes()).exit_code is not None)
+        return _parse(path.read_bytes())
 
     return read
 

@@ -8,11 +8,11 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import wandb
+from waiting import PATIENCE, wait_until
 
 from muse.config import DataConfig, LoggerConfig, ModelConfig, RunConfig
 from muse.report.metrics import MetricsLog, read_metrics
@@ -228,7 +228,7 @@ def place(tmp_path) -> Path:
 @pytest.mark.slow
 def test_an_interrupted_run_prints_how_it_is_uploaded_and_all_it_logged_is_there(place, read_wandb):
     process = subprocess.Popen(
-        command(place, "train.steps=100000"),
+        command(place, "train.steps=1000000"),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -236,15 +236,15 @@ def test_an_interrupted_run_prints_how_it_is_uploaded_and_all_it_logged_is_there
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and process.poll() is None:
+
+        def logged() -> bool:
             logs = list(place.glob("out puts/train/*/*/metrics.jsonl"))
-            if logs and logs[0].read_text().count("\n") > 5:
-                break
-            time.sleep(0.02)
+            return bool(logs) and logs[0].read_text().count("\n") > 5
+
+        wait_until(logged, lambda: process.poll() is None)
         # As Ctrl-C does it, W&B's own process gets the signal, too.
         os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == 130, err

@@ -36,6 +36,7 @@ from training_helpers import (
     stage_config,
     stored,
 )
+from waiting import PATIENCE
 
 from muse.config import ModelConfig, OptimConfig, WidthConfig
 from muse.errors import RunError
@@ -352,7 +353,7 @@ def held_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     write, release = dcp.FileSystemWriter.write_data, threading.Event()
 
     def wait_and_write(*arguments: Any) -> Any:
-        assert release.wait(60)
+        assert release.wait(PATIENCE)
         return write(*arguments)
 
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", wait_and_write)
@@ -578,7 +579,7 @@ def test_a_full_disk_in_training_says_what_is_kept(tmp_path, monkeypatch, asynch
 # ---- Processes that end while they write
 
 
-def in_a_child(act: Callable[[], None], deadline: int = 60) -> int:
+def in_a_child(act: Callable[[], None]) -> int:
     """Wait status of a child process that does ``act`` and ends."""
     child = os.fork()
     if child == 0:
@@ -586,7 +587,7 @@ def in_a_child(act: Callable[[], None], deadline: int = 60) -> int:
         try:
             # A child that hangs must not hang the tests.
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(deadline)
+            signal.alarm(PATIENCE)
             act()
             status = 0
         finally:

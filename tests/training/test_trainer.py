@@ -12,8 +12,8 @@ import random
 import re
 import shutil
 import signal
+import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from training_helpers import (
     stored,
     token_data,
 )
+from waiting import PATIENCE
 
 from muse.dynamics import MLPPotential
 from muse.errors import RunError
@@ -44,6 +45,7 @@ from muse.training import trainer
 from muse.training.checkpoint import (
     HASHES,
     STATE,
+    CheckpointWriter,
     adopt_checkpoints,
     find_checkpoint,
     find_sound_checkpoint,
@@ -196,6 +198,30 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, number
     _, resumed = run_train(config, tmp_path / "rest", resume_from=stopped.checkpoint)
     assert resumed.signal is None
     assert_same_end(undisturbed, resumed)
+
+
+@pytest.fixture
+def leaving_on_sigterm():
+    """SIGTERM raises SystemExit, as it does in a command."""
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.usefixtures("leaving_on_sigterm")
+@pytest.mark.parametrize("checkpoint_every", [0, 3])
+def test_a_signal_waits_for_the_last_checkpoint(tmp_path, monkeypatch, checkpoint_every):
+    save = CheckpointWriter.save
+
+    def signal_and_save(writer: CheckpointWriter, tensors: Any, state: Any, best: bool) -> None:
+        if state.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(writer, tensors, state, best)
+
+    monkeypatch.setattr(CheckpointWriter, "save", signal_and_save)
+    _, stopped = run_train(run_config(steps=8, checkpoint_every=checkpoint_every), tmp_path)
+    assert (stopped.signal, stopped.valid) == (signal.SIGTERM, None)
+    assert load_state(find_sound_checkpoint(tmp_path)).step == 8
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
@@ -368,13 +394,18 @@ def test_a_bad_parameter_stops_the_run_and_is_named(tmp_path, monkeypatch, name)
 
 @pytest.mark.parametrize("how", ["a loss that is not finite", "a full disk"])
 def test_what_is_written_in_the_background_when_a_run_fails_counts(tmp_path, monkeypatch, how):
-    """The write begins when the run fails, and takes a while."""
-    failing, write = threading.Event(), dcp.FileSystemWriter.write_data
+    """Nothing is written before the run has failed and waits for it."""
+    failing, waiting, write = threading.Event(), threading.Event(), dcp.FileSystemWriter.write_data
+    finish = CheckpointWriter.finish
 
     def write_late(*arguments: Any) -> Any:
-        assert failing.wait(60)
-        time.sleep(0.2)
+        assert waiting.wait(PATIENCE)
         return write(*arguments)
+
+    def finish_and_let_write(writer: CheckpointWriter) -> None:
+        if failing.is_set():
+            waiting.set()
+        finish(writer)
 
     def fail(model: torch.nn.Module) -> None:
         loss, calls = model.loss, []
@@ -392,6 +423,7 @@ def test_what_is_written_in_the_background_when_a_run_fails_counts(tmp_path, mon
 
     prepare_model(monkeypatch, fail)
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", write_late)
+    monkeypatch.setattr(CheckpointWriter, "finish", finish_and_let_write)
     config = run_config(steps=6, checkpoint_every=2, async_checkpoint=True)
     with pytest.raises((RunError, OSError)) as caught:
         run_train(config, tmp_path)
