@@ -546,7 +546,7 @@ def test_data_that_is_not_there_is_one_sentence_each(place):
 def test_an_option_that_does_not_exist_is_one_sentence(place):
     status, _, err = run_cli(place, f"output_root={place / 'wrong'}", "train.stepz=3")
     assert status == 1
-    assert err == "error: train.stepz=3 is not known; the nearest are train.steps, train.test, train\n"
+    assert re.fullmatch(r"error: train\.stepz=3 is not known; the nearest are train\.steps, [^\n]*\n", err)
     assert not (place / "wrong").exists()
 
 
