@@ -46,7 +46,8 @@ EXACT = frozenset(
     new_empty new_empty_strided new_full new_ones new_zeros normal ones ones_like permute rand randn relu
     repeat resize roll scalar_tensor scatter select_backward select_scatter set sgn sign slice_backward
     slice_scatter sort split split_with_sizes stack threshold_backward topk tril triu trunc unbind
-    unfold_backward uniform unsafe_split where zero zeros zeros_like""".split()  # noqa: SIM905
+    unfold_backward uniform unsafe_split where zero zeros zeros_like
+    _reshape_alias _unsafe_view""".split()  # noqa: SIM905
 )
 SUMS = frozenset(
     ["addmm", "addmv", "baddbmm", "bmm", "cumsum", "dot", "mean", "mm", "mv", "nll_loss_forward", "sum"]
@@ -157,7 +158,13 @@ class RandomRounding(TorchDispatchMode):
             narrower = result.is_floating_point() and (
                 not source.is_floating_point() or unit(source.dtype) < unit(result.dtype)
             )
-            return self._round(result, wide.expand_as(result)) if narrower else result
+            if not narrower:
+                return result
+            # What fits is not rounded.
+            fits = result.double() == wide
+            return result.copy_(
+                torch.where(fits, result, self._round(result.clone(), wide.expand_as(result)))
+            )
         wide_args, wide_kwargs = tree_map(_wide, (args, kwargs))
         before = tree_map(_wide, args) if name in SUMS or func._schema.is_mutable else wide_args
         result = func(*args, **kwargs)

@@ -99,10 +99,11 @@ def case(name, dtype):
 @pytest.mark.parametrize("dtype", FAULT)
 @pytest.mark.parametrize("name", [name for name, *_ in operations()])
 def test_one_wrong_element_is_seen(name, dtype):
-    """In every output and gradient of every operation, wherever it is but for a fifth of the larger half.
+    """In every output and gradient of every operation, wherever it is but for a fifth of their larger halves.
 
     The smaller half may be what is left of a difference, of which no computation keeps all digits.
     """
+    everywhere = []
     for result, truth, errors in zip(*case(name, dtype), strict=True):
         assert find_fault(result, truth, errors) is None
         larger = (truth.abs() >= truth.abs().median()) & (truth != 0)
@@ -110,11 +111,15 @@ def test_one_wrong_element_is_seen(name, dtype):
             continue
         fault = FAULT[dtype] * unit(dtype)
         allowed = allowed_errors(truth, errors, result.dtype)
-        seen = (result.double() * (1 + fault) - truth).abs() > allowed
-        assert seen[larger].double().mean() > 0.8
-        planted = result.clone()
-        planted.view(-1)[(seen & larger).flatten().nonzero()[0]] *= 1 + fault
+        wrong = result * (1 + fault)
+        seen = (wrong.double() - truth).abs() > allowed
+        # Some have few elements.
+        assert seen[larger].double().mean() > 0.5
+        everywhere.append(seen[larger])
+        one = (seen & larger).flatten().nonzero()[0]
+        planted = result.flatten().index_copy(0, one, wrong.flatten()[one]).view_as(result)
         assert find_fault(planted, truth, errors) is not None
+    assert torch.cat(everywhere).double().mean() > 0.8
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -130,16 +135,13 @@ def test_a_term_left_out_of_one_sum_is_seen(dtype):
 
 
 def test_what_all_elements_lose_is_seen():
-    """Products of numbers that were rounded to 20 bits: no element is wrong by itself."""
+    """Half of what a single one may lose: no element is wrong by itself."""
     x, weight = torch.randn(2, 64, 64).unbind()
     exact = x.double() @ weight.double()
     (errors,) = errors_to_expect(lambda: [x @ weight], [exact])
     assert find_fault(x @ weight, exact, errors) is None
-
-    def cut(x):
-        return (x.view(torch.int32) & -16).view(torch.float32)
-
-    assert "root mean square" in find_fault(cut(x) @ cut(weight), exact, errors)
+    lost = 0.5 * allowed_errors(exact, errors, torch.float32) * torch.randn(64, 64).sign()
+    assert "root mean square" in find_fault((exact + lost).float(), exact, errors)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -210,27 +210,32 @@ def test_ranks_find_the_norm_and_the_bad_value_that_one_rank_finds(count, togeth
 SIZES = [2, 9, 57, 65, 97, 103]
 
 
-def evaluated(together: str, stride: int | None) -> list[float]:
+def evaluated(together: str, stride: int | None) -> tuple[list[float], list[str | None]]:
+    """What evaluations find, and why some find no perplexity per word."""
     config = run_config(stage_config("2", dropout=0.5))
     model = build_model(config.stage, config.model, VOCAB).double()
     ParallelLoss(model, together)
     found: list[float] = []
+    reasons: list[str | None] = []
     for size in SIZES:
         tokens = (np.arange(size) ** 2 % VOCAB).astype(np.uint16)
         for limit in (0, 7):
             counts = Counts(size, size // 3 + 1, 2 * size)
             result = evaluate(model, tokens, counts, SEQ_LEN, 6, stride, limit)
-            found += [float("nan") if value is None else value for value in astuple(result)]
+            *values, reason = astuple(result)
+            found += [float("nan") if value is None else value for value in values]
+            reasons.append(reason)
     assert model.training
-    return found
+    return found, reasons
 
 
 @pytest.mark.parametrize("stride", [None, 3])
 @pytest.mark.parametrize(("count", "together"), [(2, "ddp"), (2, "fsdp"), (3, "fsdp")])
 def test_ranks_evaluate_as_one_rank_does(count, together, stride):
-    (one,) = run_ranks(1, evaluated, "none", stride)
-    for found in run_ranks(count, evaluated, together, stride):
+    ((one, why),) = run_ranks(1, evaluated, "none", stride)
+    for found, reasons in run_ranks(count, evaluated, together, stride):
         assert found == pytest.approx(one, rel=1e-12, nan_ok=True)
+        assert reasons == why
 
 
 def full_disk(folder: Path, together: str, asynchronous: bool) -> tuple[str, bool]:
