@@ -60,8 +60,15 @@ def unit(dtype: torch.dtype) -> float:
 
 
 def rounding_of(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest error of rounding to ``dtype``, element by element."""
-    return exact.abs().clamp_min(torch.finfo(dtype).tiny) * unit(dtype)
+    """The largest error of rounding to ``dtype``, element by element.
+
+    What is below the smallest normal number may become 0, as on GPUs, and as 1 / (1 + exp(x)) does where the
+    exponential overflows; but for float16, whose numbers below that one are within what people compute with.
+    """
+    smallest = torch.finfo(dtype).smallest_normal
+    return (exact.abs() * unit(dtype)).clamp_min(
+        smallest * unit(dtype) if dtype == torch.float16 else smallest
+    )
 
 
 def terms(name: str, args: Sequence[Any], result: Tensor) -> int:
