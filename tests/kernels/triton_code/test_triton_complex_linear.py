@@ -213,7 +213,8 @@ def test_large_values(dtype, activation, device):
     t = tensors((33, 17, 34), dtype, device)
     t["x"] *= 100
     used = {name: t[name] for name in ("x", "weight", *PARAMETERS[activation])}
-    check(*activated(activation), used, [t["grad"], t["grad_hidden"]])
+    # A sum of larger gradients may leave the range of float16.
+    check(*activated(activation), used, [t["grad"] / 16, t["grad_hidden"] / 16])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
