@@ -23,10 +23,10 @@ from muse.report.metrics import MetricsLog
 from muse.report.plots import draw_lines, draw_ratios, draw_stacked, save, subtracted
 from muse.report.table import show, table
 from muse.report.wandb_tables import HOLDERS, drift_lines, result_tables
+from muse.run_options import RESULT_FILE
 from muse.sweep import given_options, record, sweep_folder
 from muse.torchrun import launched_ranks
 
-RESULT = "result.json"
 # Benchmarks that no weights change.
 UNTRAINED = ("adjoint", "kernels", "speedup")
 CRITERION = ("criterion", "measured", "target", "pass")
@@ -87,7 +87,7 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
         folder, result = finished
         print(f"already measured in {folder}; benchmark.rerun=true measures again")
         # Paths in it are relative to that folder.
-        write_json(run / RESULT, {**result, "reused_from": os.path.relpath(folder, run)})
+        write_json(run / RESULT_FILE, {**result, "reused_from": os.path.relpath(folder, run)})
     failures = [f"{name}: {reason}" for name, reason in result["failures"].items()]
     if failures:
         record({**result["values"], "error": "; ".join(failures)}, "failed")
@@ -112,7 +112,7 @@ def _measure(config: BenchConfig, run: Path, here: dict[str, Any]) -> dict[str, 
         **provenance(config),
     }
     # Hours of measuring must not hang on a plot.
-    write_json(run / RESULT, result)
+    write_json(run / RESULT_FILE, result)
     plots = _plots(report, run)
     log = MetricsLog(run, config)
     log(0, {key: value for key, value in report.values.items() if isinstance(value, int | float)})
@@ -280,7 +280,7 @@ def _differences(curves: dict[str, Any], references: dict[str, Any]) -> dict[str
 def _finished(config: BenchConfig, here: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
     """Folder and result of the newest finished run with the same options, code and machine."""
     wanted = {"identity": identity(config), "source": source_hash(), "machine": here}
-    found = find_files(Path(config.output_root) / "bench", RESULT)
+    found = find_files(Path(config.output_root) / "bench", RESULT_FILE)
     paths = sorted(found, key=lambda path: -path.stat().st_mtime_ns)
     for path in paths:
         try:

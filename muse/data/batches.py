@@ -101,11 +101,7 @@ def evaluation_batches(
             batch[row, : len(window)] = torch.from_numpy(window)
         position = torch.arange(seq_len)
         new = ((starts == 0) | (position >= seq_len - stride)) & (starts + position < len(tokens) - 1)
-        yield (
-            batch[:, :-1].contiguous(),
-            batch[:, 1:].contiguous(),
-            new & (starts + position < len(tokens) - 1),
-        )
+        yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), new
 
 
 def evaluation_windows(tokens: int, seq_len: int, stride: int | None = None, limit: int = 0) -> int:
