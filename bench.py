@@ -3,14 +3,14 @@
 import hydra
 from omegaconf import DictConfig
 
-from muse.cli import run_job, start
+from muse.launch.cli import run_job, start
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="bench")
 def main(composed: DictConfig) -> None:
     """Run one benchmark."""
     # What is only shown or refused does not need torch.
-    from muse.bench_run import run_benchmark
+    from muse.launch.bench import run_benchmark
 
     run_job(composed, run_benchmark)
 

@@ -3,8 +3,8 @@
 import hydra
 from omegaconf import DictConfig
 
-from muse.cli import run_job, start
-from muse.train_cell import run_train, validation_loss
+from muse.launch.cli import run_job, start
+from muse.launch.train import run_train, validation_loss
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

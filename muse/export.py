@@ -22,8 +22,7 @@ from muse.config import RunConfig
 from muse.errors import ConfigError, RunError
 from muse.files import replacement
 from muse.models import LanguageModel, build_model
-from muse.run_options import RUN_FILE
-from muse.training.checkpoint import (
+from muse.runs.checkpoints import (
     find_checkpoint,
     find_damage,
     load_state,
@@ -31,6 +30,7 @@ from muse.training.checkpoint import (
     load_weights,
     stored_tensors,
 )
+from muse.runs.options import RUN_FILE
 
 
 def export_run(run: Path, file: Path, which: str = "best") -> int:

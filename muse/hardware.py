@@ -15,8 +15,8 @@ from kernels.launch import use_eager
 from muse.compiler import require_compiler
 from muse.config import HardwareConfig
 from muse.errors import ConfigError, RunError
-from muse.provenance import package_version
-from muse.torchrun import check_launch, launched_ranks
+from muse.processes.torchrun import check_launch, launched_ranks
+from muse.runs.provenance import package_version
 
 
 def use_hardware(config: HardwareConfig) -> torch.device:

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from muse.apart import run_apart
 from muse.errors import ConfigError, RunError
+from muse.processes.isolated import run_apart
 
 
 def change_everything(folder):

@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 
-from muse import bench_run, hardware
+from muse import hardware
 from muse.benchmarks import suite
 from muse.benchmarks.criteria_flow import DRIFT_TARGET
 from muse.benchmarks.report import Report
 from muse.config import BenchConfig, BenchmarkConfig, HardwareConfig, LoggerConfig, RunConfig, StageConfig
 from muse.errors import ConfigError, RunError
 from muse.hardware import machine
+from muse.launch import bench as bench_run
 
 CONFIG = BenchConfig(
     benchmark=BenchmarkConfig(),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import DistBackendError, TCPStore
 
-from muse import cli
+from muse.launch import cli
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def run_failing(tmp_path, monkeypatch):
     """Runs a job that raises an error on the first of two ranks."""
     runtime = SimpleNamespace(output_dir=str(tmp_path))
     monkeypatch.setattr(cli.HydraConfig, "get", lambda: SimpleNamespace(runtime=runtime))
-    monkeypatch.setattr(cli.stop, "is_command", lambda: True)
+    monkeypatch.setattr(cli.signals, "is_command", lambda: True)
     monkeypatch.setattr(cli, "build_config", lambda composed: composed)
     monkeypatch.setattr(cli, "launched_ranks", lambda: 2)
     monkeypatch.setattr(cli, "_statuses", [])

@@ -20,10 +20,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 
-from muse import cli, sweep
-from muse.composition import Loader, prepare_hydra
 from muse.config import build_config
 from muse.errors import ConfigError
+from muse.launch import cli, sweep
+from muse.launch.composition import Loader, prepare_hydra
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 

@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 
 from kernels.symplectic import POTENTIALS
 from muse import config as options
-from muse.composition import prepare_hydra
 from muse.config import (
     BenchConfig,
     BenchmarkConfig,
@@ -29,6 +28,7 @@ from muse.config import (
 from muse.dynamics import INTEGRATORS
 from muse.dynamics.potential import FORCE_DTYPES
 from muse.errors import ConfigError
+from muse.launch.composition import prepare_hydra
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 # What is below conf/hydra is about Hydra itself (tests/test_sweep.py).

@@ -26,16 +26,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from torch.distributed.run import get_args_parser
 
-import muse.cli
-import muse.sweep
-from muse import train_cell
+import muse.launch.cli
+import muse.launch.sweep
 from muse.benchmarks import suite
 from muse.benchmarks.cell import MEASUREMENTS
-from muse.composition import prepare_hydra
 from muse.config import BenchConfig, build_config
 from muse.export import export_run
 from muse.files import find_files
 from muse.hardware import describe, use_hardware
+from muse.launch import train as train_cell
+from muse.launch.composition import prepare_hydra
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -311,8 +311,8 @@ def place(tmp_path_factory) -> Path:
 
 def run_here(script: str, arguments: list[str]) -> int:
     """The exit status of a script or module run in this process, which spares the import of torch."""
-    muse.cli._statuses.clear()
-    muse.sweep._folder = None
+    muse.launch.cli._statuses.clear()
+    muse.launch.sweep._folder = None
     before = sys.argv, os.getcwd(), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
         sys.argv = [script, *arguments]

@@ -32,9 +32,10 @@ from muse.errors import ConfigError, RunError
 from muse.export import export_run, load_exported
 from muse.files import write_json
 from muse.models import LanguageModel, build_model
-from muse.provenance import provenance
-from muse.run_options import RUN_FILE
-from muse.training.checkpoint import CheckpointWriter, TrainingState, load_weights
+from muse.runs.checkpoints import TrainingState, load_weights
+from muse.runs.options import RUN_FILE
+from muse.runs.provenance import provenance
+from muse.training.checkpoint import CheckpointWriter
 
 VOCAB, SEQ_LEN = 29, 8
 STAGES = {

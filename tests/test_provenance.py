@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from muse import provenance as module
 from muse.config import BenchConfig, RunConfig
-from muse.provenance import PACKAGES, commit, identity, provenance, source_hash
+from muse.runs import provenance as module
+from muse.runs.provenance import PACKAGES, commit, identity, provenance, source_hash
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -55,7 +55,7 @@ def test_what_is_measured_again_has_the_identity_of_the_measurement_before(path)
 
 
 def test_identity_is_the_same_in_every_process():
-    code = "import muse.provenance as p, muse.config as c; print(p.identity(c.RunConfig()))"
+    code = "import muse.runs.provenance as p, muse.config as c; print(p.identity(c.RunConfig()))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=module.ROOT
     )

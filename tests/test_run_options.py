@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
-import muse.cli  # noqa: F401 - registers what conf/common.yaml resolves
+import muse.launch.cli  # noqa: F401 - registers what conf/common.yaml resolves
 from muse.config import (
     DataConfig,
     OptimConfig,
@@ -21,8 +21,7 @@ from muse.config import (
     register_schemas,
 )
 from muse.errors import ConfigError
-from muse.provenance import ROOT
-from muse.run_options import (
+from muse.runs.options import (
     RUN_FILE,
     differences,
     folder_of_kind,
@@ -31,6 +30,7 @@ from muse.run_options import (
     told,
     with_options_of,
 )
+from muse.runs.provenance import ROOT
 
 GROUPS = ("stage", "model", "data", "tokenizer", "optim", "train", "seed")
 TRAINED = RunConfig(

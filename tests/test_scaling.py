@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from muse.benchmarks.memory import measure_memory
-from muse.benchmarks.operations import InsideOperations
 from muse.benchmarks.step import benchmark_model, training_step
-from muse.benchmarks.throughput import COMPLEX_ATTENTION, ProductRecorder
 from muse.config import BenchConfig, BenchmarkConfig, ModelConfig, StageConfig, WidthConfig
-from muse.distributed import local
+from muse.measure.matrix_products import COMPLEX_ATTENTION, ProductRecorder
+from muse.measure.operations import InsideOperations
 from muse.models import build_model, count_parameters
+from muse.processes.ranks import local
 from muse.scaling.__main__ import main
 from muse.scaling.counts import forward_flops, parameters, shapes, step_flops
 from muse.scaling.memory import memory

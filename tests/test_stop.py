@@ -9,9 +9,9 @@ from waiting import PATIENCE
 # As OmegaConf does where a value is taken into a container.
 STARTING = """
 import atexit, os, signal
-from muse import stop
+from muse.processes import signals
 atexit.register(print, "left")
-stop.take_signals_of_command()
+signals.take_signals_of_command()
 try:
     os.kill(os.getpid(), signal.{signal})
     old = 1

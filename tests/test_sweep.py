@@ -11,10 +11,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from muse import sweep
 from muse.config import register_schemas
 from muse.errors import ConfigError
-from muse.sweep import PLUGINS, check_plugins, digest, searched_options
+from muse.launch import sweep
+from muse.launch.sweep import PLUGINS, check_plugins, digest, searched_options
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 

@@ -1,6 +1,6 @@
 import torch
 
-from muse.timing import quantile, times_in_turns
+from muse.measure.timing import quantile, times_in_turns
 
 
 def test_functions_take_turns_and_a_time_is_the_mean_of_the_calls_of_a_round(timed_calls):

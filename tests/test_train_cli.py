@@ -22,7 +22,7 @@ from waiting import PATIENCE, wait_until
 
 from muse.export import load_exported
 from muse.files import find_files
-from muse.training.checkpoint import find_checkpoint, find_sound_checkpoint, load_tensors, stored_tensors
+from muse.runs.checkpoints import find_checkpoint, find_sound_checkpoint, load_tensors, stored_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 90

@@ -26,13 +26,13 @@ from muse.config import (
     WidthConfig,
 )
 from muse.errors import ConfigError
-from muse.provenance import provenance
 from muse.report.metrics import FILE, read_metrics
-from muse.resume import lines_before, run_to_resume
-from muse.run_options import RESULT_FILE, RUN_FILE
-from muse.train_run import _summary, _table, run_training
-from muse.training.checkpoint import find_checkpoint, load_state, load_tensors, stored_tensors
+from muse.runs.checkpoints import find_checkpoint, load_state, load_tensors, stored_tensors
+from muse.runs.options import RESULT_FILE, RUN_FILE
+from muse.runs.provenance import provenance
 from muse.training.evaluate import Evaluation
+from muse.training.resume import lines_before, run_to_resume
+from muse.training.run import _summary, _table, run_training
 from muse.training.trainer import TrainResult
 
 

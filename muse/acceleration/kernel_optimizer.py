@@ -17,8 +17,8 @@ from torch import Tensor
 
 from muse.acceleration.execution import Execution
 from muse.config import OptimConfig
+from muse.measure.timing import times_in_turns
 from muse.models import LanguageModel
-from muse.timing import times_in_turns
 
 # Two equal ways timed in turns differ by up to so much.
 NOISE = 0.03

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muse.benchmarks.gradient_error import full_precision, joined, relative_error
 from muse.benchmarks.kernels import GB, Call, peak_memory, time_in_turns
 from muse.benchmarks.setting import batch_shape
 from muse.config import GRADIENTS, BenchConfig
 from muse.dynamics import INTEGRATORS, HamiltonianNeuralODE, Potential
 from muse.errors import RunError
+from muse.measure.gradient_error import full_precision, joined, relative_error
+from muse.measure.timing import quantile
 from muse.models.hamiltonian import flow_potential
-from muse.timing import quantile
 
 # Root mean square of a channel of the initial state.
 RMS = 0.7

@@ -39,7 +39,7 @@ from muse.config import BenchConfig
 from muse.errors import ConfigError, RunError
 from muse.files import write_json
 from muse.hardware import describe, use_hardware
-from muse.provenance import ROOT
+from muse.runs.provenance import ROOT
 
 MEASUREMENTS: dict[str, Callable[[BenchConfig, torch.device], dict[str, Any]]] = {
     "perplexity": measure_perplexity,

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from muse.benchmarks.gradient_error import full_precision
 from muse.benchmarks.perplexity import train_briefly
 from muse.benchmarks.setting import batch_shape
 from muse.benchmarks.step import benchmark_model, random_tokens
@@ -23,6 +22,7 @@ from muse.dynamics import HamiltonianNeuralODE, MLPPotential
 from muse.dynamics.energy import curvature, drift, monotone_share, trajectory
 from muse.errors import ConfigError, RunError
 from muse.hardware import autocast_dtype
+from muse.measure.gradient_error import full_precision
 from muse.models import LanguageModel
 
 # Tokens of a layer that stand for all in the figures beside the criterion.

@@ -33,21 +33,18 @@ from kernels.complex_pointwise import (
 )
 from kernels.planar import modulus_floor, upcast
 from kernels.symplectic import symplectic_flow
-from muse.benchmarks.operations import InsideOperations
 from muse.benchmarks.setting import batch_shape
-from muse.benchmarks.throughput import COMPLEX_ATTENTION, ProductRecorder
 from muse.config import BenchConfig
 from muse.hardware import synchronize
-from muse.timing import quantile, seconds_of, times_in_turns
+from muse.measure.matrix_products import COMPLEX_ATTENTION, ProductRecorder, product_rate
+from muse.measure.operations import InsideOperations
+from muse.measure.timing import quantile, seconds_of, times_in_turns
 
 GB = 1e9
 EPS = 1e-6
 # A timing repeats fast functions until it takes about this long.
 TIMING_SECONDS = 5e-3
 MAX_CALLS = 100
-# Side of the square product whose rate counts as the peak.
-PEAK_SIDE = {"cpu": 1024, "cuda": 8192}
-PEAK_RUNS = 20
 TIME_STEP = 0.1
 # Units of the exact flow's state: 2^-22.
 SCALE = 2.0**22
@@ -333,17 +330,6 @@ def flops(train: Callable[[], None]) -> int:
         train()
     products = recorder.products + recorder.attention_products
     return sum(product.flops() * count for product, count in products.items())
-
-
-def product_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOPs a second of a large square product, the best of several."""
-    side = PEAK_SIDE[device.type]
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-
-    def product() -> None:
-        torch.mm(left, right)
-
-    return 2 * side**3 / min(seconds_of(product, device) for _ in range(PEAK_RUNS))
 
 
 def normal_leaves(seed: int, dtype: torch.dtype, device: torch.device) -> Normal:

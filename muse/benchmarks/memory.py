@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from muse.benchmarks.gradient_error import full_precision
-from muse.benchmarks.operations import InsideOperations
 from muse.benchmarks.setting import flow_of
 from muse.benchmarks.step import benchmark_model, training_step
 from muse.config import BenchConfig
 from muse.dynamics import flow_metrics
 from muse.errors import RunError
 from muse.hardware import synchronize
+from muse.measure.gradient_error import full_precision
+from muse.measure.operations import InsideOperations
 from muse.models import count_parameters
 
 GB = 1e9

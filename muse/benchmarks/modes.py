@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muse.benchmarks.gradient_error import ALLOWED, full_precision, joined, relative_error
 from muse.benchmarks.setting import batch_shape, flow_of
 from muse.benchmarks.step import benchmark_model, random_tokens, training_step
 from muse.config import GRADIENTS, BenchConfig
 from muse.dynamics import HamiltonianNeuralODE, flow_metrics
 from muse.errors import RunError
+from muse.measure.gradient_error import ALLOWED, full_precision, joined, relative_error
+from muse.measure.timing import quantile, seconds_of
 from muse.models import LanguageModel, build_model
-from muse.timing import quantile, seconds_of
 
 # Tokens of the batch that gradients are compared on.
 CHECKED_TOKENS = 64

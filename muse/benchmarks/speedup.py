@@ -28,8 +28,6 @@ from muse.acceleration import (
     greedy_decode,
 )
 from muse.acceleration.kernel_optimizer import Decision
-from muse.benchmarks.gradient_error import joined, relative_error
-from muse.benchmarks.operations import InsideOperations
 from muse.benchmarks.setting import batch_shape
 from muse.compiler import find_compiler
 from muse.config import BenchConfig
@@ -37,18 +35,15 @@ from muse.data import TokenData, load_tokens, training_batch
 from muse.errors import RunError
 from muse.files import write_json
 from muse.hardware import describe, restored_threads, synchronize
+from muse.measure.gradient_error import joined, relative_error
+from muse.measure.operations import InsideOperations
+from muse.measure.timing import quantile
 from muse.models import LanguageModel, build_model, count_parameters
 from muse.models.language_model import model_device
 from muse.models.transformer import continue_logits, empty_past
-from muse.provenance import source_hash
-from muse.timing import quantile
-from muse.training.checkpoint import (
-    CheckpointWriter,
-    TrainingState,
-    find_checkpoint,
-    load_state,
-    load_weights,
-)
+from muse.runs.checkpoints import TrainingState, find_checkpoint, load_state, load_weights
+from muse.runs.provenance import source_hash
+from muse.training.checkpoint import CheckpointWriter
 from muse.training.evaluate import evaluate
 from muse.training.optim import first_non_finite
 

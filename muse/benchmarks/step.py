@@ -15,8 +15,8 @@ from muse.benchmarks.stored import as_trained
 from muse.config import BenchConfig, StageConfig
 from muse.hardware import autocast_dtype
 from muse.models import LanguageModel, build_model
-from muse.provenance import ROOT
-from muse.training.checkpoint import find_checkpoint, load_weights
+from muse.runs.checkpoints import find_checkpoint, load_weights
+from muse.runs.provenance import ROOT
 from muse.training.optim import ModelOptimizer, gradient_norm
 
 

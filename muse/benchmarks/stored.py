@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from muse.config import BenchConfig, StageConfig, WidthConfig
 from muse.errors import ConfigError
-from muse.run_options import differences, stored_options, told, was_moved, with_options_of
-from muse.training.checkpoint import find_checkpoint, stored_tensors
+from muse.runs.checkpoints import find_checkpoint, stored_tensors
+from muse.runs.options import differences, stored_options, told, was_moved, with_options_of
 
 # Options of a stage that say how a model is initialised, trained or computed, but not what it computes.
 FREE = (

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.symplectic import LIMIT
-from muse.distributed import largest, ranks
 from muse.dynamics.integrators import Stages, stages
 from muse.dynamics.potential import Potential
 from muse.errors import RunError
+from muse.processes.ranks import largest, ranks
 
 
 class HamiltonianNeuralODE(nn.Module):

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from muse.distributed import rank
 from muse.dynamics.energy import curvature, drift, trajectory
 from muse.dynamics.hamiltonian_ode import HamiltonianNeuralODE, flows_of
 from muse.errors import RunError
+from muse.processes.ranks import rank
 
 # Tokens of a flow that are followed, and products of V'' with a vector for its largest eigenvalue.
 TOKENS = 128

@@ -13,11 +13,11 @@ import sys
 
 from hydra import compose, initialize_config_dir
 
-from muse.composition import prepare_hydra
 from muse.config import RunConfig, build_config
 from muse.errors import ConfigError
-from muse.provenance import ROOT
+from muse.launch.composition import prepare_hydra
 from muse.report.table import table
+from muse.runs.provenance import ROOT
 from muse.scaling.counts import forward_flops, parameters, step_flops
 from muse.scaling.memory import Memory, element_bytes
 from muse.scaling.prediction import CARDS, Machine, Prediction, predict

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from muse.data import Counts, evaluation_batches
-from muse.distributed import rank, ranks, summed
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
+from muse.processes.ranks import rank, ranks, summed
 
 # Bytes a word on average beyond which what stands between white space is no word: Chinese, or DNA.
 LONGEST_WORDS = 40

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from muse.torchrun import launched_rank
+from muse.processes.torchrun import launched_rank
 
 
 @dataclass

@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from muse.benchmarks.operations import InsideOperations
 from muse.files import write_json
+from muse.measure.operations import InsideOperations
 from muse.models import LanguageModel
 from muse.training.optim import ModelOptimizer
 

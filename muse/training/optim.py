@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from muse.config import OptimConfig
-from muse.distributed import gathered, like, local, summed
 from muse.errors import ConfigError
 from muse.layers import ComplexLinear
+from muse.processes.ranks import gathered, like, local, summed
 
 # Elements of a bfloat16 parameter that are updated at a time: their float32 copies fit the last-level cache.
 SLICE_ELEMENTS = 2**20

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from muse.distributed import ranks
 from muse.models import LanguageModel
+from muse.processes.ranks import ranks
 
 # Renamed in torch 2.13.
 _OPTIONS = inspect.signature(DistributedDataParallel).parameters

@@ -28,14 +28,14 @@ from torch.profiler import ProfilerActivity, schedule
 from tqdm import tqdm
 
 from muse.config import RunConfig
-from muse.distributed import rank
 from muse.errors import ConfigError
 from muse.files import write_json
+from muse.measure.utilisation import Utilisation, measure_utilisation, model_flops
 from muse.models import LanguageModel
+from muse.processes.ranks import rank
 from muse.report.table import table
 from muse.training.memory_snapshot import memory_file, memory_snapshot
 from muse.training.optim import ModelOptimizer
-from muse.training.utilisation import Utilisation, measure_utilisation, model_flops
 
 SETTLING, TIMED, WARMUP, RECORDED = 2, 5, 1, 3
 STEPS = SETTLING + 1 + TIMED + WARMUP + RECORDED

@@ -14,19 +14,13 @@ from tqdm import tqdm
 
 from muse.config import RunConfig
 from muse.data import TokenData, evaluation_windows, training_batch
-from muse.distributed import largest, rank, ranks, summed
 from muse.dynamics import agree_on_fallbacks, flow_metrics, take_reconstruction_error, watched_flows
 from muse.errors import ConfigError, of_all_ranks
 from muse.hardware import autocast_dtype
 from muse.models import LanguageModel, build_model, count_parameters
-from muse.training.checkpoint import (
-    CheckpointWriter,
-    TrainingState,
-    find_checkpoint,
-    load_state,
-    load_tensors,
-    restore_random_state,
-)
+from muse.processes.ranks import largest, rank, ranks, summed
+from muse.runs.checkpoints import TrainingState, find_checkpoint, load_state, load_tensors
+from muse.training.checkpoint import CheckpointWriter, restore_random_state
 from muse.training.evaluate import Evaluation, evaluate
 from muse.training.interrupt import deferred_interrupt
 from muse.training.optim import ModelOptimizer, first_non_finite, gradient_norm

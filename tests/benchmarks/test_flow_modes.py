@@ -8,12 +8,12 @@ import torch
 from muse.benchmarks import modes
 from muse.benchmarks.adjoint import measure_adjoint
 from muse.benchmarks.energy import measure_energy
-from muse.benchmarks.gradient_error import full_precision, joined, relative_error
 from muse.benchmarks.memory import measure_memory
 from muse.benchmarks.modes import gradient_errors, measure_modes
 from muse.benchmarks.setting import settle
 from muse.config import GRADIENTS
 from muse.dynamics import MLPPotential, hamiltonian_ode
+from muse.measure.gradient_error import full_precision, joined, relative_error
 
 CPU = torch.device("cpu")
 

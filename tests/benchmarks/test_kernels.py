@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from kernels.complex_attention import complex_attention_forward
-from muse import bench_run
 from muse.benchmarks import kernels, suite
 from muse.benchmarks.kernels import (
     FAMILIES,
@@ -21,6 +20,7 @@ from muse.benchmarks.kernels import (
 )
 from muse.benchmarks.setting import settle
 from muse.errors import RunError
+from muse.launch import bench as bench_run
 
 CPU = torch.device("cpu")
 PEAK = 1e12

@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.complex_attention import complex_attention_forward
 from kernels.complex_linear import complex_linear
-from muse.benchmarks.operations import InsideOperations
-from muse.benchmarks.throughput import COMPLEX_ATTENTION, ProductRecorder
+from muse.measure.matrix_products import COMPLEX_ATTENTION, ProductRecorder
+from muse.measure.operations import InsideOperations
 
 
 class Names(TorchDispatchMode):

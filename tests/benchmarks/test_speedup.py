@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from muse import bench_run
 from muse.acceleration import Execution, KernelOptimizer, kernel_optimizer
 from muse.benchmarks import speedup, suite
 from muse.benchmarks.criteria_stack import DECODE_KEYS, PLAIN
@@ -33,6 +32,7 @@ from muse.config import (
 )
 from muse.errors import ConfigError, RunError
 from muse.hardware import restored_threads
+from muse.launch import bench as bench_run
 
 CPU = torch.device("cpu")
 WIDTH = WidthConfig(d_model=32, layers=2, heads=2, kv_heads=2, d_ff=64)

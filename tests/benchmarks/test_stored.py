@@ -11,7 +11,8 @@ from muse.benchmarks.stored import check_baseline, of_checkpoint
 from muse.config import BenchConfig, DataConfig, TokenizerConfig, TrainConfig
 from muse.errors import ConfigError
 from muse.models import build_model
-from muse.training.checkpoint import CheckpointWriter, TrainingState
+from muse.runs.checkpoints import TrainingState
+from muse.training.checkpoint import CheckpointWriter
 
 
 @pytest.fixture

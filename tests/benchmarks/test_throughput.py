@@ -2,9 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from muse.benchmarks.operations import InsideOperations
-from muse.benchmarks.throughput import ProductRecorder, measure_throughput
+from muse.benchmarks.throughput import measure_throughput
 from muse.layers import ComplexLinear
+from muse.measure.matrix_products import ProductRecorder
+from muse.measure.operations import InsideOperations
 
 
 def recorded_flops(function):

@@ -41,11 +41,11 @@ from muse.config import (
     WidthConfig,
 )
 from muse.data import Counts, TokenData
-from muse.distributed import joined_ranks
 from muse.files import find_files
+from muse.processes.ranks import joined_ranks
 from muse.report.metrics import read_metrics
+from muse.runs.checkpoints import load_tensors, stored_tensors
 from muse.training import parallel, trainer
-from muse.training.checkpoint import load_tensors, stored_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 13
@@ -84,7 +84,7 @@ class Ranks:
     ) -> None:
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        multiprocessing.set_forkserver_preload(["muse.train_run", "muse.cli", "matplotlib.pyplot"])
+        multiprocessing.set_forkserver_preload(["muse.training.run", "muse.launch.cli", "matplotlib.pyplot"])
         context = multiprocessing.get_context("forkserver")
         # The ranks find each other through it.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -23,11 +23,12 @@ from distributed_helpers import (
 )
 from waiting import wait_until
 
-from muse import train_run
 from muse.files import find_files
+from muse.processes.torchrun import launched_rank
 from muse.report.metrics import MetricsLog
-from muse.torchrun import launched_rank
-from muse.training.checkpoint import CheckpointWriter, find_checkpoint, find_damage
+from muse.runs.checkpoints import find_checkpoint, find_damage
+from muse.training import run as train_run
+from muse.training.checkpoint import CheckpointWriter
 
 # More than the kills before the last ones let a run make together.
 STEPS = 60

@@ -30,11 +30,11 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import distribute_tensor
 
 from muse.data import Counts
-from muse.distributed import barrier, first_rank_does, gathered, largest, rank, ranks, same, summed
 from muse.errors import ConfigError, RunError
 from muse.models import build_model
+from muse.processes.ranks import barrier, first_rank_does, gathered, largest, rank, ranks, same, summed
+from muse.runs.checkpoints import find_checkpoint, find_damage
 from muse.training import trainer
-from muse.training.checkpoint import find_checkpoint, find_damage
 from muse.training.evaluate import evaluate
 from muse.training.optim import first_non_finite, gradient_norm
 from muse.training.parallel import ParallelLoss

@@ -24,10 +24,10 @@ from distributed_helpers import (
 )
 from torch import Tensor, nn
 
-from muse.distributed import local, rank
 from muse.dynamics import MLPPotential
 from muse.errors import ConfigError
 from muse.models import build_model
+from muse.processes.ranks import local, rank
 from muse.training.optim import ModelOptimizer
 from muse.training.parallel import ParallelLoss
 

@@ -13,8 +13,8 @@ import pytest
 from distributed_helpers import Job
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from muse import torchrun
-from muse.torchrun import ERROR_FILE, say_last
+from muse.processes import torchrun
+from muse.processes.torchrun import ERROR_FILE, say_last
 
 
 @pytest.fixture

@@ -26,9 +26,9 @@ from muse.config import RunConfig
 from muse.export import export_run, load_exported
 from muse.files import write_json
 from muse.models import build_model
-from muse.provenance import provenance
-from muse.run_options import RUN_FILE
-from muse.training.checkpoint import find_damage, find_sound_checkpoint, load_state, load_weights
+from muse.runs.checkpoints import find_damage, find_sound_checkpoint, load_state, load_weights
+from muse.runs.options import RUN_FILE
+from muse.runs.provenance import provenance
 
 STEPS = 6
 

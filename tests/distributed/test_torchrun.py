@@ -29,13 +29,13 @@ from distributed_helpers import (
     wait_for_steps,
 )
 
-from muse import train_run
-from muse.benchmarks import kernels
 from muse.dynamics import HamiltonianNeuralODE
 from muse.errors import ConfigError, RunError
+from muse.processes.torchrun import launched_rank
 from muse.report.metrics import MetricsLog
-from muse.torchrun import launched_rank
-from muse.training.checkpoint import CheckpointWriter, find_checkpoint, find_sound_checkpoint
+from muse.runs.checkpoints import find_checkpoint, find_sound_checkpoint
+from muse.training import run as train_run
+from muse.training.checkpoint import CheckpointWriter
 from muse.training.profile import STEPS as STEPS_OF_PROFILE
 
 STEPS = 40
@@ -207,7 +207,7 @@ def test_a_damaged_file_of_one_rank_makes_all_take_the_checkpoint_before(place, 
 
 
 def make_peak_product_small() -> None:
-    kernels.PEAK_SIDE = {"cpu": 64}
+    matrix_products.PEAK_SIDE = {"cpu": 64}
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from muse.report.device_peaks import DATA_SHEETS, data_sheet
+from muse.measure.device_peaks import DATA_SHEETS, data_sheet
 
 NAMES = [(name, sheet) for sheet in DATA_SHEETS for name in sheet.names]
 # Other devices, slices of listed ones and spellings that torch does not use.

@@ -41,11 +41,9 @@ from waiting import PATIENCE
 from muse.config import ModelConfig, OptimConfig, WidthConfig
 from muse.errors import RunError
 from muse.models import LanguageModel, build_model
-from muse.training import checkpoint as checkpoints
-from muse.training.checkpoint import (
+from muse.runs.checkpoints import (
     HASHES,
     STATE,
-    CheckpointWriter,
     TrainingState,
     adopt_checkpoints,
     find_checkpoint,
@@ -54,10 +52,10 @@ from muse.training.checkpoint import (
     load_state,
     load_tensors,
     load_weights,
-    random_state,
-    restore_random_state,
     stored_tensors,
 )
+from muse.training import checkpoint as checkpoints
+from muse.training.checkpoint import CheckpointWriter, random_state, restore_random_state
 from muse.training.optim import ModelOptimizer
 
 METADATA, TENSORS = ".metadata", "__0_0.distcp"

@@ -11,8 +11,9 @@ from training_helpers import same
 from muse.config import ModelConfig, OptimConfig, StageConfig, WidthConfig
 from muse.layers import ComplexEmbedding, ComplexLinear, ComplexRMSNorm
 from muse.models import build_model
+from muse.runs.checkpoints import TrainingState, find_checkpoint, load_tensors
 from muse.training import optim
-from muse.training.checkpoint import CheckpointWriter, TrainingState, find_checkpoint, load_tensors
+from muse.training.checkpoint import CheckpointWriter
 from muse.training.optim import ModelOptimizer, first_non_finite, gradient_norm
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -26,7 +26,6 @@ from training_helpers import (
     stored,
 )
 
-from muse.benchmarks import kernels
 from muse.config import RunConfig
 from muse.errors import ConfigError, RunError
 from muse.training import profile as module
@@ -35,7 +34,7 @@ from muse.training.profile import STEPS, TOP, rank_operations, require_steps
 
 @pytest.fixture(autouse=True)
 def small_peak_product(monkeypatch):
-    monkeypatch.setattr(kernels, "PEAK_SIDE", {"cpu": 64})
+    monkeypatch.setattr("muse.measure.matrix_products.PEAK_SIDE", {"cpu": 64})
 
 
 def profiled_config(number: int = 1, precision: str = "fp32", **train: Any) -> RunConfig:

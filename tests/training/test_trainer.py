@@ -41,16 +41,16 @@ from waiting import PATIENCE
 
 from muse.dynamics import MLPPotential
 from muse.errors import RunError
-from muse.training import trainer
-from muse.training.checkpoint import (
+from muse.runs.checkpoints import (
     HASHES,
     STATE,
-    CheckpointWriter,
     adopt_checkpoints,
     find_checkpoint,
     find_sound_checkpoint,
     load_state,
 )
+from muse.training import trainer
+from muse.training.checkpoint import CheckpointWriter
 from muse.training.evaluate import evaluate
 from muse.training.trainer import TrainResult
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from training_helpers import SEQ_LEN, VOCAB, run_config, stage_config
 
-from muse.benchmarks import kernels
 from muse.config import RunConfig
-from muse.training import utilisation as module
-from muse.training.utilisation import measure_utilisation, model_flops, utilisation
+from muse.measure import utilisation as module
+from muse.measure.utilisation import measure_utilisation, model_flops, utilisation
 
 CPU = torch.device("cpu")
 TOKENS = 2 * SEQ_LEN
@@ -71,7 +70,7 @@ def test_utilisation_is_the_time_at_the_peak_of_each_dtype_by_the_time_taken():
 
 
 def test_the_measured_peak_is_of_this_machine_and_a_cpu_has_no_data_sheet(monkeypatch):
-    monkeypatch.setattr(kernels, "PEAK_SIDE", {"cpu": 64})
+    monkeypatch.setattr("muse.measure.matrix_products.PEAK_SIDE", {"cpu": 64})
     state = torch.get_rng_state()
     measured = measure_utilisation({torch.float32: 1000}, [4.0, 1.0, 2.0], CPU)
     assert torch.equal(torch.get_rng_state(), state)

@@ -26,8 +26,8 @@ from muse.config import (
 )
 from muse.data import Counts, TokenData
 from muse.models import LanguageModel
+from muse.runs.checkpoints import load_state, load_tensors, stored_tensors
 from muse.training import trainer
-from muse.training.checkpoint import load_state, load_tensors, stored_tensors
 
 VOCAB = 13
 SEQ_LEN = 8

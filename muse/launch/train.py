@@ -11,12 +11,12 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from muse.apart import run_apart
 from muse.config import RunConfig
 from muse.files import full_disk_told
-from muse.provenance import UNIDENTIFYING
-from muse.run_options import RESULT_FILE, RUN_FILE, may_go_on, with_options_of
-from muse.sweep import given_options, record, sweep_folder
+from muse.launch.sweep import given_options, record, sweep_folder
+from muse.processes.isolated import run_apart
+from muse.runs.options import RESULT_FILE, RUN_FILE, may_go_on, with_options_of
+from muse.runs.provenance import UNIDENTIFYING
 
 
 def run_train(config: RunConfig, run: Path) -> int:
@@ -57,7 +57,7 @@ def validation_loss() -> float:
 
 def _train(config: RunConfig, run: Path, in_sweep: bool) -> int:
     # A process that only waits for another one does not need torch.
-    from muse.train_run import run_training
+    from muse.training.run import run_training
 
     with full_disk_told(run):
         return run_training(config, run, in_sweep)

@@ -14,14 +14,14 @@ from typing import TypeVar
 
 import torch
 
-from muse.benchmarks.kernels import product_rate
-from muse.benchmarks.operations import InsideOperations
-from muse.benchmarks.throughput import COMPLEX_ATTENTION, ProductRecorder, quantile
 from muse.config import RunConfig
-from muse.distributed import ranks
 from muse.hardware import autocast_dtype, describe
+from muse.measure.device_peaks import data_sheet
+from muse.measure.matrix_products import COMPLEX_ATTENTION, ProductRecorder, product_rate
+from muse.measure.operations import InsideOperations
+from muse.measure.timing import quantile
 from muse.models import build_model
-from muse.report.device_peaks import data_sheet
+from muse.processes.ranks import ranks
 
 T = TypeVar("T")
 BACKWARD = 2

@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,17 @@ from omegaconf import DictConfig
 
 from muse.errors import ConfigError, RunError
 from muse.files import full_disk_told
-from muse.provenance import UNIDENTIFYING
-from muse.report.sweep import INCOMPLETE, record_cell, record_search, show_cells, write_summary
+from muse.processes.signals import wait_for_cells
+from muse.report.sweep import (
+    INCOMPLETE,
+    UNFINISHED,
+    read_cells,
+    record_cell,
+    record_search,
+    show_cells,
+    write_summary,
+)
+from muse.runs.provenance import UNIDENTIFYING
 
 # Options that need a plugin of Hydra, the plugin, and the extra of MUSE that brings it.
 PLUGINS = {
@@ -47,6 +57,7 @@ class Sweep(Callback):
         _make_folder(config, Path(config.output_root))
         _make_folder(config, Path(config.hydra.sweep.dir))
         _folder = Path(config.hydra.sweep.dir)
+        wait_for_cells(partial(_unfinished, _folder))
         if "optuna" in config.hydra.sweeper._target_:
             record_search(_folder, searched_options(config.hydra))
 
@@ -84,9 +95,8 @@ def _make_folder(config: DictConfig, folder: Path) -> None:
         raise SystemExit(1) from refused
 
 
-def started_sweep() -> Path | None:
-    """Folder of the multirun that this command has started."""
-    return _folder
+def _unfinished(sweep: Path) -> bool:
+    return any(cell["status"] == UNFINISHED for cell in read_cells(sweep))
 
 
 def finish_sweep() -> int:

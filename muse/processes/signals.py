@@ -9,19 +9,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from types import FrameType
-
-from muse.report.sweep import UNFINISHED, read_cells
-from muse.sweep import started_sweep
 
 _asked: int | None = None
 _cell: BaseProcess | None = None
 _is_command = False
 _parent_of_worker: int | None = None
 _busy = False
+_cells_save: Callable[[], bool] | None = None
 
 
 def asked() -> int | None:
@@ -51,6 +49,16 @@ def take_signals_of_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=stop_without, args=(_parent_of_worker,), daemon=True).start()
+
+
+def wait_for_cells(unfinished: Callable[[], bool]) -> None:
+    """Let the command, which starts a multirun, wait after a signal until its workers' cells have saved.
+
+    Args:
+        unfinished: whether one of them has not.
+    """
+    global _cells_save
+    _cells_save = unfinished
 
 
 @contextmanager
@@ -105,7 +113,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
         return
     if _is_command and not again:
         _stop_workers()
-    if _is_command and not _busy and started_sweep() is None:
+    if _is_command and not _busy and _cells_save is None:
         _leave(128 + number)
     sys.exit(128 + number)
 
@@ -124,13 +132,11 @@ def _leave(status: int) -> None:
 
 def _stop_workers() -> None:
     """Stop the cells that workers run, and wait until they have saved."""
-    sweep, workers = started_sweep(), multiprocessing.active_children()
-    if sweep is None or not workers:
+    workers = multiprocessing.active_children()
+    if _cells_save is None or not workers:
         return
     print("\nstopping when the cells have saved; once more stops at once", file=sys.stderr)
     for worker in workers:
         worker.terminate()
-    while multiprocessing.active_children() and any(
-        cell["status"] == UNFINISHED for cell in read_cells(sweep)
-    ):
+    while multiprocessing.active_children() and _cells_save():
         time.sleep(0.1)

@@ -18,14 +18,14 @@ from muse.config import BENCHMARKS, BenchConfig
 from muse.errors import ConfigError
 from muse.files import find_files, write_json
 from muse.hardware import machine, restored_threads, use_hardware
-from muse.provenance import identity, provenance, source_hash
+from muse.launch.sweep import given_options, record, sweep_folder
+from muse.processes.torchrun import launched_ranks
 from muse.report.metrics import MetricsLog
 from muse.report.plots import draw_lines, draw_ratios, draw_stacked, save, subtracted
 from muse.report.table import show, table
 from muse.report.wandb_tables import HOLDERS, drift_lines, result_tables
-from muse.run_options import RESULT_FILE
-from muse.sweep import given_options, record, sweep_folder
-from muse.torchrun import launched_ranks
+from muse.runs.options import RESULT_FILE
+from muse.runs.provenance import identity, provenance, source_hash
 
 # Benchmarks that no weights change.
 UNTRAINED = ("adjoint", "kernels", "speedup")

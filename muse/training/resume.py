@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from muse.config import RunConfig
-from muse.distributed import ranks
 from muse.errors import ConfigError
 from muse.files import find_files
-from muse.provenance import UNIDENTIFYING, UNIDENTIFYING_OPTIONS
+from muse.processes.ranks import ranks
 from muse.report.metrics import read_metrics
-from muse.run_options import RESULT_FILE, RUN_FILE, Changes, below, differences, may_go_on, refuse, told
-from muse.training.checkpoint import find_checkpoint
+from muse.runs.checkpoints import find_checkpoint
+from muse.runs.options import RESULT_FILE, RUN_FILE, Changes, below, differences, may_go_on, refuse, told
+from muse.runs.provenance import UNIDENTIFYING, UNIDENTIFYING_OPTIONS
 from muse.training.schedule import learning_rate, same_until
 
 # What is noted when it changes, though it decides no number but for rounding.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from muse.errors import ConfigError, RunError
-from muse.torchrun import launched_ranks
+from muse.processes.torchrun import launched_ranks
 
 T = TypeVar("T")
 # The first rank may read data or a checkpoint for hours while the others wait; other collectives give up

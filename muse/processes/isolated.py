@@ -13,8 +13,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from muse import stop
 from muse.errors import ConfigError, RunError
+from muse.processes import signals
 
 
 def run_apart(job: Callable[..., int], *arguments: Any) -> int:
@@ -38,7 +38,7 @@ def run_apart(job: Callable[..., int], *arguments: Any) -> int:
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     sender.close()
-    with stop.passed_on(process):
+    with signals.passed_on(process):
         # Not the end of the process first: it would wait for a reader of what is too long for the pipe.
         wait([receiver, process.sentinel])
         try:
@@ -49,9 +49,9 @@ def run_apart(job: Callable[..., int], *arguments: Any) -> int:
     status = process.exitcode or 0
     if isinstance(error, Exception):
         raise error
-    if stop.asked() is None and status < 0:
+    if signals.asked() is None and status < 0:
         raise RunError(f"the process was killed by signal {-status}, perhaps for lack of memory")
-    if stop.asked() is None and 0 < status < 128:
+    if signals.asked() is None and 0 < status < 128:
         raise RunError(f"the process ended with status {status}")
     return 128 - status if status < 0 else status
 
@@ -61,7 +61,7 @@ def _work(sender: Connection, parent: int, job: Callable[..., int], arguments: t
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    threading.Thread(target=stop.stop_without, args=(parent,), daemon=True).start()
+    threading.Thread(target=signals.stop_without, args=(parent,), daemon=True).start()
     # As Hydra shows it in its own process.
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     try:

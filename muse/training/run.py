@@ -12,25 +12,25 @@ import torch
 
 from muse.config import RunConfig
 from muse.data import TokenData, load_tokens
-from muse.distributed import first_rank_does, joined_ranks, rank, ranks, same
 from muse.errors import ConfigError
 from muse.files import write_atomically, write_json
 from muse.hardware import describe, use_hardware
 from muse.models import LanguageModel
-from muse.provenance import provenance
+from muse.processes.ranks import first_rank_does, joined_ranks, rank, ranks, same
 from muse.report.metrics import MetricsLog, read_metrics
 from muse.report.run_plot import plot_flow, plot_loss_curve
 from muse.report.table import table
-from muse.resume import (
+from muse.runs.checkpoints import adopt_checkpoints, find_sound_checkpoint, load_state
+from muse.runs.options import RESULT_FILE, RUN_FILE, told
+from muse.runs.provenance import provenance
+from muse.training.profile import require_steps
+from muse.training.resume import (
     Previous,
     history_of,
     lines_before,
     run_to_resume,
     warn_of_changes,
 )
-from muse.run_options import RESULT_FILE, RUN_FILE, told
-from muse.training.checkpoint import adopt_checkpoints, find_sound_checkpoint, load_state
-from muse.training.profile import require_steps
 from muse.training.sample import sample_text
 from muse.training.trainer import TrainResult, train
 

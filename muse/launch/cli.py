@@ -17,16 +17,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from muse import stop
-from muse.composition import one_line, prepare_hydra
 from muse.config import build_config
 from muse.errors import ConfigError, RunError
 from muse.files import full_disk_told
-from muse.help import help_text
+from muse.launch.composition import one_line, prepare_hydra
+from muse.launch.help import help_text
+from muse.launch.sweep import check_plugins, digest, finish_sweep, record, record_failure, record_interruption
+from muse.processes import signals
+from muse.processes.torchrun import launched_rank, launched_ranks, say_last
 from muse.report.sweep import UNFINISHED
-from muse.run_options import folder_of_kind
-from muse.sweep import check_plugins, digest, finish_sweep, record, record_failure, record_interruption
-from muse.torchrun import launched_rank, launched_ranks, say_last
+from muse.runs.options import folder_of_kind
 
 _statuses: list[int] = []
 # How errors of gloo and of a collective's wait begin, which have no class of their own, where ranks do not
@@ -41,7 +41,7 @@ OmegaConf.register_new_resolver("muse.pid", os.getpid, use_cache=True, replace=T
 OmegaConf.register_new_resolver("muse.digest", digest, replace=True)
 # Its text is a template of Python's, in which Hydra puts nothing.
 OmegaConf.register_new_resolver(
-    "muse.help",
+    "muse.launch.help",
     lambda *topics, _root_: help_text(_root_, list(map(str, topics))).replace("$", "$$"),
     replace=True,
 )
@@ -50,7 +50,7 @@ OmegaConf.register_new_resolver("muse.kind", folder_of_kind, replace=True)
 
 def prepare() -> None:
     """Make ready for Hydra: signals, what it is told beside the command line, and how it composes."""
-    stop.take_signals_of_command()
+    signals.take_signals_of_command()
     # Errors come out of Hydra as they are, so that they can be told in one sentence.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -91,7 +91,7 @@ def ordered(arguments: list[str]) -> list[str]:
     topics = [option for option in options if parsed.help and re.fullmatch(r"[\w./]+", option)]
     if topics:
         options = [option for option in options if option not in topics]
-        options.append("hydra.help.template=${muse.help:" + ",".join(topics) + "}")
+        options.append("hydra.help.template=${muse.launch.help:" + ",".join(topics) + "}")
     return [*flags, *options]
 
 
@@ -132,13 +132,13 @@ def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
     A job that fails says why in one sentence; in a multirun the next one still runs, and all are put into its
     summary. Ctrl-C and SIGTERM end all.
     """
-    if not stop.is_command():
-        stop.take_signals_of_worker()
-    if stop.asked() is not None:
+    if not signals.is_command():
+        signals.take_signals_of_worker()
+    if signals.asked() is not None:
         return
     run = Path(HydraConfig.get().runtime.output_dir)
     try:
-        with stop.working(), full_disk_told(run):
+        with signals.working(), full_disk_told(run):
             record({}, UNFINISHED)
             status = job(build_config(composed), run)
     except (ConfigError, RunError) as error:
@@ -157,7 +157,7 @@ def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
         _say_interrupted()
         status = 130
     except SystemExit:
-        asked = stop.asked()
+        asked = signals.asked()
         if asked is None:  # Slurm's time is over, and submitit has queued the cell again.
             raise
         _say_interrupted()
@@ -167,11 +167,11 @@ def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
         raise
     if status > 128:
         record_interruption()
-    stop.leave_orphaned()
+    signals.leave_orphaned()
     _statuses.append(status)
     # A worker returns instead: it would be ended, and with it the others, which may not have saved yet.
-    asked = stop.asked()
-    if stop.is_command() and (status > 128 or asked is not None):
+    asked = signals.asked()
+    if signals.is_command() and (status > 128 or asked is not None):
         sys.exit(status if asked is None else 128 + asked)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from muse.config import RunConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "datasets", "hydra-core", "omegaconf", "wandb")
 # What the compiler made of each configuration, in kernels/: a record that nothing runs by.
 RESOURCES = "resources.json"

@@ -1,0 +1,1 @@
+"""The processes of a command: ranks, isolated jobs, and the signals that reach them."""
