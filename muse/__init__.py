@@ -1,7 +1,41 @@
 """MUSE: language models with a complex hidden state."""
 
 import os
+import sys
+from importlib.util import find_spec
 
 # Read by torch at its first allocation: large CPU tensors in huge pages. With 4 KB pages a pass over fresh
 # memory spends most of its time in page faults (zeroing 100 MB: 50 ms against 16 ms).
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+class ForeignKernels(ImportError):
+    """The package ``kernels`` that Python finds is not MUSE's; other projects have one of that name, too."""
+
+
+def _require_own_kernels() -> None:
+    spec = find_spec("kernels")
+    if spec is not None and spec.origin is not None:
+        with open(spec.origin, encoding="utf-8") as file:
+            if "MUSE" in file.readline():
+                return
+    found = f"{spec.origin or 'a folder'} is another project's" if spec is not None else "it is not there"
+    raise ForeignKernels(
+        f"MUSE needs its own package kernels, and {found}; install MUSE into an environment without another "
+        "package of that name (pip uninstall kernels), or start from a folder without one"
+    )
+
+
+def _show(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    if kind is ForeignKernels:
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)  # type: ignore[arg-type]
+
+
+try:
+    _require_own_kernels()
+except ForeignKernels:
+    # Nobody above catches it, in a command, and one sentence says all.
+    sys.excepthook = _show
+    raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -16,6 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from muse.errors import ConfigError, ValueUnknown
+
+# Hydra's files, which travel with the package.
+CONF = Path(__file__).with_name("conf")
 
 
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:

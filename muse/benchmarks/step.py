@@ -12,11 +12,10 @@ from torch import Tensor
 
 from muse.benchmarks.setting import batch_shape
 from muse.benchmarks.stored import as_trained
-from muse.config import BenchConfig, StageConfig
+from muse.config import CONF, BenchConfig, StageConfig
 from muse.hardware import autocast_dtype
 from muse.models import LanguageModel, build_model
 from muse.runs.checkpoints import find_checkpoint, load_weights
-from muse.runs.provenance import ROOT
 from muse.training.optim import ModelOptimizer, gradient_norm
 
 
@@ -26,7 +25,7 @@ def baseline_of(config: BenchConfig, precision: str | None = None, stage_number:
     ``benchmark.baseline_checkpoint`` is of stage 0, and where stage 2 is measured of stage 1. It is measured
     as the model that was trained.
     """
-    options = OmegaConf.load(ROOT / "conf" / "stage" / f"{stage_number}.yaml")
+    options = OmegaConf.load(CONF / "stage" / f"{stage_number}.yaml")
     stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), options))
     assert isinstance(stage, StageConfig)
     if precision is not None:

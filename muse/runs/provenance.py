@@ -35,6 +35,9 @@ def package_version(package: str) -> str | None:
 @cache
 def commit() -> str | None:
     """Commit of the checkout, with ``-dirty`` where tracked files differ; None outside a checkout."""
+    # An installed package may lie in an environment within somebody's checkout of something else.
+    if not (ROOT / ".git").exists():
+        return None
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

@@ -13,11 +13,10 @@ import sys
 
 from hydra import compose, initialize_config_dir
 
-from muse.config import RunConfig, build_config
+from muse.config import CONF, RunConfig, build_config
 from muse.errors import ConfigError
 from muse.launch.composition import prepare_hydra
 from muse.report.table import table
-from muse.runs.provenance import ROOT
 from muse.scaling.counts import forward_flops, parameters, step_flops
 from muse.scaling.memory import Memory, element_bytes
 from muse.scaling.prediction import CARDS, Machine, Prediction, predict
@@ -139,7 +138,7 @@ def _holders(rows: list[Prediction]) -> list[list[object]]:
 
 def _composed(options: list[str]) -> RunConfig:
     prepare_hydra()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         config: RunConfig = build_config(compose("train", options))
     element_bytes(config.stage)
     return config

@@ -31,6 +31,7 @@ from distributed_helpers import (
 
 from muse.dynamics import HamiltonianNeuralODE
 from muse.errors import ConfigError, RunError
+from muse.measure import matrix_products
 from muse.processes.torchrun import launched_rank
 from muse.report.metrics import MetricsLog
 from muse.runs.checkpoints import find_checkpoint, find_sound_checkpoint
