@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muse.benchmarks.kernels import GB, Call, peak_memory, time_in_turns
+from muse.benchmarks.kernels import GB, Call, time_in_turns
 from muse.benchmarks.setting import batch_shape
 from muse.config import GRADIENTS, BenchConfig
 from muse.dynamics import INTEGRATORS, HamiltonianNeuralODE, Potential
 from muse.errors import RunError
 from muse.measure.gradient_error import full_precision, joined, relative_error
+from muse.measure.peak_memory import peak_memory
 from muse.measure.timing import quantile
 from muse.models.hamiltonian import flow_potential
 
@@ -100,8 +101,9 @@ def _measure(config: BenchConfig, device: torch.device, torchdiffeq: Any) -> dic
         with warnings.catch_warnings():
             # MemTracker says so of the modules of torchdiffeq, which are gone before the backward pass ends.
             warnings.filterwarnings("ignore", "Module is None")
-            peak = peak_memory(calls[name].train, device)
-        assert peak is not None
+            with peak_memory(device) as meter:
+                calls[name].train()
+                peak = meter.peak() - meter.before
         row |= {f"training_ms_p{percent}": 1e3 * quantile(seconds, percent / 100) for percent in (20, 50, 80)}
         row |= {
             "forward_ms_p50": 1e3 * quantile(times[name]["forward"], 0.5),

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint
 
 from kernels.complex_attention import SCORES, complex_attention
@@ -38,6 +37,7 @@ from muse.config import BenchConfig
 from muse.hardware import synchronize
 from muse.measure.matrix_products import COMPLEX_ATTENTION, ProductRecorder, product_rate
 from muse.measure.operations import InsideOperations
+from muse.measure.peak_memory import peak_memory
 from muse.measure.timing import quantile, seconds_of, times_in_turns
 
 GB = 1e9
@@ -165,7 +165,7 @@ def measure_case(case: Case, config: BenchConfig, device: torch.device, peak: fl
             functions["compiled"] = (compiled, case.inputs)
     calls = {name: Call(*function) for name, function in functions.items()}
     times = time_in_turns(calls, config.benchmark.warmup, config.benchmark.repeats, device)
-    memory = {name: peak_memory(call.train, device, name) for name, call in calls.items()}
+    memory = {name: memory_of(call.train, device, name) for name, call in calls.items()}
     alternatives = {name: _figures(times, memory, name) for name in times}
     for name, note in notes.items():
         alternatives[name] = alternatives.get(name, {}) | note
@@ -299,29 +299,16 @@ def _figures(times: Times, memory: dict[str, float | None], name: str) -> dict[s
     return figures
 
 
-def peak_memory(train: Callable[[], None], device: torch.device, name: str = "") -> float | None:
+def memory_of(train: Callable[[], None], device: torch.device, name: str = "") -> float | None:
     """Bytes that forward and backward need at their peak beyond what is there before.
 
-    By the allocator on CUDA and by MemTracker on the CPU, which cannot see inside compiled code: None there.
+    None on a CPU for compiled code, into which nothing can see there.
     """
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        allocated = torch.cuda.memory_allocated(device)
-        train()
-        return float(torch.cuda.max_memory_allocated(device) - allocated)
-    if name == "compiled":
+    if device.type != "cuda" and name == "compiled":
         return None
-    tracker = MemTracker()
-    with tracker, InsideOperations():
-        before = _tracked(tracker, "current")
+    with peak_memory(device) as meter:
         train()
-    return _tracked(tracker, "peak") - before
-
-
-def _tracked(tracker: Any, kind: str) -> float:
-    snapshot = tracker.get_tracker_snapshot(kind)
-    return float(sum(kinds["Total"] for kinds in snapshot.values()))
+        return float(meter.peak() - meter.before)
 
 
 def flops(train: Callable[[], None]) -> int:

@@ -7,16 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed._tools.mem_tracker import MemTracker
 
 from muse.benchmarks.setting import flow_of
 from muse.benchmarks.step import benchmark_model, training_step
 from muse.config import BenchConfig
 from muse.dynamics import flow_metrics
 from muse.errors import RunError
-from muse.hardware import synchronize
 from muse.measure.gradient_error import full_precision
-from muse.measure.operations import InsideOperations
+from muse.measure.peak_memory import peak_memory
 from muse.models import count_parameters
 
 GB = 1e9
@@ -26,8 +24,7 @@ GB = 1e9
 def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     """Peak memory of the second training step, in GB (10^9 bytes).
 
-    On CUDA the peak is the allocator's ``max_memory_allocated``; on the CPU MemTracker counts the bytes
-    of all tensors exactly. The first step, which creates the optimiser's state, is not measured.
+    The first step, which creates the optimiser's state, is not measured.
 
     Returns:
         ``peak``, and what it is made of: ``parameters``, ``optimiser``, ``activations`` (kept by the
@@ -44,39 +41,21 @@ def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     model.zero_grad(set_to_none=True)
     optimizer.attach_gradients()
     state = optimizer.state_tensors()
-    after_forward = before = peak = 0.0
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    after_forward = 0
 
-        def note_cuda() -> None:
+    with peak_memory(device, model, state) as meter:
+
+        def note() -> None:
             nonlocal after_forward
-            after_forward = torch.cuda.memory_allocated(device)
+            after_forward = meter.current()
 
-        loss = step(note_cuda)
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        tracker = MemTracker()
-        tracker.track_external(model, *state)
-
-        def current() -> float:
-            snapshot = tracker.get_tracker_snapshot("current")
-            return sum(kinds["Total"] for kinds in snapshot.values())
-
-        def note_cpu() -> None:
-            nonlocal after_forward
-            after_forward = current()
-
-        with tracker, InsideOperations():
-            before = current()
-            loss = step(note_cpu)
-        peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
+        loss = step(note)
+        peak = meter.peak()
     if not math.isfinite(loss.item()):
         raise RunError(f"the loss of the measured step is {loss.item()}; its memory means nothing")
     parameters = _bytes(list(model.parameters()))
     optimiser = _bytes(state)
-    activations = after_forward - before
+    activations = after_forward - meter.before
     return {
         "peak": peak / GB,
         "parameters": parameters / GB,

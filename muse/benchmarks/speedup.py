@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed._tools.mem_tracker import MemTracker
 
 from muse.acceleration import (
     Execution,
@@ -36,7 +35,7 @@ from muse.errors import RunError
 from muse.files import write_json
 from muse.hardware import describe, restored_threads, synchronize
 from muse.measure.gradient_error import joined, relative_error
-from muse.measure.operations import InsideOperations
+from muse.measure.peak_memory import peak_memory
 from muse.measure.timing import quantile
 from muse.models import LanguageModel, build_model, count_parameters
 from muse.models.language_model import model_device
@@ -223,7 +222,7 @@ def _measured_plan(config: BenchConfig, data: TokenData, model: LanguageModel) -
     if stack.compression == "auto":
         began = time.perf_counter()
         counted = _countable(execution, device)
-        peak = peak_memory(config, data, copy.deepcopy(model), Plan(counted)) / MB
+        peak = memory_of_update(config, data, copy.deepcopy(model), Plan(counted)) / MB
         forced = peak > stack.memory_mb
         verdict = "kept" if forced else "left off, it only costs time"
         why = f"{verdict}: a step takes {peak:.0f} MB without it, stack.memory_mb={stack.memory_mb:.0f}"
@@ -238,15 +237,15 @@ def _measured_plan(config: BenchConfig, data: TokenData, model: LanguageModel) -
 
 
 def _countable(execution: Execution, device: torch.device) -> Execution:
-    """As much of an execution as ``peak_memory`` can count: MemTracker does not see into compiled code."""
+    """As much of an execution as can be counted: on a CPU nothing sees into compiled code."""
     return execution if device.type == "cuda" else dataclasses.replace(execution, compile=False)
 
 
-def peak_memory(config: BenchConfig, data: TokenData, model: LanguageModel, plan: Plan) -> float:
+def memory_of_update(config: BenchConfig, data: TokenData, model: LanguageModel, plan: Plan) -> float:
     """Bytes at the peak of the second update: parameters, gradients, optimiser, activations.
 
-    On CUDA by the allocator, on the CPU MemTracker counts the bytes of all tensors. An update from many
-    batches needs no more than one from two, whose gradients are there while the second runs forward.
+    An update from many batches needs no more than one from two, whose gradients are there while the second
+    runs forward.
     """
     device = next(model.parameters()).device
     batches = min(2, config.optim.accumulation)
@@ -254,20 +253,11 @@ def peak_memory(config: BenchConfig, data: TokenData, model: LanguageModel, plan
     training = _training(config, data, model, plan)
     for index in range(batches):
         training.step(index)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        for index in range(batches, 2 * batches):
-            training.step(index)
-        return float(torch.cuda.max_memory_allocated(device))
-    tracker = MemTracker()
     state = [v for values in training.optimizer.state.values() for k, v in values.items() if k != "step"]
-    tracker.track_external(model, *state)
-    with tracker, InsideOperations():
+    with peak_memory(device, model, state) as meter:
         for index in range(batches, 2 * batches):
-            # It follows each module once; what it has counted stays.
-            tracker.reset_mod_stats()
             training.step(index)
-    return float(sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values()))
+        return float(meter.peak())
 
 
 @restored_threads()
@@ -546,11 +536,12 @@ def measure_speedup_memory(config: BenchConfig, device: torch.device) -> dict[st
         "compressed_mb": on,
     }
     measured: dict[str, Any] = {
-        name: peak_memory(config, data, copy.deepcopy(model), other) / MB for name, other in peaks.items()
+        name: memory_of_update(config, data, copy.deepcopy(model), other) / MB
+        for name, other in peaks.items()
     }
     used = Plan(_countable(plan.execution, device), plan.compress)
     if used.execution.compile:
-        measured["stack_mb"] = peak_memory(config, data, copy.deepcopy(model), used) / MB
+        measured["stack_mb"] = memory_of_update(config, data, copy.deepcopy(model), used) / MB
     else:
         measured["stack_mb"] = measured["compressed_mb" if plan.compress else "uncompressed_mb"]
     times: list[list[float]] = [[], []]

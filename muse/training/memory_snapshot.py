@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.distributed._tools.mem_tracker import MemTracker
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from muse.files import write_json
-from muse.measure.operations import InsideOperations
+from muse.measure.peak_memory import peak_memory
 from muse.models import LanguageModel
 from muse.training.optim import ModelOptimizer
 
@@ -60,29 +56,14 @@ def memory_snapshot(
             finally:
                 torch.cuda.memory._record_memory_history(enabled=None)
         return
-    tracker = MemTracker()
-    tracker.track_external(model, *optimizer.state_tensors())
-    begun = _by_kind(tracker, "current")
-
-    def forget_modules(module: nn.Module, _: object) -> None:
-        outermost = set(tracker._mod_tracker.parents) == {"Global"} and not tracker._mod_tracker.is_bw
-        if outermost and module in tracker.memory_tracking:
-            tracker.reset_mod_stats()
-
-    # It follows each module once, and micro-batches call them again; what it has counted stays.
-    hook = register_module_forward_pre_hook(forget_modules)
-    try:
-        with tracker, InsideOperations():
+    with peak_memory(device, model, optimizer.state_tensors()) as meter:
+        begun = meter.kinds("current")
+        try:
             yield
-    finally:
-        hook.remove()
-        peak = _by_kind(tracker, "peak")
-        write_json(path, {"unit": "bytes", "start of the step": begun, "peak": peak})
+        finally:
+            told = {"start of the step": begun, "peak": meter.kinds("peak")}
+            write_json(path, {"unit": "bytes", **{when: _named(kinds) for when, kinds in told.items()}})
 
 
-def _by_kind(tracker: MemTracker, when: str) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for kinds in tracker.get_tracker_snapshot(when).values():
-        for kind, size in kinds.items():
-            total[KINDS.get(getattr(kind, "value", ""), "total")] += size
-    return dict(total)
+def _named(kinds: dict[str, int]) -> dict[str, int]:
+    return {**{KINDS[kind]: size for kind, size in kinds.items()}, "total": sum(kinds.values())}

@@ -14,8 +14,8 @@ from muse.benchmarks.kernels import (
     largest_deviation,
     measure_case,
     measure_kernels,
+    memory_of,
     normal_leaves,
-    peak_memory,
     sizes_of,
 )
 from muse.benchmarks.setting import settle
@@ -142,20 +142,20 @@ def test_an_operation_that_raises_is_an_error_and_hides_no_other(bench_config, m
 def test_memory_counts_what_an_operation_allocates_inside(monkeypatch):
     q, k, v = (torch.randn(1, 2, 64, 2, 8, requires_grad=True) for _ in range(3))
     call = Call(lambda *x: complex_attention_forward(*x, "phase", True)[0], (q, k, v))
-    measured = peak_memory(call.train, CPU)
+    measured = memory_of(call.train, CPU)
     results = 4 * q.nbytes
     # A matrix of the scores alone is 32 KiB; it lives inside the operation only.
     scores = 4 * 2 * 64 * 64
     assert measured > results + scores
-    monkeypatch.setattr(kernels, "InsideOperations", nullcontext)
-    assert peak_memory(call.train, CPU) < results + scores
+    monkeypatch.setattr("muse.measure.peak_memory.InsideOperations", nullcontext)
+    assert memory_of(call.train, CPU) < results + scores
 
 
 def test_memory_is_what_comes_on_top_of_what_there_is():
     x = torch.randn(1000, requires_grad=True)
     call = Call(torch.sin, (x,))
     # The output and the gradient, and the cosine on the way to it.
-    assert 2 * x.nbytes <= peak_memory(call.train, CPU) <= 4 * x.nbytes
+    assert 2 * x.nbytes <= memory_of(call.train, CPU) <= 4 * x.nbytes
 
 
 def test_a_missing_compiler_is_one_sentence(bench_config, monkeypatch):

@@ -17,7 +17,7 @@ from muse.benchmarks.speedup import (
     measure_speedup_memory,
     measure_speedup_pairs,
     measure_speedup_run,
-    peak_memory,
+    memory_of_update,
 )
 from muse.config import (
     BenchConfig,
@@ -259,7 +259,7 @@ def test_memory_falls_with_compression_and_counts_parameters_gradients_and_momen
     config, data, model = started(speedup_config())
     parameters = sum(p.nbytes for p in model.parameters())
     plain, compressed = (
-        peak_memory(config, data, started(config)[2], Plan(Execution(), compress))
+        memory_of_update(config, data, started(config)[2], Plan(Execution(), compress))
         for compress in (False, True)
     )
     assert 4 * parameters < compressed < plain
@@ -282,7 +282,7 @@ def counted(monkeypatch):
         plans.append(plan)
         return 2e6 if plan.execution.compile else 1e6
 
-    monkeypatch.setattr(speedup, "peak_memory", peak)
+    monkeypatch.setattr(speedup, "memory_of_update", peak)
     monkeypatch.setattr(speedup, "find_plan", lambda *_: Plan(Execution(loss=True, compile=True)))
     return plans
 
