@@ -47,7 +47,7 @@ def measure(name, config):
 def recorded(monkeypatch):
     """A run outside of Hydra, and what it would put into the summary of a sweep."""
     cells = []
-    monkeypatch.setattr(suite, "measure_apart", measure)
+    monkeypatch.setattr(suite, "measure_isolated", measure)
     monkeypatch.setattr(bench_run, "sweep_folder", lambda: None)
     monkeypatch.setattr(bench_run, "record", lambda *cell: cells.append(cell))
     return cells
@@ -154,7 +154,7 @@ def sweep(tmp_path, monkeypatch, recorded):
     def measure_next(name, config):
         return {"grad_norm_min": 1e-3, "grad_norm_max": float(next(numbers))}
 
-    monkeypatch.setattr(suite, "measure_apart", measure_next)
+    monkeypatch.setattr(suite, "measure_isolated", measure_next)
     monkeypatch.setattr(bench_run, "sweep_folder", lambda: tmp_path)
 
     def cell(benchmark=BenchmarkConfig(name="gradients"), **hardware):

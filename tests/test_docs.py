@@ -29,7 +29,7 @@ from torch.distributed.run import get_args_parser
 import muse.launch.cli
 import muse.launch.sweep
 from muse.benchmarks import suite
-from muse.benchmarks.cell import MEASUREMENTS
+from muse.benchmarks.measurements import MEASUREMENTS
 from muse.config import BenchConfig, build_config
 from muse.export import export_run
 from muse.files import find_files
@@ -335,7 +335,7 @@ def run_here(script: str, arguments: list[str]) -> int:
 
 
 def measured_here(measurement: str, config: BenchConfig) -> dict:
-    """As measure_apart, but in this process: nothing in these tests depends on what is measured."""
+    """As measure_isolated, but in this process: nothing in these tests depends on what is measured."""
     device = use_hardware(config.hardware)
     return {**MEASUREMENTS[measurement](config, device), "device": describe(device)}
 
@@ -398,8 +398,8 @@ HAS_RUN: set[tuple[str, ...]] = set()
 @pytest.mark.parametrize("command", **named(RUN))
 def test_a_command_runs(command, place, tmp_path, finished_run, monkeypatch, capfd):
     monkeypatch.chdir(place)
-    monkeypatch.setattr(suite, "measure_apart", measured_here)
-    monkeypatch.setattr(train_cell, "run_apart", lambda job, *arguments: job(*arguments))
+    monkeypatch.setattr(suite, "measure_isolated", measured_here)
+    monkeypatch.setattr(train_cell, "run_isolated", lambda job, *arguments: job(*arguments))
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(default_entity="someone"))
     monkeypatch.setattr(workspaces.Workspace, "save", lambda workspace: workspace)
     monkeypatch.setattr(workspaces.Workspace, "url", "https://there")

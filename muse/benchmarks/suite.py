@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from muse.benchmarks.cell import measure_apart
 from muse.benchmarks.criteria_decoder import (
     judge_gradients,
     judge_memory,
@@ -23,6 +22,7 @@ from muse.benchmarks.criteria_flow import (
 )
 from muse.benchmarks.criteria_kernels import judge_kernels
 from muse.benchmarks.criteria_stack import judge_stack
+from muse.benchmarks.measurements import measure_isolated
 from muse.benchmarks.report import Report
 from muse.benchmarks.setting import settle
 from muse.config import BenchConfig
@@ -34,7 +34,7 @@ def run_suite(config: BenchConfig, folder: Path) -> Report:
     Each measurement gets a process of its own; checkpoints go below ``folder``. The keys of one that failed
     are None, ``failures`` says why, and ``all_pass`` is None as long as one criterion is.
     """
-    report = Report(measure_apart)
+    report = Report(measure_isolated)
     chosen = config.benchmark.name
     flows = config.stage.number == "2"
     benchmarks: dict[str, Callable[[BenchConfig, Report], None]] = {

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from muse.config import RunConfig
 from muse.files import full_disk_told
 from muse.launch.sweep import given_options, record, sweep_folder
-from muse.processes.isolated import run_apart
+from muse.processes.isolated import run_isolated
 from muse.runs.options import RESULT_FILE, RUN_FILE, may_go_on, with_options_of
 from muse.runs.provenance import UNIDENTIFYING
 
@@ -33,7 +33,7 @@ def run_train(config: RunConfig, run: Path) -> int:
     if sweep is None or "submitit" in HydraConfig.get().launcher._target_:
         status = _train(config, run, sweep is not None)
     else:
-        status = run_apart(_train, config, run, True)
+        status = run_isolated(_train, config, run, True)
     if status == 0 and sweep is not None:
         result = _result(run)
         record(_values(result, run, sweep), "reused" if "reused_from" in result else "trained")

@@ -1,4 +1,4 @@
-"""A job in a fresh process: no threads, compiled code, memory or crash passes from one to the next."""
+"""A job in a process of its own: no threads, compiled code, memory or crash passes from one to the next."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from muse.errors import ConfigError, RunError
 from muse.processes import signals
 
+T = TypeVar("T")
 
-def run_apart(job: Callable[..., int], *arguments: Any) -> int:
-    """Run ``job(*arguments)`` in a fresh process and return its exit status.
+
+def run_isolated(job: Callable[..., T], *arguments: Any) -> T:
+    """Run ``job(*arguments)`` in a process of its own and return what it returns.
 
     A signal that asks this process to stop is passed on once, so that the job can save what it has; the
     second one kills the job.
@@ -26,6 +29,7 @@ def run_apart(job: Callable[..., int], *arguments: Any) -> int:
     Raises:
         ConfigError, RunError: what the job raised.
         RunError: when the process was killed, or ended by an error that is shown with its trace.
+        SystemExit: a signal asked this process to stop, and the job ended without a result.
     """
     # A new process is told the default too, and the default of joblib's workers is known to them alone.
     multiprocessing.set_start_method("spawn", force=True)
@@ -41,22 +45,25 @@ def run_apart(job: Callable[..., int], *arguments: Any) -> int:
     with signals.passed_on(process):
         # Not the end of the process first: it would wait for a reader of what is too long for the pipe.
         wait([receiver, process.sentinel])
-        try:
-            error = receiver.recv() if receiver.poll() else None
-        except EOFError:
-            error = None
+        found: tuple[bool, Any] | None = None
+        # The pipe of a process that ended without a word is at its end.
+        with suppress(EOFError):
+            found = receiver.recv() if receiver.poll() else None
         process.join()
+    if found is not None:
+        ended_well, value = found
+        if ended_well:
+            return cast(T, value)
+        raise value
     status = process.exitcode or 0
-    if isinstance(error, Exception):
-        raise error
-    if signals.asked() is None and status < 0:
+    if signals.asked() is not None:
+        sys.exit(128 - status if status < 0 else status)
+    if status < 0:
         raise RunError(f"the process was killed by signal {-status}, perhaps for lack of memory")
-    if signals.asked() is None and 0 < status < 128:
-        raise RunError(f"the process ended with status {status}")
-    return 128 - status if status < 0 else status
+    raise RunError(f"the process ended with status {status}")
 
 
-def _work(sender: Connection, parent: int, job: Callable[..., int], arguments: tuple[Any, ...]) -> None:
+def _work(sender: Connection, parent: int, job: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -65,15 +72,12 @@ def _work(sender: Connection, parent: int, job: Callable[..., int], arguments: t
     # As Hydra shows it in its own process.
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     try:
-        status = job(*arguments)
+        sender.send((True, job(*arguments)))
     except (ConfigError, RunError) as error:
-        sender.send(error)
-        status = 1
+        sender.send((False, error))
     except KeyboardInterrupt:
-        status = 130
-    except Exception as error:  # noqa: BLE001 - a cell that breaks must not end the sweep
+        sys.exit(130)
+    except Exception as error:  # noqa: BLE001 - a job that breaks must not end the sweep
         traceback.print_exc()
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
-        sender.send(RunError(f"{type(error).__name__}: {reason}"))
-        status = 1
-    sys.exit(status)
+        sender.send((False, RunError(f"{type(error).__name__}: {reason}")))

@@ -190,13 +190,13 @@ def measured(ratio=1.2, correct=True, operation="attention real", other="eager",
 
 
 def run(monkeypatch, config, answers):
-    def measure_apart(name, config):
+    def measure_isolated(name, config):
         answer = answers.get(name.removeprefix("kernels "), {})
         if isinstance(answer, str):
             raise RunError(answer)
         return {"cases": answer, "device": "a device"}
 
-    monkeypatch.setattr(suite, "measure_apart", measure_apart)
+    monkeypatch.setattr(suite, "measure_isolated", measure_isolated)
     return suite.run_suite(config, Path("unused"))
 
 
@@ -237,11 +237,11 @@ def test_the_worst_case_is_named_and_ratios_are_flat(bench_config, monkeypatch):
 def test_all_leaves_the_kernels_out(bench_config, monkeypatch):
     asked = []
 
-    def measure_apart(name, config):
+    def measure_isolated(name, config):
         asked.append(name)
         raise RunError("enough")
 
-    monkeypatch.setattr(suite, "measure_apart", measure_apart)
+    monkeypatch.setattr(suite, "measure_isolated", measure_isolated)
     suite.run_suite(bench_config(name="all"), Path("unused"))
     assert asked
     assert not [name for name in asked if "kernels" in name]

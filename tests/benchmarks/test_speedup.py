@@ -488,7 +488,7 @@ def report_of(monkeypatch, config, memory=None, pairs=None, change=None, **stack
         found = answer(name, config)
         return found if change is None else change(name, config, found)
 
-    monkeypatch.setattr(suite, "measure_apart", measure)
+    monkeypatch.setattr(suite, "measure_isolated", measure)
     return suite.run_suite(config, Path("unused"))
 
 
@@ -613,7 +613,7 @@ def test_the_ablation_says_what_does_not_pay(speedup_config, monkeypatch, capsys
         time = 100.0 - 40 * (stack.level > 0) + 15 * (stack.compression == "on") - 5 * stack.speculation
         return {**STACK, "seconds": time}
 
-    monkeypatch.setattr(suite, "measure_apart", measure)
+    monkeypatch.setattr(suite, "measure_isolated", measure)
     report = suite.run_suite(speedup_config(ablation=True), Path("unused"))
     saved = report.values["ablation_saved"]
     assert saved["plain"] == 0

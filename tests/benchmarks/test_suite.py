@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from muse.benchmarks import suite
-from muse.benchmarks.cell import measure_apart
+from muse.benchmarks.measurements import measure_isolated
 from muse.config import GRADIENTS, TrainConfig
 from muse.errors import RunError
 
@@ -95,7 +95,7 @@ def run(monkeypatch, config, **changed):
 
 def reported(monkeypatch, config, **changed):
     measured = {**(GOOD_FLOW if config.stage.number == "2" else GOOD), **changed}
-    monkeypatch.setattr(suite, "measure_apart", lambda name, config: measured[name](config))
+    monkeypatch.setattr(suite, "measure_isolated", lambda name, config: measured[name](config))
     return suite.run_suite(config, Path("unused"))
 
 
@@ -378,4 +378,4 @@ def test_what_could_not_be_measured_is_null_and_never_a_pass(bench_config, monke
 def test_a_measurement_that_fails_is_one_sentence(bench_config):
     config = bench_config(1, checkpoint="no/such/run")
     with pytest.raises(RunError, match="no/such/run"):
-        measure_apart("stability", config)
+        measure_isolated("stability", config)

@@ -66,7 +66,7 @@ def test_bars_and_tables_show_what_benchmarks_report(tmp_path, monkeypatch):
     found |= {"times": [0.0], "integrator": "leapfrog", "parameters": 1.0, "peak": 1.0}
     found |= {"flow/reconstruction_error": 0.0}
     found |= {key: [1.0] for key in ("energy_trajectory", "drift_trajectory", "leapfrog_drift_trajectory")}
-    monkeypatch.setattr(suite, "measure_apart", lambda *_: Anything(found, device="cpu"))
+    monkeypatch.setattr(suite, "measure_isolated", lambda *_: Anything(found, device="cpu"))
     values: set[str] = set()
     tables: list[ResultTable] = []
     for number, activation in (("1", "split_gelu"), ("2", "split_gelu"), ("3a", "gelu")):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from muse.errors import ConfigError, RunError
-from muse.processes.isolated import run_apart
+from muse.processes.isolated import run_isolated
 
 
 def change_everything(folder):
@@ -50,7 +50,7 @@ def leave(folder):
 
 @pytest.mark.slow
 def test_what_a_job_logs_is_shown(tmp_path, capfd):
-    assert run_apart(tell, tmp_path) == 0
+    assert run_isolated(tell, tmp_path) == 0
     assert capfd.readouterr().out == "what the run is about\n"
 
 
@@ -58,7 +58,7 @@ def test_what_a_job_logs_is_shown(tmp_path, capfd):
 def test_nothing_passes_from_one_job_to_the_next(tmp_path):
     told = []
     for _ in range(2):
-        assert run_apart(change_everything, tmp_path) == 0
+        assert run_isolated(change_everything, tmp_path) == 0
         told.append((tmp_path / "told").read_text().split())
     assert told[0][0] == told[1][0]
     assert len({told[0][1], told[1][1], str(os.getpid())}) == 3
@@ -78,4 +78,4 @@ def test_nothing_passes_from_one_job_to_the_next(tmp_path):
 )
 def test_a_job_that_fails_says_why_and_leaves_this_process_alone(tmp_path, job, kind, message):
     with pytest.raises(kind, match=message):
-        run_apart(job, tmp_path)
+        run_isolated(job, tmp_path)
