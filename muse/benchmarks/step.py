@@ -1,8 +1,9 @@
-"""One training step on random tokens, as the memory and speed benchmarks take it."""
+"""The models of the benchmarks, and the step of training whose memory and speed they measure."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +14,9 @@ from torch import Tensor
 from muse.benchmarks.setting import batch_shape
 from muse.benchmarks.stored import as_trained
 from muse.config import CONF, BenchConfig, StageConfig
-from muse.hardware import autocast_dtype
 from muse.models import LanguageModel, build_model
 from muse.runs.checkpoints import find_checkpoint, load_weights
-from muse.training.optim import ModelOptimizer, gradient_norm
+from muse.training.step import TrainingStep
 
 
 def baseline_of(config: BenchConfig, precision: str | None = None, stage_number: str = "0") -> BenchConfig:
@@ -63,31 +63,16 @@ def benchmark_model(config: BenchConfig, device: torch.device) -> LanguageModel:
 
 def training_step(
     config: BenchConfig, model: LanguageModel, device: torch.device
-) -> tuple[ModelOptimizer, Callable[[Callable[[], None]], Tensor]]:
-    """The optimiser and a function that takes one whole training step and returns its loss.
-
-    The step is forward, loss, backward, gradient norm, clipping and update; the function's argument is
-    called after the forward pass, before the loss.
-    """
-    optimizer = ModelOptimizer(model, config.optim, config.seed)
-    inputs, targets = random_tokens(config, device)
-    cast = autocast_dtype(config.stage.precision)
+) -> tuple[TrainingStep, Callable[[], float]]:
+    """The step that trains a model, and a function that takes one on random tokens and returns its loss."""
+    step = TrainingStep(model, config.optim, config.hardware, config.stage.precision, config.seed)
+    batch = random_tokens(config, device)
     model.train()
-    done = 0
+    numbers = itertools.count()
 
-    def step(after_forward: Callable[[], None]) -> Tensor:
-        nonlocal done
-        model.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, cast, enabled=cast is not None):
-            features = model.features(inputs)
-            after_forward()
-            loss = model.loss_of(features, targets)
-        del features
-        loss.backward()
-        optimizer.attach_gradients()
-        norm = gradient_norm(model).item()
-        optimizer.step(done, min(1.0, config.optim.clip / (norm + 1e-6)) if config.optim.clip else 1.0)
-        done += 1
-        return loss.detach()
+    def take() -> float:
+        loss = step.gradients([batch])
+        step.update(next(numbers), loss)
+        return loss
 
-    return optimizer, step
+    return step, take

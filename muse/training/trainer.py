@@ -10,23 +10,22 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from muse.config import RunConfig
 from muse.data import TokenData, evaluation_windows, training_batch
 from muse.dynamics import agree_on_fallbacks, flow_metrics, take_reconstruction_error, watched_flows
-from muse.errors import ConfigError, of_all_ranks
-from muse.hardware import autocast_dtype
+from muse.errors import ConfigError, RunError, of_all_ranks
 from muse.models import LanguageModel, build_model, count_parameters
 from muse.processes.ranks import largest, rank, ranks, summed
 from muse.runs.checkpoints import TrainingState, find_checkpoint, load_state, load_tensors
 from muse.training.checkpoint import CheckpointWriter, restore_random_state
 from muse.training.evaluate import Evaluation, evaluate
 from muse.training.interrupt import deferred_interrupt
-from muse.training.optim import ModelOptimizer, first_non_finite, gradient_norm
-from muse.training.parallel import ParallelLoss
 from muse.training.profile import profiled
 from muse.training.schedule import learning_rate_factor
+from muse.training.step import NotFinite, TrainingStep
 
 Log = Callable[[int, dict[str, float]], None]
 
@@ -106,10 +105,8 @@ def train(
     model.to(device)
     if config.hardware.compile:
         model.compile_features()
-    parallel_loss = ParallelLoss(model, config.hardware.parallel)
-    optimizer = ModelOptimizer(model, config.optim, config.seed)
-    cast = autocast_dtype(config.stage.precision)
-    scaler = torch.amp.GradScaler(device.type, enabled=cast == torch.float16)
+    training_step = TrainingStep(model, config.optim, config.hardware, config.stage.precision, config.seed)
+    optimizer, scaler = training_step.optimizer, training_step.scaler
     start, best, best_loss = 0, False, math.inf
     stride = options.eval_stride or seq_len
     sampled, every_window = (
@@ -159,7 +156,7 @@ def train(
             options.batch_size,
             options.eval_stride,
             limit,
-            cast,
+            training_step.cast,
         )
 
     model.train()
@@ -183,10 +180,13 @@ def train(
         while step < options.steps and signal_number is None:
             before = time.perf_counter()
             optimizer.set_learning_rate(learning_rate_factor(config.optim, step, options.steps))
-            loss = _accumulate_gradients(parallel_loss, config, data, device, step, cast, scaler)
+            loss = training_step.gradients(_batches(config, data, step))
             error = take_reconstruction_error(model)
             loss, error, signal_number = _agree(model, loss, error, interrupt.signal, device)
-            norm = _update(model, optimizer, scaler, config, step, loss, writer)
+            try:
+                norm = training_step.update(step, loss)
+            except NotFinite as bad:
+                raise _not_finite(bad, step, writer) from None
             step += 1
             seconds = time.perf_counter() - before
             speeds.append(tokens_per_step / seconds)
@@ -264,34 +264,30 @@ def train(
     )
 
 
-def _accumulate_gradients(
-    parallel_loss: ParallelLoss,
-    config: RunConfig,
-    data: TokenData,
-    device: torch.device,
-    step: int,
-    cast: torch.dtype | None,
-    scaler: torch.amp.GradScaler,
-) -> float:
-    """Leave the gradient of the mean loss of a step's micro-batches in the parameters.
-
-    Returns:
-        That loss, over the windows of this rank.
-    """
-    parallel_loss.model.zero_grad(set_to_none=True)
-    total = 0.0
+def _batches(config: RunConfig, data: TokenData, step: int) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and targets of this rank in each micro-batch of a step."""
     pieces, size = config.optim.accumulation, config.train.batch_size
     own = slice(rank() * size // ranks(), (rank() + 1) * size // ranks())
-    for piece in range(pieces):
-        inputs, targets = training_batch(
-            data.train, step * pieces + piece, size, config.model.seq_len, config.seed
-        )
-        with parallel_loss.gradients_summed(last=piece == pieces - 1):
-            with torch.autocast(device.type, cast, enabled=cast is not None):
-                loss = parallel_loss(inputs[own].to(device), targets[own].to(device)) / pieces
-            scaler.scale(loss).backward()
-        total += loss.item()
-    return total
+    batches = (
+        training_batch(data.train, step * pieces + piece, size, config.model.seq_len, config.seed)
+        for piece in range(pieces)
+    )
+    return [(inputs[own], targets[own]) for inputs, targets in batches]
+
+
+def _not_finite(bad: NotFinite, step: int, writer: CheckpointWriter) -> RunError:
+    """What is said of a step that is not finite, when the last checkpoint is written."""
+    writer.finish()
+    last_checkpoint = find_checkpoint(writer.folder.parent)
+    kept = (
+        f"the last good checkpoint is {last_checkpoint}"
+        if last_checkpoint
+        else "no checkpoint was written yet"
+    )
+    return of_all_ranks(
+        f"the {bad.what} is not finite in step {step + 1}; the first bad value is in {bad.where}; {kept}; a "
+        "lower optim.lr, a longer optim.warmup or stage.precision=fp32 may help"
+    )
 
 
 def _agree(
@@ -332,48 +328,3 @@ def _means(steps: list[tuple[float, float, float | None]]) -> dict[str, float]:
 def _agreed(signal: int | None, device: torch.device) -> int | None:
     """The signal that a rank was sent, on all."""
     return int(largest(torch.tensor(signal or 0, device=device))) or None
-
-
-def _update(
-    model: LanguageModel,
-    optimizer: ModelOptimizer,
-    scaler: torch.amp.GradScaler,
-    config: RunConfig,
-    step: int,
-    loss: float,
-    writer: CheckpointWriter,
-) -> float:
-    """Clip the gradients, update the parameters and return the norm before clipping.
-
-    Raises:
-        RunError: when the loss or a gradient is not finite. With a loss scaler a gradient that overflowed
-            skips the step and lowers the scale, as is usual, until the scale is used up.
-    """
-    optimizer.attach_gradients()
-    if scaler.is_enabled():
-        for inner in optimizer.optimizers:
-            scaler.unscale_(inner)
-    norm = gradient_norm(model).item()
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    overflowed = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
-    if not finite and not overflowed:
-        what = "loss" if not math.isfinite(loss) else "gradient norm"
-        writer.finish()
-        last_checkpoint = find_checkpoint(writer.folder.parent)
-        kept = (
-            f"the last good checkpoint is {last_checkpoint}"
-            if last_checkpoint
-            else "no checkpoint was written yet"
-        )
-        where = first_non_finite(model) or "the activations"
-        raise of_all_ranks(
-            f"the {what} is not finite in step {step + 1}; the first bad value is in "
-            f"{where}; {kept}; a lower optim.lr, a longer "
-            "optim.warmup or stage.precision=fp32 may help"
-        )
-    if finite:
-        clip = config.optim.clip
-        optimizer.step(step, min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
-    if scaler.is_enabled():
-        scaler.update()
-    return norm

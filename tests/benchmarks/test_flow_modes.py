@@ -95,9 +95,9 @@ def test_one_model_takes_the_steps_of_all_modes_each_by_its_own_way(modes_config
         optimizer, take = step(config, model, device)
         flow = model.blocks[0].flow.odes[0]
 
-        def taking(after_forward):
+        def taking():
             taken.append((flow.gradient, flow.scale, flow.fallen_back))
-            return take(after_forward)
+            return take()
 
         return optimizer, taking
 

@@ -38,6 +38,7 @@ from muse.training import trainer
 from muse.training.evaluate import evaluate
 from muse.training.optim import first_non_finite, gradient_norm
 from muse.training.parallel import ParallelLoss
+from muse.training.step import TrainingStep
 
 
 def told() -> dict[str, Any]:
@@ -132,13 +133,12 @@ def exchanges(together: str, pieces: int) -> dict[str, int]:
     """How often a step exchanges gradients, by the name of the operation."""
     config = run_config(stage_config(), together, {"accumulation": pieces})
     model = build_model(config.stage, config.model, VOCAB)
-    parallel_loss, data = ParallelLoss(model, together), token_data()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    device = torch.device("cpu")
+    data = token_data()
+    step = TrainingStep(model, config.optim, config.hardware, config.stage.precision, config.seed)
     # The first backward pass of DDP arranges its buckets.
-    trainer._accumulate_gradients(parallel_loss, config, data, device, 0, None, scaler)
+    step.gradients(trainer._batches(config, data, 0))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        trainer._accumulate_gradients(parallel_loss, config, data, device, 1, None, scaler)
+        step.gradients(trainer._batches(config, data, 1))
     names = [event.name for event in profile.events()]
     return dict(Counter(name for name in names if "reduce" in name and name.startswith("c10d::")))
 
