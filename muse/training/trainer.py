@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from muse.config import RunConfig
 from muse.data import TokenData, evaluation_windows, training_batch
@@ -24,6 +24,7 @@ from muse.training.checkpoint import CheckpointWriter, restore_random_state
 from muse.training.evaluate import Evaluation, evaluate
 from muse.training.interrupt import deferred_interrupt
 from muse.training.profile import profiled
+from muse.training.progress import Progress, shown_progress
 from muse.training.schedule import learning_rate_factor
 from muse.training.step import NotFinite, TrainingStep
 
@@ -90,178 +91,226 @@ def train(
         ConfigError: when a micro-batch cannot be shared among the ranks.
         RunError: when a loss or gradient is not finite, or a checkpoint cannot be written or read.
     """
-    options, seq_len = config.train, config.model.seq_len
-    if options.batch_size % ranks():
-        raise ConfigError(
-            f"train.batch_size={options.batch_size} windows cannot be shared by {ranks()} processes; choose "
-            "a multiple"
-        )
-    model = build_model(config.stage, config.model, data.vocab_size, config.seed)
-    parameters = count_parameters(model)
-    state = load_state(resume_from) if resume_from is not None else None
-    # Ranks drop different activations; on another number of ranks, see below, a run that goes on drops others
-    # than at its beginning.
-    torch.manual_seed(config.seed + rank() * 1_000_003 + (state.step if state else 0) * 1_000_000_007)
-    model.to(device)
-    if config.hardware.compile:
-        model.compile_features()
-    training_step = TrainingStep(model, config.optim, config.hardware, config.stage.precision, config.seed)
-    optimizer, scaler = training_step.optimizer, training_step.scaler
-    start, best, best_loss = 0, False, math.inf
-    stride = options.eval_stride or seq_len
-    sampled, every_window = (
-        evaluation_windows(len(data.valid), seq_len, stride, limit) for limit in (options.eval_tokens, 0)
-    )
-    # Losses along the way are compared where they are of the same windows.
-    measure = (sampled, every_window, stride)
-    unlogged: list[tuple[float, float, float | None]] = []
-    if resume_from is not None and state is not None:
-        tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        load_tensors(resume_from, tensors)
-        model.load_state_dict(tensors["model"])
-        optimizer.load_state_dict(tensors["optimizer"])
-        scaler.load_state_dict(state.scaler)
-        # A checkpoint of another number of ranks has no random states for these.
-        if len(state.random) == ranks():
-            restore_random_state(state.random[rank()])
-        start, best, unlogged = state.step, state.best, list(state.unlogged)
-        best_loss = state.best_loss if state.best_measure == measure else math.inf
-
-    writer = CheckpointWriter(run / "checkpoints", options.async_checkpoint)
-    tokens_per_step = options.batch_size * config.optim.accumulation * seq_len
-    speeds: list[float] = []
-    began = time.perf_counter()
-
-    def save(step: int, best: bool) -> None:
-        writer.save(
-            {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
-            TrainingState(
-                step=step,
-                scaler=scaler.state_dict(),
-                random=[],
-                best_loss=best_loss,
-                wandb_id=wandb_id,
-                best_measure=measure,
-                unlogged=unlogged,
-            ),
-            best,
-        )
-
-    def evaluation(split: str, limit: int) -> Evaluation:
-        return evaluate(
-            model,
-            getattr(data, split),
-            data.counts.get(split),
-            seq_len,
-            options.batch_size,
-            options.eval_stride,
-            limit,
-            training_step.cast,
-        )
-
-    model.train()
-    bar = tqdm(
-        total=options.steps,
-        initial=start,
-        unit="step",
-        disable=None if progress and rank() == 0 else True,
-        dynamic_ncols=True,
-    )
-    quiet = bool(bar.disable) and rank() == 0
-    step, signal_number = start, None
-    valid: Evaluation | None = None
-    profiling = profiled(config, model, optimizer, data.vocab_size, device, run)
+    trainer = Trainer(config, data, device, run, log, resume_from, wandb_id)
+    began, signal_number = time.perf_counter(), None
+    profiling = profiled(config, trainer.model, trainer.step.optimizer, data.vocab_size, device, run)
     with (
         deferred_interrupt() as interrupt,
-        bar,
+        shown_progress(config, trainer.done, progress) as shown,
         profiling as profile_step,
-        writer.finished_on_error(),
+        trainer.writer.finished_on_error(),
     ):
-        while step < options.steps and signal_number is None:
+        while trainer.done < config.train.steps and signal_number is None:
             before = time.perf_counter()
-            optimizer.set_learning_rate(learning_rate_factor(config.optim, step, options.steps))
-            loss = training_step.gradients(_batches(config, data, step))
-            error = take_reconstruction_error(model)
-            loss, error, signal_number = _agree(model, loss, error, interrupt.signal, device)
-            try:
-                norm = training_step.update(step, loss)
-            except NotFinite as bad:
-                raise _not_finite(bad, step, writer) from None
-            step += 1
+            signal_number = trainer.take_step(interrupt.signal)
             seconds = time.perf_counter() - before
-            speeds.append(tokens_per_step / seconds)
             profile_step(seconds)
-            bar.update()
-            unlogged.append((loss, norm, error))
-            if step % config.logger.log_every == 0 or step == options.steps:
-                speed = median(speeds[-len(unlogged) :])
-                line = {
-                    **_means(unlogged),
-                    "train/lr": optimizer.optimizers[0].param_groups[0]["lr"],
-                    "train/tokens": step * tokens_per_step,
-                    "train/tokens_per_second": speed,
-                    **flow_metrics(model),
-                }
-                unlogged = []
-                log(step, line)
-                told = f"loss {line['train/loss']:.3f}"
-                bar.set_postfix_str(f"{told}, {speed:,.0f} tokens/s")
-                if quiet and progress and step % (10 * config.logger.log_every) == 0:
-                    left = (options.steps - step) * tokens_per_step / speed
-                    print(
-                        f"step {step}/{options.steps}  {told}  {speed:,.0f} tokens/s  "
-                        f"{tqdm.format_interval(left)} left",
-                        flush=True,
-                    )
-            best, valid = False, None
-            if options.eval_every and (step % options.eval_every == 0 or step == options.steps):
-                with watched_flows(model) as flows:
-                    valid = evaluation("valid", options.eval_tokens)
-                measured_on = {"valid/tokens": valid.tokens, "valid/stride": stride}
-                log(step, {"valid/loss": valid.loss, "valid/ppl": valid.ppl, **measured_on, **flows})
-                if rank() == 0 and step < options.steps:
-                    bar.write(f"step {step}: validation loss {valid.loss:.3f}, perplexity {valid.ppl:.1f}")
-                best, best_loss = valid.loss < best_loss, min(best_loss, valid.loss)
-            elif step == options.steps:
-                # Nothing was compared.
-                best = best_loss == math.inf
-            periodic = options.checkpoint_every and step % options.checkpoint_every == 0
-            if (periodic or best) and step < options.steps:
-                save(step, best)
+            shown.advance()
+            trainer.log_step(seconds, shown)
+            trainer.validate(shown)
+            trainer.save_if_due()
             if ranks() == 1:
                 # Several agree on it in their next step.
                 signal_number = interrupt.signal
         # Before the whole split is evaluated, which may take long: a run that is killed in it goes on from
         # here. A signal still waits: that of this rank may come after all have stopped for that of another.
-        save(step, best)
-        writer.finish()
+        trainer.save()
+        trainer.writer.finish()
         signal_number = signal_number or _agreed(interrupt.signal, device)
-
-    valid_end = test_end = None
-    if signal_number is None:
-        if valid is not None and sampled == every_window:
-            valid_end, flows = valid, {}
-        else:
-            with watched_flows(model) as flows:
-                valid_end = evaluation("valid", 0)
-        whole = {"valid/whole_loss": valid_end.loss, "valid/whole_ppl": valid_end.ppl}
-        # One measurement of the flows a step.
-        log(step, whole if options.eval_every else {**whole, **flows})
-        if options.test:
-            test_end = evaluation("test", 0)
-            log(step, {"test/loss": test_end.loss, "test/ppl": test_end.ppl})
-    model.eval()
-    return model, TrainResult(
-        step=step,
-        valid=valid_end,
-        test=test_end,
-        parameters=parameters,
-        tokens=step * tokens_per_step,
+    valid, test = (None, None) if signal_number is not None else trainer.evaluate_at_the_end()
+    trainer.model.eval()
+    return trainer.model, TrainResult(
+        step=trainer.done,
+        valid=valid,
+        test=test,
+        parameters=trainer.parameters,
+        tokens=trainer.done * trainer.tokens_per_step,
         seconds=time.perf_counter() - began,
-        tokens_per_second=median(speeds) if speeds else 0.0,
+        tokens_per_second=median(trainer.speeds) if trainer.speeds else 0.0,
         checkpoint=find_checkpoint(run),
         signal=signal_number,
     )
+
+
+class Trainer:
+    """A model in training, as far as its checkpoints hold it, and what is logged on the way.
+
+    Attributes:
+        model: with its weights after ``done`` steps.
+        step: what a step does.
+        done: finished steps.
+        writer: of the checkpoints.
+        parameters: number of parameters.
+        tokens_per_step: of all ranks.
+        speeds: tokens a second of the steps of this process.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: TokenData,
+        device: torch.device,
+        run: Path,
+        log: Log,
+        resume_from: Path | None,
+        wandb_id: str | None,
+    ) -> None:
+        options, seq_len = config.train, config.model.seq_len
+        if options.batch_size % ranks():
+            raise ConfigError(
+                f"train.batch_size={options.batch_size} windows cannot be shared by {ranks()} processes; "
+                "choose a multiple"
+            )
+        self.config, self.data, self.device = config, data, device
+        self.log, self.wandb_id = log, wandb_id
+        self.model = build_model(config.stage, config.model, data.vocab_size, config.seed)
+        self.parameters = count_parameters(self.model)
+        state = load_state(resume_from) if resume_from is not None else None
+        # Ranks drop different activations; on another number of ranks, see ``_restore``, a run that goes on
+        # drops others than at its beginning.
+        torch.manual_seed(config.seed + rank() * 1_000_003 + (state.step if state else 0) * 1_000_000_007)
+        self.model.to(device)
+        if config.hardware.compile:
+            self.model.compile_features()
+        self.step = TrainingStep(
+            self.model, config.optim, config.hardware, config.stage.precision, config.seed
+        )
+        self.stride = options.eval_stride or seq_len
+        self.sampled, self.every_window = (
+            evaluation_windows(len(data.valid), seq_len, self.stride, limit)
+            for limit in (options.eval_tokens, 0)
+        )
+        # Losses along the way are compared where they are of the same windows.
+        self.measure = (self.sampled, self.every_window, self.stride)
+        self.done, self.best, self.best_loss = 0, False, math.inf
+        self.valid: Evaluation | None = None
+        self.unlogged: list[tuple[float, float, float | None]] = []
+        if resume_from is not None and state is not None:
+            self._restore(resume_from, state)
+        self.writer = CheckpointWriter(run / "checkpoints", options.async_checkpoint)
+        self.tokens_per_step = options.batch_size * config.optim.accumulation * seq_len
+        self.speeds: list[float] = []
+        self.model.train()
+
+    def _restore(self, checkpoint: Path, state: TrainingState) -> None:
+        tensors = self._tensors()
+        load_tensors(checkpoint, tensors)
+        self.model.load_state_dict(tensors["model"])
+        self.step.optimizer.load_state_dict(tensors["optimizer"])
+        self.step.scaler.load_state_dict(state.scaler)
+        # A checkpoint of another number of ranks has no random states for these.
+        if len(state.random) == ranks():
+            restore_random_state(state.random[rank()])
+        self.done, self.best, self.unlogged = state.step, state.best, list(state.unlogged)
+        self.best_loss = state.best_loss if state.best_measure == self.measure else math.inf
+
+    def take_step(self, signal: int | None) -> int | None:
+        """Take a step; the signal that a rank was sent, where several have agreed on one.
+
+        Raises:
+            RunError: the loss or the gradient is not finite.
+        """
+        self.step.optimizer.set_learning_rate(
+            learning_rate_factor(self.config.optim, self.done, self.config.train.steps)
+        )
+        loss = self.step.gradients(_batches(self.config, self.data, self.done))
+        error = take_reconstruction_error(self.model)
+        loss, error, agreed = _agree(self.model, loss, error, signal, self.device)
+        try:
+            norm = self.step.update(self.done, loss)
+        except NotFinite as bad:
+            raise _not_finite(bad, self.done, self.writer) from None
+        self.done += 1
+        self.unlogged.append((loss, norm, error))
+        return agreed
+
+    def log_step(self, seconds: float, progress: Progress) -> None:
+        """Note how long the step took, and where a line of metrics is due log and show it."""
+        self.speeds.append(self.tokens_per_step / seconds)
+        if self.done % self.config.logger.log_every and self.done < self.config.train.steps:
+            return
+        speed = median(self.speeds[-len(self.unlogged) :])
+        line = {
+            **_means(self.unlogged),
+            "train/lr": self.step.optimizer.optimizers[0].param_groups[0]["lr"],
+            "train/tokens": self.done * self.tokens_per_step,
+            "train/tokens_per_second": speed,
+            **flow_metrics(self.model),
+        }
+        self.unlogged = []
+        self.log(self.done, line)
+        progress.show(self.done, line["train/loss"], speed, self.tokens_per_step)
+
+    def validate(self, progress: Progress) -> None:
+        """Where an evaluation is due, evaluate, and see whether the model is the best so far."""
+        options = self.config.train
+        ended = self.done == options.steps
+        self.best, self.valid = False, None
+        if options.eval_every and (self.done % options.eval_every == 0 or ended):
+            with watched_flows(self.model) as flows:
+                self.valid = valid = self._evaluate("valid", options.eval_tokens)
+            measured_on = {"valid/tokens": valid.tokens, "valid/stride": self.stride}
+            self.log(self.done, {"valid/loss": valid.loss, "valid/ppl": valid.ppl, **measured_on, **flows})
+            if not ended:
+                progress.tell(
+                    f"step {self.done}: validation loss {valid.loss:.3f}, perplexity {valid.ppl:.1f}"
+                )
+            self.best, self.best_loss = valid.loss < self.best_loss, min(self.best_loss, valid.loss)
+        elif ended:
+            # Nothing was compared.
+            self.best = self.best_loss == math.inf
+
+    def evaluate_at_the_end(self) -> tuple[Evaluation, Evaluation | None]:
+        """The evaluations of the whole validation split, and of the test split where asked for."""
+        if self.valid is not None and self.sampled == self.every_window:
+            valid, flows = self.valid, {}
+        else:
+            with watched_flows(self.model) as flows:
+                valid = self._evaluate("valid", 0)
+        whole = {"valid/whole_loss": valid.loss, "valid/whole_ppl": valid.ppl}
+        # One measurement of the flows a step.
+        self.log(self.done, whole if self.config.train.eval_every else {**whole, **flows})
+        if not self.config.train.test:
+            return valid, None
+        test = self._evaluate("test", 0)
+        self.log(self.done, {"test/loss": test.loss, "test/ppl": test.ppl})
+        return valid, test
+
+    def _evaluate(self, split: str, limit: int) -> Evaluation:
+        options = self.config.train
+        return evaluate(
+            self.model,
+            getattr(self.data, split),
+            self.data.counts.get(split),
+            self.config.model.seq_len,
+            options.batch_size,
+            options.eval_stride,
+            limit,
+            self.step.cast,
+        )
+
+    def save_if_due(self) -> None:
+        """Save a model that is the best so far, and one from time to time; the last one is saved anyway."""
+        every = self.config.train.checkpoint_every
+        periodic = every and self.done % every == 0
+        if (periodic or self.best) and self.done < self.config.train.steps:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of the finished steps."""
+        state = TrainingState(
+            step=self.done,
+            scaler=self.step.scaler.state_dict(),
+            random=[],
+            best_loss=self.best_loss,
+            wandb_id=self.wandb_id,
+            best_measure=self.measure,
+            unlogged=self.unlogged,
+        )
+        self.writer.save(self._tensors(), state, self.best)
+
+    def _tensors(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.step.optimizer.state_dict()}
 
 
 def _batches(config: RunConfig, data: TokenData, step: int) -> list[tuple[Tensor, Tensor]]:
