@@ -21,6 +21,7 @@ from kernels.symplectic import POTENTIALS, advance, fixed_point, force, reconstr
 
 SCALE = 2.0**20
 SPRINGS = (0.0, 0.7)
+SINGLE_AND_HALF = (torch.float32, torch.float16)
 STAGES = ([0.05, 0.0, 0.1, 0.05], [0.1, 0.1, 0.1, 0.0])
 
 
