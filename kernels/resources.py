@@ -1,19 +1,26 @@
 """Ahead-of-time compilation of the pinned configurations: registers, shared memory and spills, without a GPU.
 
-``python -m kernels.resources`` writes resources.json anew. The compilation runs the same Python code as a
-launch, on tensors without storage, so that what is compiled is what would be launched.
+``python -m kernels.resources`` brings resources.json up to date. The compilation runs the same Python code as
+a launch, on tensors without storage, so that what is compiled is what would be launched. Beside its numbers
+the table keeps the fingerprint of each entry: of all that decides what is compiled but for the compiler. It
+tells without a compilation whether the numbers are those of the present source, so that only what has
+changed is compiled anew; with ``--all``, or by another version of Triton, everything is.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import re
 import subprocess
 import sys
 import tempfile
+import tokenize
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,68 +42,128 @@ POINTERS = {
 Resources = dict[str, int]
 
 
-def compile_cases(target: Target, cases: dict[str, Callable[[], object]]) -> dict[str, Resources]:
-    """Compile every launch that the cases make, for one target.
+class Launch(NamedTuple):
+    """What decides about the compilation of a launch."""
+
+    target: Target
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, int]  # warps and stages
+
+
+def launches(target: Target, cases: dict[str, Callable[[], object]]) -> dict[str, list[Launch]]:
+    """Every launch that the cases make for one target, by ``<label> <kernel>``.
 
     Args:
         target: the architecture.
         cases: what to call, by a label; each call gets tensors on ``meta`` only.
-
-    Returns:
-        Registers a thread, bytes of shared memory and of spills by ``<label> <kernel>``.
     """
-    found: dict[str, Resources] = {}
+    found: dict[str, list[Launch]] = {}
     for label, call in cases.items():
 
-        def compiler(kernel: Any, arguments: Any, options: Any, label: str = label) -> None:
+        def recorder(kernel: Any, arguments: Any, options: Any, label: str = label) -> None:
             name = f"{label} {kernel.__name__.strip('_')}"
-            resources = _resources(compile_launch(target, kernel, arguments, options), target)
-            before = found.get(name, resources)
-            found[name] = {key: max(value, before[key]) for key, value in resources.items()}
+            found.setdefault(name, []).append(specialise(target, kernel, arguments, options))
 
-        with compiling_for(target, compiler), torch.device("meta"):
+        with compiling_for(target, recorder), torch.device("meta"):
             call()
     return found
 
 
-def compile_launch(target: Target, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Triton's compiled kernel of one launch, as ``compiling_for`` hands it over."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def specialise(target: Target, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:
+    """A launch as ``compiling_for`` hands it over, by the rules by which Triton specialises it.
 
-    own = {key: options.pop(key) for key in ("num_warps", "num_stages") if key in options}
+    1 and None are constants, multiples of 16 are known as such.
+    """
+    own = {key: value for key, value in options.items() if key in ("num_warps", "num_stages")}
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    # The rules by which the launch specialises: 1 and None are constants, multiples of 16 are known as such.
     for position, parameter in enumerate(kernel.params):
         name, value = parameter.name, values[parameter.name]
         divisible = False
-        specialised = type(value) is int and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialised and value == 1):
+        specialises = type(value) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialises and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name], divisible = POINTERS[value.dtype], True
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = specialised and value % 16 == 0
+            divisible = specialises and value % 16 == 0
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             raise TypeError(f"{kernel.__name__}: cannot compile for {name}={value!r}")
         if divisible:
             attributes[(position,)] = [["tt.divisibility", 16]]
+    return Launch(target, kernel, signature, constants, attributes, own)
+
+
+def compile_launch(launch: Launch) -> Any:
+    """Triton's compiled kernel."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    target = launch.target
     return triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
+        ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes),
         target=GPUTarget(target.backend, target.arch, target.warp_size),
-        options=own,
+        options=launch.options,
     )
 
 
-def _resources(compiled: Any, target: Target) -> Resources:
-    registers, spilled = _registers_and_spills(compiled, target)
-    return {"registers": registers, "shared": compiled.metadata.shared, "spilled": spilled}
+def resources(launched: list[Launch]) -> Resources:
+    """Registers a thread, bytes of shared memory and of spills: the most that any of the launches needs."""
+    most: Resources = {}
+    for launch in launched:
+        compiled = compile_launch(launch)
+        registers, spilled = _registers_and_spills(compiled, launch.target)
+        found = {"registers": registers, "shared": compiled.metadata.shared, "spilled": spilled}
+        most = {key: max(value, most.get(key, 0)) for key, value in found.items()}
+    return most
+
+
+def fingerprint(launched: list[Launch]) -> str:
+    """Of all that decides what the launches compile to but for the compiler."""
+    digest = hashlib.sha256()
+    for target, kernel, *specialisation in launched:
+        architecture = (target.backend, target.arch, target.warp_size)
+        digest.update(repr((architecture, source(kernel), specialisation)).encode())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def source(function: Any) -> str:
+    """The tokens of a jit function, of all that it calls and of the constants that it reads.
+
+    Without comments, docstrings and the positions of lines. A tree would look different in another Python.
+    """
+    functions, found = [function], []
+    for one in functions:
+        words = list(_tokens(one.src))
+        found.append(" ".join(words))
+        for word in words:
+            value = one.__globals__.get(word)
+            if isinstance(value, triton.JITFunction) and value not in functions:
+                functions.append(value)
+            elif isinstance(value, triton.language.constexpr):
+                found.append(f"{word} = {value.value!r}")
+    return "\n".join(found)
+
+
+def _tokens(text: str) -> Iterator[str]:
+    starting = True
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER):
+            continue
+        # A string that begins a statement is a docstring.
+        if starting and token.type in (tokenize.STRING, tokenize.NEWLINE):
+            continue
+        starting = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+        yield tokenize.tok_name[token.type] if starting else token.string
 
 
 def _registers_and_spills(compiled: Any, target: Target) -> tuple[int, int]:
@@ -127,20 +194,26 @@ def operations() -> dict[str, Callable[[], dict[str, Callable[[], object]]]]:
     return {module.__name__.rpartition(".")[2]: module.compile_cases for module in files}
 
 
-def _measure() -> Iterator[tuple[str, str, dict[str, Resources]]]:
-    for operation, cases in operations().items():
-        for target in TARGETS:
-            print(f"{operation} for {target.name} ...", file=sys.stderr, flush=True)
-            yield operation, target.name, compile_cases(target, cases())
-
-
-def main() -> None:
-    """Write the table."""
+def main(everything: bool) -> None:
+    """Bring the table up to date."""
+    committed = json.loads(TABLE.read_text(encoding="utf-8"))
+    if everything or committed["triton"] != triton.__version__:
+        committed = {}
     table: dict[str, Any] = {"triton": triton.__version__}
-    for operation, target, found in _measure():
-        table.setdefault(operation, {})[target] = found
+    for operation, cases in operations().items():
+        table[operation] = {}
+        for target in TARGETS:
+            known = committed.get(operation, {}).get(target.name, {})
+            entries = table[operation][target.name] = {}
+            for name, launched in launches(target, cases()).items():
+                own = fingerprint(launched)
+                if known.get(name, {}).get("fingerprint") == own:
+                    entries[name] = known[name]
+                    continue
+                print(f"{operation} for {target.name}: {name}", file=sys.stderr, flush=True)
+                entries[name] = {"fingerprint": own, **resources(launched)}
     TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main("--all" in sys.argv[1:])

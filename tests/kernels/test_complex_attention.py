@@ -59,9 +59,14 @@ def test_value_is_the_definition(score, causal, sizes):
     )
 
 
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(1, 2, 2, 4), (63, 2, 1, 12), (65, 2, 2, 7)])
+SIZES = [(1, 2, 2, 4), (15, 2, 1, 12), (17, 2, 2, 7)]
+
+
+# Every two of these choices meet.
+@pytest.mark.parametrize(
+    ("score", "dtype", "sizes"),
+    [(score, DTYPES[k], SIZES[(n + k) % 3]) for n, score in enumerate(SCORES) for k in range(3)],
+)
 def test_accuracy(score, dtype, sizes):
     inputs = operands(*sizes, dtype=dtype)
     if score == "phase":
@@ -217,9 +222,15 @@ def test_more_keys_than_queries(score, dtype, causal, queries):
     torch.testing.assert_close(last, whole[:, :, -queries:], atol=rounding, rtol=rounding)
 
 
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("causal", [True, False])
+# Every two of these choices meet.
+SCORE_DTYPE_CAUSAL = [
+    (score, dtype, (n + k) % 2 == 0)
+    for n, score in enumerate(SCORES)
+    for k, dtype in enumerate((torch.float64, torch.bfloat16))
+]
+
+
+@pytest.mark.parametrize(("score", "dtype", "causal"), SCORE_DTYPE_CAUSAL)
 def test_packed_sequences_do_not_see_each_other(score, dtype, causal):
     parts = [slice(0, 1), slice(1, 9), slice(9, 9), slice(9, 14)]
     bounds = torch.tensor([0, 1, 9, 9, 14], dtype=torch.int32)
@@ -287,10 +298,10 @@ def test_causality_bit_for_bit(score, dtype, length):
     assert torch.equal(complex_attention(q, k, v, score)[:, :, :token], out[:, :, :token])
 
 
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_held_scores_and_blocks_agree(score, causal, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("score", "dtype", "causal"), [*SCORE_DTYPE_CAUSAL, *((score, torch.float32, True) for score in SCORES)]
+)
+def test_blocks_are_as_accurate_as_held_scores(score, dtype, causal, monkeypatch):
     """Few keys are held, many go by blocks."""
     q, k, v = operands(50, 4, 2, 5)
     q, cotangent = q[:, :, -40:], torch.randn(2, 4, 40, 2, 5)
@@ -302,9 +313,7 @@ def test_held_scores_and_blocks_agree(score, causal, dtype, monkeypatch):
         out = complex_attention(*leaves, score, causal)
         return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(dtype).to(kind))]
 
-    exact = run(256, torch.float64)
-    for held in (0, 256):
-        assert_as_accurate(run(held, dtype), lambda: run(256, dtype), exact)
+    assert_as_accurate(run(0, dtype), lambda: run(256, dtype), run(256, torch.float64))
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -340,9 +349,16 @@ def test_registration(score, packed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(
+    ("score", "dtype", "held"),
+    [
+        ("real", torch.bfloat16, True),
+        ("magnitude", torch.float32, True),
+        ("phase", torch.bfloat16, True),
+        # Which kind it is does not concern the compiler.
+        ("phase", torch.float32, False),
+    ],
+)
 def test_compiles_without_a_graph_break(score, dtype, held):
     leaves = [x.requires_grad_() for x in operands(12, 4, 2, 5, dtype)]
 

@@ -145,12 +145,18 @@ def test_value_and_gradients_are_those_of_the_definition(name, chunk, monkeypatc
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(1, 1), (3, 63), (7, 65)])
+SIZES = [(1, 1), (3, 63), (7, 65)]
+
+
+# Every two of these choices meet.
+@pytest.mark.parametrize(
+    ("name", "dtype", "sizes"),
+    [(name, DTYPES[k], SIZES[(n + k) % 3]) for n, name in enumerate(OPERATIONS) for k in range(3)],
+)
 def test_accuracy(name, dtype, sizes):
     if name == "layer_norm" and sizes[1] == 1:
-        return  # The eigenvectors of the definition have no gradient there; see the next test.
+        # The eigenvectors of the definition have no gradient there; see the next test.
+        sizes = (2, 17)
     function, plain, leaves = case(name, *sizes, dtype=dtype)
     exact = results(plain, [leaf.double() for leaf in leaves])
     assert_as_accurate(results(function, leaves), lambda: results(plain, leaves), exact)
@@ -199,10 +205,10 @@ def test_gradcheck_away_from_kinks(kind):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_registration(name, dtype):
+def test_registration(name):
     """opcheck of the forward op and, on what the former returned, of the backward op."""
-    leaves = [leaf.requires_grad_() for leaf in case(name, dtype=dtype)[2]]
+    # Statistics are float32 then: a dtype other than that of the state.
+    leaves = [leaf.requires_grad_() for leaf in case(name, dtype=torch.bfloat16)[2]]
     z, *rest = leaves
     check = torch.library.opcheck
     if name == "rms_norm":
@@ -478,13 +484,13 @@ def test_mod_relu_without_offset_is_the_identity(dtype):
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_mod_relu_divides_exactly_on_a_gpu():
     """Else |z| / |z| is 1 up to rounding, and mod_relu without an offset the identity up to that."""
-    from kernels.resources import compile_launch
+    from kernels.resources import compile_launch, specialise
 
     target = next(target for target in TARGETS if target.name == "sm_90")
     programs = []
 
     def compiler(kernel, arguments, options):
-        programs.append(compile_launch(target, kernel, arguments, options).asm["ptx"])
+        programs.append(compile_launch(specialise(target, kernel, arguments, options)).asm["ptx"])
 
     with compiling_for(target, compiler), torch.device("meta"):
         z = torch.empty(4, 2, 64)

@@ -1,4 +1,4 @@
-"""Every pinned configuration compiles for its target, fits its shared memory and does not spill unnoticed."""
+"""The committed table is what the present source compiles to, and everything fits its target."""
 
 from __future__ import annotations
 
@@ -6,22 +6,112 @@ import json
 
 import pytest
 
+from kernels import complex_attention, resources
 from kernels.launch import TARGETS
-from kernels.resources import TABLE, compile_cases, operations
+from kernels.resources import TABLE, Launch, fingerprint, launches, operations, source
 from kernels.triton_import import triton
+
+COMMITTED = json.loads(TABLE.read_text(encoding="utf-8"))
+OPERATIONS = sorted(operations())
+BY_NAME = {target.name: target for target in TARGETS}
+
+
+@pytest.fixture
+def launch() -> Launch:
+    """One that calls others, two deep."""
+    found = launches(BY_NAME["sm_80"], operations()["complex_attention"]())
+    return found["phase 16 bits, d=16 forward_kernel"][0]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_the_table_is_of_the_present_source_and_fits(operation, target):
+    table = COMMITTED[operation][target.name]
+    found = launches(target, operations()[operation]())
+    assert list(found) == list(table), "run python -m kernels.resources"
+    changed = [name for name in found if fingerprint(found[name]) != table[name]["fingerprint"]]
+    assert not changed, "run python -m kernels.resources"
+    assert [name for name, entry in table.items() if entry["shared"] > target.shared_limit] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operation", sorted(operations()))
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
-def test_pinned_configurations(operation, target):
-    committed = json.loads(TABLE.read_text(encoding="utf-8"))
-    found = compile_cases(target, operations()[operation]())
-    table = committed[operation][target.name]
-    assert found.keys() == table.keys(), "run python -m kernels.resources"
-    for name, resources in found.items():
-        assert resources["shared"] <= target.shared_limit, name
-        # Another version of the compiler allocates registers differently.
-        if triton.__version__ == committed["triton"]:
-            assert resources["spilled"] <= table[name]["spilled"], name
-            assert resources["shared"] == table[name]["shared"], f"{name}: run python -m kernels.resources"
+@pytest.mark.parametrize("number", range(len(OPERATIONS)), ids=OPERATIONS)
+def test_the_smallest_launches_compile_to_the_table(number):
+    """Of each kernel the one with the fewest registers, for a CUDA target of each file's own and for HIP."""
+    operation = OPERATIONS[number]
+    for target in (TARGETS[number], BY_NAME["gfx942"]):
+        table = COMMITTED[operation][target.name]
+        found = launches(target, operations()[operation]())
+        by_size = sorted(table, key=lambda name: table[name]["registers"], reverse=True)
+        smallest = {name.rpartition(" ")[2]: name for name in by_size}
+        for name in smallest.values():
+            made = {"fingerprint": fingerprint(found[name]), **resources.resources(found[name])}
+            assert made["shared"] <= target.shared_limit, name
+            # Another version of the compiler allocates otherwise.
+            if triton.__version__ == COMMITTED["triton"]:
+                assert made == table[name], f"{name}: run python -m kernels.resources --all"
+
+
+def test_a_fingerprint_is_of_everything_that_decides(launch):
+    others = [
+        launch._replace(target=BY_NAME["sm_90"]),
+        launch._replace(kernel=complex_attention._query_gradient_kernel),
+        launch._replace(signature=launch.signature | {"q": "*fp16"}),
+        launch._replace(constants=launch.constants | {"BLOCK_N": 8}),
+        launch._replace(attributes={}),
+        launch._replace(options=launch.options | {"num_warps": 16}),
+    ]
+    assert len({fingerprint([one]) for one in (launch, *others)}) == 1 + len(others)
+    assert fingerprint([launch, others[0]]) != fingerprint([launch])
+
+
+def test_a_fingerprint_is_of_what_a_kernel_calls_and_reads(launch, monkeypatch):
+    before = source.__wrapped__(launch.kernel)
+    with monkeypatch.context() as change:
+        # Called by _attend, which the kernel calls.
+        change.setattr(complex_attention, "_visible", complex_attention._place)
+        assert source.__wrapped__(launch.kernel) != before
+    monkeypatch.setattr(complex_attention, "LOG2_E", triton.language.constexpr(1.0))
+    assert source.__wrapped__(launch.kernel) != before
+
+
+def test_comments_and_docstrings_do_not_count():
+    plain = "def f(x):\n    return (x + 1)\n"
+    explained = 'def f(x):\n    """One more."""\n\n    # A comment.\n    return (  # Another.\n  x + 1)\n'
+    assert list(resources._tokens(plain)) == list(resources._tokens(explained))
+    assert list(resources._tokens(plain)) != list(resources._tokens(plain.replace("1", "2")))
+    # What stands in a block and what follows it.
+    inside, behind = (
+        f"def f(x):\n    if x:\n        x = 1\n{indent}x = 2\n" for indent in (" " * 8, " " * 4)
+    )
+    assert list(resources._tokens(inside)) != list(resources._tokens(behind))
+
+
+def test_only_what_changed_is_compiled_anew(monkeypatch, tmp_path):
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    name, other = list(table["complex_linear"]["sm_90"])[:2]
+    table["complex_linear"]["sm_90"][name]["fingerprint"] = "of other source"
+    del table["complex_linear"]["sm_90"][other]
+    path = tmp_path / "resources.json"
+    path.write_text(json.dumps(table), encoding="utf-8")
+    compiled = []
+
+    def compile_all(launched):
+        compiled.append(launched)
+        return {"registers": 0, "shared": 0, "spilled": 0}
+
+    monkeypatch.setattr(resources, "TABLE", path)
+    monkeypatch.setattr(resources, "resources", compile_all)
+    resources.main(everything=False)
+    assert len(compiled) == 2
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert list(written["complex_linear"]["sm_90"]) == list(COMMITTED["complex_linear"]["sm_90"])
+    for one in (name, other):
+        entry = written["complex_linear"]["sm_90"].pop(one)
+        expected = COMMITTED["complex_linear"]["sm_90"][one]["fingerprint"]
+        assert entry == {"fingerprint": expected, "registers": 0, "shared": 0, "spilled": 0}
+        table["complex_linear"]["sm_90"].pop(one, None)
+    assert written == table
+    compiled.clear()
+    resources.main(everything=True)
+    assert len(compiled) == sum(len(own) for op in OPERATIONS for own in table[op].values()) + 2

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from kernels import symplectic
+from kernels.launch import TARGETS
 from kernels.symplectic import (
     POTENTIALS,
     advance,
@@ -20,6 +21,7 @@ from kernels.symplectic import (
     reconstruct,
     symplectic_flow,
 )
+from kernels.triton_import import triton
 
 SCALE = 2.0**20
 NAMES = ("q", "p", "w1", "b1", "w2")
@@ -86,9 +88,8 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
 
 
 # A b1 for all tokens or for each of them, and the stiffness of the spring.
-every_form = pytest.mark.parametrize(
-    ("by_token", "spring"), [(False, 0.0), (True, 0.0), (False, 0.7), (True, 0.7)]
-)
+FORMS = [(False, 0.0), (True, 0.0), (False, 0.7), (True, 0.7)]
+every_form = pytest.mark.parametrize(("by_token", "spring"), FORMS)
 
 
 @every_form
@@ -136,19 +137,26 @@ def test_gradients_against_double_precision(phi, scale, tokens, by_token, spring
         assert relative_error(x, y) <= 1e-5, name
 
 
-@every_form
+# Every two of these choices meet.
 @pytest.mark.parametrize(
-    ("phi", "dtype"),
+    ("phi", "dtype", "scale", "form"),
     [
-        *((phi, torch.float32) for phi in POTENTIALS),
-        ("gelu_integral", torch.bfloat16),
-        ("gelu_integral", torch.float16),
+        (phi, dtype, scale, FORMS[(k + shift) % 4])
+        for k, (phi, dtype) in enumerate(
+            [
+                *((phi, torch.float32) for phi in POTENTIALS),
+                ("gelu_integral", torch.bfloat16),
+                ("gelu_integral", torch.float16),
+            ]
+        )
+        # Neither b1 nor the spring is the same in the second form.
+        for scale, shift in ((0.0, 0), (2.0**23, 3 - 2 * (k % 4)))
     ],
 )
-@pytest.mark.parametrize("scale", [0.0, 2.0**23])
-def test_as_accurate_as_plain_pytorch(monkeypatch, phi, dtype, scale, by_token, spring):
-    monkeypatch.setattr(symplectic, "CHUNK", 100)
-    tensors, scheme = make(150, 32, 96, weights=dtype, by_token=by_token), leapfrog(4, 0.1)
+def test_as_accurate_as_plain_pytorch(monkeypatch, phi, dtype, scale, form):
+    monkeypatch.setattr(symplectic, "CHUNK", 40)
+    by_token, spring = form
+    tensors, scheme = make(65, 12, 40, weights=dtype, by_token=by_token), ([0.1, 0.2], [0.2, 0.1])
 
     def run(*x):
         return symplectic_flow(*x, *scheme, phi=phi, confinement=spring, scale=scale)[:2]
@@ -209,6 +217,19 @@ def test_backward_meets_the_states_of_the_forward_pass(monkeypatch):
         for (q, slope), (q_again, slope_again) in zip(forward, reversed(backward), strict=True):
             assert torch.equal(q, q_again)
             assert torch.equal(slope, slope_again)
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_a_gpu_undoes_a_flow_by_the_kernel_that_made_it(target):
+    """Compiled for other blocks, warps or stages, its forces could have other bits."""
+    from kernels.resources import fingerprint, launches
+
+    found = launches(target, symplectic.compile_cases())
+    flows = [own for name, own in found.items() if name.endswith(" flow_kernel")]
+    assert sum(len(own) > 1 for own in flows) > 20
+    for own in flows:
+        assert len({fingerprint([launch]) for launch in own}) == 1
 
 
 def test_floating_point_reconstruction():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from kernels.triton_import import INTERPRETED
 
@@ -25,3 +26,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+def extent(x: Tensor) -> tuple[int, int]:
+    """The addresses from the first to behind the last element."""
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size() * bool(x.numel())
+
+
+@pytest.fixture(autouse=True)
+def no_access_outside_of_the_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel reads without a mask need not change a result, so that comparisons do not tell."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    builder, call = interpreter.interpreter_builder, interpreter.GridExecutor.__call__
+    load, store = builder.create_masked_load, builder.create_masked_store
+    extents: list[tuple[int, int]] = []
+
+    def check(pointers, mask):
+        addresses = pointers.data[mask.data]
+        if addresses.size:
+            low, high = int(addresses.min()), int(addresses.max())
+            assert any(first <= low and high < end for first, end in extents), "outside of every operand"
+
+    def checked_call(self, *arguments, **options):
+        extents[:] = [extent(x) for x in arguments if isinstance(x, Tensor)]
+        return call(self, *arguments, **options)
+
+    def checked_load(pointers, mask, *rest, **more):
+        check(pointers, mask)
+        return load(pointers, mask, *rest, **more)
+
+    def checked_store(pointers, value, mask, *rest):
+        check(pointers, mask)
+        return store(pointers, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", checked_call)
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
+    monkeypatch.setattr(builder, "create_masked_store", checked_store)

@@ -4,6 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+from dtypes import DTYPES, HALVES, in_each_half
+from padding import padded
 from rounding import assert_as_accurate
 
 import kernels.complex_linear as implementation
@@ -12,9 +14,25 @@ from kernels.complex_pointwise import complex_activation
 from kernels.launch import eager
 from kernels.planar import modulus, modulus_floor, upcast
 
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
-# Rows, in and out; the blocks of the interpreter are 32 up to 64 features out, else 64.
-SIZES = [(1, 1, 1), (63, 65, 63), (65, 1, 130), (7, 130, 33), (64, 32, 64)]
+# Rows, in and out. The interpreter's blocks are 32 up to 64 features out, else 64.
+ONE = (1, 1, 1)
+ONE_LESS_THAN_BLOCKS = (63, 65, 63)
+ONE_PAST_A_BLOCK = (33, 33, 33)
+WIDE = (65, 70, 130)
+# Blocks end with the features out but not with those in; backward the other way round.
+FEW_ROWS = (7, 130, 64)
+EVEN = (64, 32, 64)
+ALL = [ONE, ONE_LESS_THAN_BLOCKS, ONE_PAST_A_BLOCK, WIDE, FEW_ROWS, EVEN]
+# What is not about blocks.
+SMALL = (33, 17, 34)
+# Of the axes of each operand, so that all of them have different strides.
+GAPS = {
+    "x": (1, 0, 1),
+    "weight": (0, 1, 2),
+    "residual": (1, 0, 3),
+    "grad": (1, 0, 4),
+    "grad_hidden": (1, 0, 5),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +67,8 @@ def tensors(sizes, dtype, device):
         "grad": (rows, 2, fan_out),
         "grad_hidden": (rows, 2, fan_out),
     }
-    return {name: torch.randn(shape).to(device, dtype) for name, shape in shapes.items()}
+    made = {name: torch.randn(shape).to(device, dtype) for name, shape in shapes.items()}
+    return made | {name: padded(made[name], *gaps) for name, gaps in GAPS.items()}
 
 
 def run(function, inputs, cotangents):
@@ -99,8 +118,12 @@ def check(function, plain, inputs, cotangents):
     return results
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", SIZES)
+def alternating(first, second):
+    """Every size, in one dtype or the other."""
+    return in_each_half([(sizes, (first, second)[k % 2]) for k, sizes in enumerate(ALL)])
+
+
+@pytest.mark.parametrize(("sizes", "dtype"), alternating(torch.float16, torch.float32))
 def test_product(sizes, dtype, device, launched):
     t = tensors(sizes, dtype, device)
     used = {name: t[name] for name in ("x", "weight", "bias")}
@@ -108,8 +131,7 @@ def test_product(sizes, dtype, device, launched):
     assert launched == ["_product_kernel", "_product_kernel", "_weight_gradient_kernel"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(("sizes", "dtype"), alternating(torch.float32, torch.float16))
 def test_three_products(sizes, dtype, device):
     t = tensors(sizes, dtype, device)
     used = {name: t[name] for name in ("x", "weight", "residual")}
@@ -117,7 +139,7 @@ def test_three_products(sizes, dtype, device):
     check(*functions, used, [t["grad"]])
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("dtype", HALVES)
 def test_error_of_three_products(dtype, device):
     t = tensors((128, 64, 128), dtype, device)
     exact = plain_product(t["x"].double(), t["weight"].double())
@@ -132,10 +154,20 @@ def test_error_of_three_products(dtype, device):
     assert 2.7e-3 < error(3) < 3.3e-3
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("activation", list(PARAMETERS))
-def test_activated(sizes, dtype, activation, device, launched):
+@pytest.mark.parametrize(
+    ("activation", "sizes", "dtype"),
+    in_each_half(
+        [
+            ("mod_relu", ONE_LESS_THAN_BLOCKS, torch.float32),
+            ("mod_relu", WIDE, torch.float16),
+            ("mod_swish", FEW_ROWS, torch.float16),
+            ("mod_swish", EVEN, torch.float32),
+            ("split_gelu", ONE_PAST_A_BLOCK, torch.float16),
+            ("split_gelu", ONE, torch.float32),
+        ]
+    ),
+)
+def test_activated(activation, sizes, dtype, device, launched):
     t = tensors(sizes, dtype, device)
     used = {name: t[name] for name in ("x", "weight", "bias", "residual", *PARAMETERS[activation])}
 
@@ -147,7 +179,7 @@ def test_activated(sizes, dtype, activation, device, launched):
 @pytest.mark.parametrize("activation", list(PARAMETERS))
 def test_epilogue_is_the_activation_bit_for_bit(dtype, activation, device):
     """So that a backward pass that activates the hidden state again gets what the forward pass had."""
-    t = tensors((33, 17, 34), dtype, device)
+    t = tensors(SMALL, dtype, device)
     parameters = {name: t[name] for name in PARAMETERS[activation]}
     active, hidden = complex_linear_activated(t["x"], t["weight"], activation=activation, **parameters)
     assert torch.equal(active, complex_activation(hidden, activation, **parameters))
@@ -155,36 +187,40 @@ def test_epilogue_is_the_activation_bit_for_bit(dtype, activation, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mod_relu_without_offset_is_the_identity(dtype, device):
-    t = tensors((33, 17, 34), dtype, device)
+    t = tensors(SMALL, dtype, device)
     offset = torch.zeros(34, device=device)
     active, hidden = complex_linear_activated(t["x"], t["weight"], activation="mod_relu", offset=offset)
     assert torch.equal(active, hidden)
 
 
-@pytest.mark.parametrize("activation", list(PARAMETERS))
-@pytest.mark.parametrize("with_residual", [True, False])
-def test_one_gradient_and_no_bias(activation, with_residual, device):
-    t = tensors((33, 17, 34), torch.float32, device)
+@pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.parametrize(
+    ("activation", "with_residual"), [("mod_relu", True), ("mod_swish", False), ("split_gelu", True)]
+)
+def test_one_gradient_and_no_bias(activation, with_residual, kept, device):
+    t = tensors(SMALL, torch.float32, device)
     names = ("x", "weight", *PARAMETERS[activation], *(["residual"] if with_residual else []))
-    for kept in (0, 1):
-        used = {name: t[name] for name in (names if kept == 0 else names[:2])}
-        others = {name: t[name] for name in names if name not in used}
+    used = {name: t[name] for name in (names if kept == 0 else names[:2])}
+    others = {name: t[name] for name in names if name not in used}
 
-        def partly(function, kept=kept, others=others):
-            def run(x, **inputs):
-                same = {name: value.to(x.dtype) for name, value in others.items()}
-                return function(x=x, **inputs, **same)[kept]
+    def partly(function):
+        def run(x, **inputs):
+            same = {name: value.to(x.dtype) for name, value in others.items()}
+            return function(x=x, **inputs, **same)[kept]
 
-            return run
+        return run
 
-        function, plain = map(partly, activated(activation))
-        check(function, plain, used, [t["grad"]])
+    function, plain = map(partly, activated(activation))
+    check(function, plain, used, [t["grad"]])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["mod_relu", "mod_swish"])
-def test_many_rows_are_split(dtype, activation, device, monkeypatch):
-    t = tensors((1025, 17, 33), dtype, device)
+@pytest.mark.parametrize(
+    ("activation", "dtype"), in_each_half([("mod_relu", torch.float16), ("mod_swish", torch.float32)])
+)
+def test_many_rows_are_split(activation, dtype, device, monkeypatch):
+    block = PINNED.options("weight_gradient", torch.empty(0, device=device, dtype=dtype), 33)["BLOCK_M"]
+    # An odd number of blocks, so that the last group of them is not full.
+    t = tensors((4 * block + 1, 17, 33), dtype, device)
     used = {name: t[name] for name in ("x", "weight", "bias", "residual", *PARAMETERS[activation])}
     # Few programs, so that each has several blocks of rows.
     monkeypatch.setattr(implementation, "PROGRAMS", 4)
@@ -207,20 +243,31 @@ def test_many_rows_are_split(dtype, activation, device, monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(results, again, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["mod_relu", "mod_swish", "split_gelu"])
-def test_large_values(dtype, activation, device):
-    t = tensors((33, 17, 34), dtype, device)
+@pytest.mark.parametrize(
+    ("activation", "dtype"),
+    in_each_half([("mod_relu", torch.float16), ("mod_swish", torch.float32), ("split_gelu", torch.float16)]),
+)
+def test_large_values(activation, dtype, device):
+    t = tensors(SMALL, dtype, device)
     t["x"] *= 100
     used = {name: t[name] for name in ("x", "weight", *PARAMETERS[activation])}
     # A sum of larger gradients may leave the range of float16.
     check(*activated(activation), used, [t["grad"] / 16, t["grad_hidden"] / 16])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["mod_relu", "mod_swish", "split_gelu"])
-def test_zeros(dtype, activation, device):
-    t = tensors((33, 17, 34), dtype, device)
+@pytest.mark.parametrize(
+    ("activation", "dtype"),
+    in_each_half(
+        [
+            ("mod_relu", torch.float32),
+            ("mod_relu", torch.float16),
+            ("mod_swish", torch.float16),
+            ("split_gelu", torch.float32),
+        ]
+    ),
+)
+def test_zeros(activation, dtype, device):
+    t = tensors(SMALL, dtype, device)
     t["x"].zero_()
     t["offset"].abs_()
     used = {name: t[name] for name in ("x", "weight", *PARAMETERS[activation])}
@@ -230,10 +277,10 @@ def test_zeros(dtype, activation, device):
     check(function, plain, used, [t["grad"], t["grad_hidden"]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * torch.cuda.is_available())
+@pytest.mark.parametrize("dtype", HALVES)
 def test_wide_residual(dtype, device):
-    t = tensors((33, 17, 34), dtype, device)
-    t["residual"] = torch.randn(33, 2, 34, device=device)
+    t = tensors(SMALL, dtype, device)
+    t["residual"] = padded(torch.randn(33, 2, 34, device=device), *GAPS["residual"])
     used = {name: t[name] for name in ("x", "weight", "residual")}
 
     def function(**inputs):
