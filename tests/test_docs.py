@@ -7,12 +7,9 @@ import itertools
 import json
 import os
 import re
-import runpy
 import shlex
-import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,20 +21,16 @@ import wandb_workspaces.workspaces as workspaces
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from support.commands import keep_here, run_here
+from support.configs import write_text
+from support.processes import ROOT
 from torch.distributed.run import get_args_parser
 
-import muse.cli
-import muse.sweep
-from muse import train_cell
-from muse.benchmarks import suite
-from muse.benchmarks.cell import MEASUREMENTS
 from muse.composition import prepare_hydra
-from muse.config import BenchConfig, build_config
+from muse.config import build_config
 from muse.export import export_run
 from muse.files import find_files
-from muse.hardware import describe, use_hardware
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = ("python ", "torchrun ", "wandb ", "pip ")
 # Commands that start the processes of another one, and what they are here.
@@ -301,43 +294,11 @@ def in_small(script: str, arguments: list[str], place: Path) -> list[str]:
 def place(tmp_path_factory) -> Path:
     """A folder with a text, a corpus in three splits and a finished run."""
     folder = tmp_path_factory.mktemp("docs")
-    lines = [f"Line {n} says\n    that {n * n} is the square of {n}.\n" for n in range(200)]
-    (folder / "text.txt").write_text("".join(lines), encoding="utf-8")
+    text = write_text(folder).read_text(encoding="utf-8")
     (folder / "corpus").mkdir()
     for split_name in ("train", "valid", "test"):
-        (folder / "corpus" / f"{split_name}.txt").write_text("".join(lines), encoding="utf-8")
+        (folder / "corpus" / f"{split_name}.txt").write_text(text, encoding="utf-8")
     return folder
-
-
-def run_here(script: str, arguments: list[str]) -> int:
-    """The exit status of a script or module run in this process, which spares the import of torch."""
-    muse.cli._statuses.clear()
-    muse.sweep._folder = None
-    before = sys.argv, os.getcwd(), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    try:
-        sys.argv = [script, *arguments]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if script.endswith(".py"):
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-            else:
-                runpy.run_module(script, run_name="__main__", alter_sys=True)
-    except SystemExit as ended:
-        if isinstance(ended.code, str):
-            print(ended.code, file=sys.stderr)
-        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    finally:
-        sys.argv = before[0]
-        os.chdir(before[1])
-        signal.signal(signal.SIGTERM, before[2])
-        signal.signal(signal.SIGINT, before[3])
-    return 0
-
-
-def measured_here(measurement: str, config: BenchConfig) -> dict:
-    """As measure_apart, but in this process: nothing in these tests depends on what is measured."""
-    device = use_hardware(config.hardware)
-    return {**MEASUREMENTS[measurement](config, device), "device": describe(device)}
 
 
 @pytest.fixture(scope="module")
@@ -398,8 +359,7 @@ HAS_RUN: set[tuple[str, ...]] = set()
 @pytest.mark.parametrize("command", **named(RUN))
 def test_a_command_runs(command, place, tmp_path, finished_run, monkeypatch, capfd):
     monkeypatch.chdir(place)
-    monkeypatch.setattr(suite, "measure_apart", measured_here)
-    monkeypatch.setattr(train_cell, "run_apart", lambda job, *arguments: job(*arguments))
+    keep_here(monkeypatch)
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(default_entity="someone"))
     monkeypatch.setattr(workspaces.Workspace, "save", lambda workspace: workspace)
     monkeypatch.setattr(workspaces.Workspace, "url", "https://there")
