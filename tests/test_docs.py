@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import wandb
@@ -21,13 +23,14 @@ import wandb_workspaces.workspaces as workspaces
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from support.commands import keep_here, run_here
+from support.commands import keep_here, measured_here, run_here
 from support.configs import write_text
 from support.processes import ROOT
 from torch.distributed.run import get_args_parser
 
+from muse.benchmarks import suite
 from muse.composition import prepare_hydra
-from muse.config import build_config
+from muse.config import BenchConfig, build_config
 from muse.export import export_run
 from muse.files import find_files
 
@@ -301,6 +304,26 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
+def without_sizes(value: Any) -> Any:
+    """Options but for their whole numbers."""
+    if isinstance(value, dict):
+        return {name: without_sizes(own) for name, own in value.items()}
+    return None if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+MEASURED: dict[str, dict[str, Any]] = {}
+
+
+def measured_once(measurement: str, config: BenchConfig) -> dict[str, Any]:
+    """A measurement, or what it found before, in other sizes: nothing in these tests depends on that."""
+    options = dataclasses.asdict(config)
+    groups = {group: without_sizes(options[group]) for group in ("stage", "benchmark", "stack")}
+    key = json.dumps([measurement, groups], sort_keys=True)
+    if key not in MEASURED:
+        MEASURED[key] = measured_here(measurement, config)
+    return MEASURED[key]
+
+
 @pytest.fixture(scope="module")
 def finished_run(place) -> Callable[[str], Path]:
     """A run of a stage, for commands that need one."""
@@ -360,6 +383,7 @@ HAS_RUN: set[tuple[str, ...]] = set()
 def test_a_command_runs(command, place, tmp_path, finished_run, monkeypatch, capfd):
     monkeypatch.chdir(place)
     keep_here(monkeypatch)
+    monkeypatch.setattr(suite, "measure_apart", measured_once)
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(default_entity="someone"))
     monkeypatch.setattr(workspaces.Workspace, "save", lambda workspace: workspace)
     monkeypatch.setattr(workspaces.Workspace, "url", "https://there")

@@ -239,6 +239,8 @@ def run_config(
     optim = {"accumulation": 2, "eps": 1e-3, "clip": 0.0, **(optim or {})}
     config = configs.run_config(stage, optim, **{"steps": 4, "batch_size": 6, **train})
     config.hardware.parallel = together
+    # Stage 3a has no grouped queries.
+    config.model = configs.small_sizes(kv_heads=2)
     return config
 
 

@@ -35,11 +35,9 @@ def checkpointed(together: str, number: str = "2", **stage: Any) -> RunConfig:
     ("number", "together", "asynchronous", "precision"),
     [
         ("2", "ddp", False, "fp32"),
-        ("2", "ddp", True, "bf16"),
-        ("2", "fsdp", False, "bf16"),
-        ("2", "fsdp", True, "fp32"),
-        ("1", "ddp", False, "bf16"),
-        ("1", "fsdp", True, "bf16"),
+        ("1", "ddp", True, "bf16"),
+        ("1", "fsdp", False, "fp32"),
+        ("2", "fsdp", True, "bf16"),
     ],
 )
 def test_two_parts_of_a_run_end_with_the_bits_of_a_whole_one(

@@ -160,7 +160,7 @@ def signal_second_rank_late() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("together", ["ddp", "fsdp"])
 def test_a_signal_that_reaches_the_ranks_one_after_another_ends_them_together(place, together):
-    arguments = run_options(place, f"late {together}", together)
+    arguments = run_options(place, f"late {together}", together, "train.checkpoint_every=0")
     ranks = train_py(2, place, arguments, prepare=signal_second_rank_late)
     assert ranks.wait() == [128 + signal.SIGTERM] * 2
     assert errors("".join(ranks.err())) == []

@@ -121,3 +121,8 @@ def be_command(
     os.chdir(folder)
     sys.argv = [str(ROOT / script), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def environment_apart() -> dict[str, str]:
+    """That of a command of the repository in a process that is no copy."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
