@@ -42,14 +42,19 @@ def assert_same_end(first: Path, second: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(place: Path) -> dict[str, Path]:
-    """A finished run of each way to train together."""
-    runs = {}
+def finished(place: Path) -> dict[str, Ranks]:
+    """The ranks of an undisturbed run of each way to train together."""
+    found = {}
     for together in ("ddp", "fsdp"):
-        ranks = train_py(2, place, run_options(place, together, together))
+        ranks = found[together] = train_py(2, place, run_options(place, together, together))
         assert ranks.wait() == [0, 0], ranks.err()
-        (runs[together],) = run_folders(place / together)
-    return runs
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path, finished: dict[str, Ranks]) -> dict[str, Path]:
+    """The folders of these runs."""
+    return {together: run_folders(place / together)[0] for together in finished}
 
 
 @pytest.mark.slow
@@ -84,10 +89,8 @@ def test_the_first_rank_alone_prints_and_writes(place, undisturbed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("together", ["ddp", "fsdp"])
-def test_other_ranks_print_nothing(place, together):
-    arguments = run_options(place, f"quiet {together}", together, "train.steps=2", "train.eval_every=1")
-    ranks = train_py(2, place, arguments)
-    assert ranks.wait() == [0, 0]
+def test_other_ranks_print_nothing(finished, together):
+    ranks = finished[together]
     assert "validation loss" in "".join(ranks.out() + ranks.err())
     assert ranks.out()[1] + ranks.err()[1] == ""
 
@@ -192,14 +195,12 @@ def make_peak_product_small() -> None:
 
 
 @pytest.mark.slow
-def test_a_profile_of_two_ranks_is_that_of_the_first_one_and_changes_no_bit(place):
-    short = ["train.steps=12", "train.eval_every=0", "train.checkpoint_every=0", "train.sample_tokens=0"]
-    arguments = run_options(place, "profiled", "fsdp", *short)
-    for more in ([], ["profile=true"]):
-        ranks = train_py(2, place, [*arguments, *more], prepare=make_peak_product_small)
-        assert ranks.wait() == [0, 0], ranks.err()
-        assert ranks.out()[1] + ranks.err()[1] == ""
-    plain, profiled = run_folders(place / "profiled")
+def test_a_profile_of_two_ranks_is_that_of_the_first_one_and_changes_no_bit(place, undisturbed):
+    arguments = run_options(place, "profiled", "fsdp", "profile=true")
+    ranks = train_py(2, place, arguments, prepare=make_peak_product_small)
+    assert ranks.wait() == [0, 0], ranks.err()
+    assert ranks.out()[1] + ranks.err()[1] == ""
+    plain, (profiled,) = undisturbed["fsdp"], run_folders(place / "profiled")
     assert_same_end(plain, profiled)
     told = read_json(profiled / "profile.json")
     assert (told["steps"], told["recorded_steps"]) == (STEPS_OF_PROFILE, 3)
