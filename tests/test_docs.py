@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -25,10 +23,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from support.commands import keep_here, measured_here, run_here
 from support.configs import write_text
-from support.processes import ROOT
+from support.processes import ROOT, be_command, environment_apart
+from support.ranks import Ranks
 from torch.distributed.run import get_args_parser
 
-from muse.benchmarks import suite
+from muse.benchmarks import kernels, suite
 from muse.composition import prepare_hydra
 from muse.config import BenchConfig, build_config
 from muse.export import export_run
@@ -232,7 +231,7 @@ def swept(override: Override) -> list[str]:
 
 @pytest.mark.parametrize("command", **named(RUN))
 def test_options_of_a_command_exist_and_are_allowed(command):
-    """Every combination of a sweep composes, and its values are allowed."""
+    """Every value of a sweep composes, and is allowed."""
     launcher, script, arguments = split(filled_in(command.text, run="run", corpus="corpus", place="place"))
     get_args_parser().parse_args([*launcher, script])
     if script not in ("train.py", "bench.py"):
@@ -242,8 +241,10 @@ def test_options_of_a_command_exist_and_are_allowed(command):
         return
     prepare_hydra()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for options in itertools.product(*map(swept, overrides(arguments))):
-            build_config(compose(script.removesuffix(".py"), list(options)))
+        values = [swept(override) for override in overrides(arguments)]
+        for cell in range(max(map(len, values), default=1)):
+            options = [own[cell % len(own)] for own in values]
+            build_config(compose(script.removesuffix(".py"), options))
 
 
 def smaller(override: Override, values_of_a_sweep: int) -> str:
@@ -342,15 +343,19 @@ def stands_on_its_own(text: str, arguments: list[str]) -> bool:
     return launcher_of(text) is not None or any(word.startswith("hydra/launcher=") for word in arguments)
 
 
-def run_apart(text: str, script: str, arguments: list[str], place: Path) -> int:
-    """The exit status of a command in processes of its own, two where torchrun starts them."""
-    module = launcher_of(text)
-    launch = ["-m", module, "--standalone", "--nproc-per-node=2"] if module else []
+def run_apart(text: str, script: str, arguments: list[str], place: Path, output: Path) -> int:
+    """The exit status of a command in processes of its own, and of two ranks where torchrun starts them.
+
+    tests/distributed/test_torchrun.py has torchrun itself.
+    """
+    if launcher_of(text):
+        ranks = Ranks(2, output, be_command, script, arguments, place)
+        statuses = ranks.wait()
+        for told, stream in ((ranks.out(), sys.stdout), (ranks.err(), sys.stderr)):
+            print(*told, sep="", end="", file=stream)
+        return max(map(abs, statuses))
     done = subprocess.run(
-        [sys.executable, *launch, str(ROOT / script), *arguments],
-        cwd=place,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        check=False,
+        [sys.executable, str(ROOT / script), *arguments], cwd=place, env=environment_apart(), check=False
     )
     return done.returncode
 
@@ -384,6 +389,7 @@ def test_a_command_runs(command, place, tmp_path, finished_run, monkeypatch, cap
     monkeypatch.chdir(place)
     keep_here(monkeypatch)
     monkeypatch.setattr(suite, "measure_apart", measured_once)
+    monkeypatch.setattr(kernels, "PEAK_SIDE", {"cpu": 64})
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(default_entity="someone"))
     monkeypatch.setattr(workspaces.Workspace, "save", lambda workspace: workspace)
     monkeypatch.setattr(workspaces.Workspace, "url", "https://there")
@@ -400,7 +406,7 @@ def test_a_command_runs(command, place, tmp_path, finished_run, monkeypatch, cap
     if composed and "--help" not in arguments:
         arguments.append(f"output_root={tmp_path}")
     if stands_on_its_own(command.text, arguments):
-        status = run_apart(command.text, script, arguments, place)
+        status = run_apart(command.text, script, arguments, place, tmp_path / "ranks")
     else:
         status = run_here(script, arguments)
     printed = capfd.readouterr()

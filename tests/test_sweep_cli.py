@@ -323,9 +323,9 @@ def test_optuna_finds_the_best_of_its_trials_and_goes_on_with_its_study(place, s
     # The same options search on in the same study, others have one of their own.
     sweep_here("search", *arguments, "hydra.sweeper.n_trials=1", "logger.log_every=2")
     assert [len(known.trials) for known in studies(storage)] == [4]
-    status, _, err = sweep(
-        place, "search", "hydra/sweeper=search", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2",
-        "train.steps=2", "hydra/launcher=processes",
+    status, _, err = sweep_here(
+        "search", "hydra/sweeper=search", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2",
+        "train.steps=2",
     )  # fmt: skip
     assert status == 0, err
     last = summary(sweeps(place, "search")[-1])
@@ -337,18 +337,6 @@ def test_optuna_finds_the_best_of_its_trials_and_goes_on_with_its_study(place, s
 
 def studies(storage: str) -> list[Any]:
     return [optuna.load_study(told.study_name, storage) for told in optuna.get_all_study_summaries(storage)]
-
-
-@pytest.mark.slow
-def test_a_cell_runs_through_submitit(place):
-    status, out, err = sweep(
-        place, "submitit", "seed=3", "train.steps=2", "hydra/launcher=submitit_local",
-        "hydra.launcher.timeout_min=9",
-    )  # fmt: skip
-    assert status == 0, err
-    (folder,) = sweeps(place, "submitit")
-    assert f"the sweep is in {folder}" in out
-    assert outcomes(folder, "seed") == [("3", "trained")]
 
 
 SBATCH = """#!{python}

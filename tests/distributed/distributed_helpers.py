@@ -1,4 +1,4 @@
-"""Ranks for the tests of this folder, very small trainings for them, and train.py on several ranks."""
+"""Very small trainings for ranks, train.py on several of them, and torchrun itself."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from support import configs
 from support.configs import WIDTH
-from support.processes import ROOT, Copies, be_command
+from support.processes import ROOT, be_command
+from support.ranks import Ranks
 from support.runs import CrashError, logged, run_folders
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -36,46 +36,6 @@ React = Callable[[int], None]
 
 def go_on(step: int) -> None:
     """Let a training go on."""
-
-
-class Ranks(Copies):
-    """Processes with the environment that torchrun gives its own.
-
-    Args:
-        count: ranks; one with ``torchrun=False`` is an ordinary process.
-        folder: for their output.
-        function: called with ``arguments`` in each of them.
-    """
-
-    def __init__(
-        self,
-        count: int,
-        folder: Path,
-        function: Callable[..., None],
-        *arguments: Any,
-        torchrun: bool = True,
-    ) -> None:
-        # The ranks find each other through it.
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        port = self._store.port
-        for rank in range(count):
-            (folder / "errors" / str(rank)).mkdir(parents=True, exist_ok=True)
-        environments = [_environment(rank, count, port, folder) if torchrun else {} for rank in range(count)]
-        super().__init__(folder, environments, function, *arguments)
-
-
-def _environment(rank: int, count: int, port: int, folder: Path) -> dict[str, str]:
-    return {
-        "TORCHELASTIC_RUN_ID": "test",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_ERROR_FILE": str(folder / "errors" / str(rank) / "error.json"),
-    }
 
 
 def run_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

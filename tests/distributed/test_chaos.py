@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed_helpers import Ranks
 from support.configs import run_config, small_sizes, stage_config
+from support.ranks import Ranks
 from support.runs import logged, read_json, run_folders, same, stored
 from torch.distributed.checkpoint import FileSystemWriter
 from waiting import wait_until

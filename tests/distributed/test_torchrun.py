@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed_helpers import Job, Ranks, options, script, train_py, wait_for_steps
+from distributed_helpers import Job, options, script, train_py, wait_for_steps
 from support.processes import be_command
+from support.ranks import Ranks
 from support.runs import errors, logged, read_json, run_folders, same, stored
 
 from muse import train_run
