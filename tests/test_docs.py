@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import itertools
 import json
-import os
 import re
-import runpy
 import shlex
-import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import wandb
@@ -24,20 +21,18 @@ import wandb_workspaces.workspaces as workspaces
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from support.commands import keep_here, measured_here, run_here
+from support.configs import write_text
+from support.processes import ROOT, be_command, environment_apart
+from support.ranks import Ranks
 from torch.distributed.run import get_args_parser
 
-import muse.launch.cli
-import muse.launch.sweep
 from muse.benchmarks import suite
-from muse.benchmarks.measurements import MEASUREMENTS
 from muse.config import BenchConfig, build_config
 from muse.export import export_run
 from muse.files import find_files
-from muse.hardware import describe, use_hardware
-from muse.launch import train as train_cell
 from muse.launch.composition import prepare_hydra
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = ("python ", "torchrun ", "wandb ", "pip ")
 # Commands that start the processes of another one, and what they are here.
@@ -236,7 +231,7 @@ def swept(override: Override) -> list[str]:
 
 @pytest.mark.parametrize("command", **named(RUN))
 def test_options_of_a_command_exist_and_are_allowed(command):
-    """Every combination of a sweep composes, and its values are allowed."""
+    """Every value of a sweep composes, and is allowed."""
     launcher, script, arguments = split(filled_in(command.text, run="run", corpus="corpus", place="place"))
     get_args_parser().parse_args([*launcher, script])
     if script not in ("train.py", "bench.py"):
@@ -246,8 +241,10 @@ def test_options_of_a_command_exist_and_are_allowed(command):
         return
     prepare_hydra()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for options in itertools.product(*map(swept, overrides(arguments))):
-            build_config(compose(script.removesuffix(".py"), list(options)))
+        values = [swept(override) for override in overrides(arguments)]
+        for cell in range(max(map(len, values), default=1)):
+            options = [own[cell % len(own)] for own in values]
+            build_config(compose(script.removesuffix(".py"), options))
 
 
 def smaller(override: Override, values_of_a_sweep: int) -> str:
@@ -301,43 +298,31 @@ def in_small(script: str, arguments: list[str], place: Path) -> list[str]:
 def place(tmp_path_factory) -> Path:
     """A folder with a text, a corpus in three splits and a finished run."""
     folder = tmp_path_factory.mktemp("docs")
-    lines = [f"Line {n} says\n    that {n * n} is the square of {n}.\n" for n in range(200)]
-    (folder / "text.txt").write_text("".join(lines), encoding="utf-8")
+    text = write_text(folder).read_text(encoding="utf-8")
     (folder / "corpus").mkdir()
     for split_name in ("train", "valid", "test"):
-        (folder / "corpus" / f"{split_name}.txt").write_text("".join(lines), encoding="utf-8")
+        (folder / "corpus" / f"{split_name}.txt").write_text(text, encoding="utf-8")
     return folder
 
 
-def run_here(script: str, arguments: list[str]) -> int:
-    """The exit status of a script or module run in this process, which spares the import of torch."""
-    muse.launch.cli._statuses.clear()
-    muse.launch.sweep._folder = None
-    before = sys.argv, os.getcwd(), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    try:
-        sys.argv = [script, *arguments]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if script.endswith(".py"):
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-            else:
-                runpy.run_module(script, run_name="__main__", alter_sys=True)
-    except SystemExit as ended:
-        if isinstance(ended.code, str):
-            print(ended.code, file=sys.stderr)
-        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    finally:
-        sys.argv = before[0]
-        os.chdir(before[1])
-        signal.signal(signal.SIGTERM, before[2])
-        signal.signal(signal.SIGINT, before[3])
-    return 0
+def without_sizes(value: Any) -> Any:
+    """Options but for their whole numbers."""
+    if isinstance(value, dict):
+        return {name: without_sizes(own) for name, own in value.items()}
+    return None if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def measured_here(measurement: str, config: BenchConfig) -> dict:
-    """As measure_isolated, but in this process: nothing in these tests depends on what is measured."""
-    device = use_hardware(config.hardware)
-    return {**MEASUREMENTS[measurement](config, device), "device": describe(device)}
+MEASURED: dict[str, dict[str, Any]] = {}
+
+
+def measured_once(measurement: str, config: BenchConfig) -> dict[str, Any]:
+    """A measurement, or what it found before, in other sizes: nothing in these tests depends on that."""
+    options = dataclasses.asdict(config)
+    groups = {group: without_sizes(options[group]) for group in ("stage", "benchmark", "stack")}
+    key = json.dumps([measurement, groups], sort_keys=True)
+    if key not in MEASURED:
+        MEASURED[key] = measured_here(measurement, config)
+    return MEASURED[key]
 
 
 @pytest.fixture(scope="module")
@@ -358,15 +343,19 @@ def stands_on_its_own(text: str, arguments: list[str]) -> bool:
     return launcher_of(text) is not None or any(word.startswith("hydra/launcher=") for word in arguments)
 
 
-def run_apart(text: str, script: str, arguments: list[str], place: Path) -> int:
-    """The exit status of a command in processes of its own, two where torchrun starts them."""
-    module = launcher_of(text)
-    launch = ["-m", module, "--standalone", "--nproc-per-node=2"] if module else []
+def run_apart(text: str, script: str, arguments: list[str], place: Path, output: Path) -> int:
+    """The exit status of a command in processes of its own, and of two ranks where torchrun starts them.
+
+    tests/distributed/test_torchrun.py has torchrun itself.
+    """
+    if launcher_of(text):
+        ranks = Ranks(2, output, be_command, script, arguments, place)
+        statuses = ranks.wait()
+        for told, stream in ((ranks.out(), sys.stdout), (ranks.err(), sys.stderr)):
+            print(*told, sep="", end="", file=stream)
+        return max(map(abs, statuses))
     done = subprocess.run(
-        [sys.executable, *launch, str(ROOT / script), *arguments],
-        cwd=place,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        check=False,
+        [sys.executable, str(ROOT / script), *arguments], cwd=place, env=environment_apart(), check=False
     )
     return done.returncode
 
@@ -398,8 +387,9 @@ HAS_RUN: set[tuple[str, ...]] = set()
 @pytest.mark.parametrize("command", **named(RUN))
 def test_a_command_runs(command, place, tmp_path, finished_run, monkeypatch, capfd):
     monkeypatch.chdir(place)
-    monkeypatch.setattr(suite, "measure_isolated", measured_here)
-    monkeypatch.setattr(train_cell, "run_isolated", lambda job, *arguments: job(*arguments))
+    keep_here(monkeypatch)
+    monkeypatch.setattr(suite, "measure_isolated", measured_once)
+    monkeypatch.setattr("muse.measure.matrix_products.PEAK_SIDE", {"cpu": 64})
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(default_entity="someone"))
     monkeypatch.setattr(workspaces.Workspace, "save", lambda workspace: workspace)
     monkeypatch.setattr(workspaces.Workspace, "url", "https://there")
@@ -416,7 +406,7 @@ def test_a_command_runs(command, place, tmp_path, finished_run, monkeypatch, cap
     if composed and "--help" not in arguments:
         arguments.append(f"output_root={tmp_path}")
     if stands_on_its_own(command.text, arguments):
-        status = run_apart(command.text, script, arguments, place)
+        status = run_apart(command.text, script, arguments, place, tmp_path / "ranks")
     else:
         status = run_here(script, arguments)
     printed = capfd.readouterr()

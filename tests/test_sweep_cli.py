@@ -14,14 +14,15 @@ from typing import Any
 import optuna
 import pytest
 from safetensors.torch import load_file, save
+from support.commands import keep_here, run_here
+from support.configs import SMALL_MODEL, write_text
+from support.processes import ROOT, environment_apart
 from waiting import PATIENCE, wait_until
 
 from muse.export import export_run
 from muse.files import find_files
 
-ROOT = Path(__file__).resolve().parents[1]
-WIDTH = "{d_model:16,layers:2,heads:2,kv_heads:2,d_ff:32}"
-STEPS = 40
+STEPS = 16
 # Of which a process and all that it starts can be told.
 MARK = "MUSE_TEST_SWEEP"
 
@@ -30,14 +31,13 @@ MARK = "MUSE_TEST_SWEEP"
 def place(tmp_path_factory) -> Path:
     """A folder with a text, a cache of its tokens, and room for sweeps."""
     folder = tmp_path_factory.mktemp("sweeps")
-    lines = (f"Line {n} says\n    that {n * n} is the square of {n}.\n" for n in range(200))
-    (folder / "text.txt").write_text("".join(lines), encoding="utf-8")
+    write_text(folder)
     return folder
 
 
-def start(place: Path, root: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Start a sweep below the folder ``root``; its processes may be found by ``processes_of(root)``."""
-    options = [
+def options(place: Path, root: str) -> list[str]:
+    """Of a sweep of very small runs that log every step."""
+    return [
         "data=text",
         f"data.path={place / 'text.txt'}",
         f"data.cache={place / 'cache'}",
@@ -45,27 +45,21 @@ def start(place: Path, root: str, *arguments: str, **environment: str) -> subpro
         "logger=none",
         "logger.log_every=1",
         "hardware=cpu",
-        "model.vocab_size=300",
-        "model.seq_len=16",
-        f"model.real={WIDTH}",
-        f"model.complex={WIDTH}",
+        *SMALL_MODEL,
         "stage.dropout=0.1",
         "train.batch_size=2",
         "train.eval_every=0",
         "train.sample_tokens=0",
     ]
+
+
+def start(place: Path, root: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a sweep below the folder ``root``; its processes may be found by ``processes_of(root)``."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "-m", *options, *arguments],
+        [sys.executable, str(ROOT / "train.py"), "-m", *options(place, root), *arguments],
         cwd=place,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            # submitit starts processes that know nothing of train.py's folder.
-            "PYTHONPATH": str(ROOT),
-            MARK: str(place / root),
-            **environment,
-        },
+        # submitit starts processes that know nothing of train.py's folder.
+        env={**environment_apart(), MARK: str(place / root), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -81,6 +75,22 @@ def sweep(place: Path, root: str, *arguments: str, **environment: str) -> tuple[
         process.kill()
     assert "Traceback" not in out + err, err
     return process.returncode, out, err
+
+
+@pytest.fixture
+def sweep_here(monkeypatch, capfd, place):
+    """A sweep in this process, with all of its cells."""
+    keep_here(monkeypatch)
+    monkeypatch.chdir(place)
+    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+
+    def run(root: str, *arguments: str) -> tuple[int, str, str]:
+        status = run_here("train.py", ["-m", *options(place, root), *arguments, *quiet])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err, err
+        return status, out, err
+
+    return run
 
 
 def sweeps(place: Path, root: str) -> list[Path]:
@@ -141,13 +151,13 @@ def wait_until_alone(root: Path) -> None:
     wait_until(lambda: not processes_of(root))
 
 
-THREE = ["seed=0,1,2", f"train.steps={STEPS}", "train.checkpoint_every=4", "resume=auto"]
+TWO = ["seed=0,1", f"train.steps={STEPS}", "train.checkpoint_every=4", "resume=auto"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Path) -> Path:
-    """A sweep of three cells, two at a time."""
-    status, out, err = sweep(place, "whole", *THREE, "hydra/launcher=processes")
+    """A sweep of two cells at a time."""
+    status, out, err = sweep(place, "whole", *TWO, "hydra/launcher=processes")
     assert status == 0, err
     (folder,) = sweeps(place, "whole")
     assert out.count("tokens_per_second") == 1
@@ -158,7 +168,7 @@ def undisturbed(place: Path) -> Path:
 @pytest.mark.slow
 def test_no_cell_of_a_parallel_sweep_is_lost(tmp_path, undisturbed):
     cells = summary(undisturbed)
-    assert outcomes(undisturbed, "seed") == [(seed, "trained") for seed in ("0", "1", "2")]
+    assert outcomes(undisturbed, "seed") == [(seed, "trained") for seed in ("0", "1")]
     for cell in cells:
         result = json.loads((undisturbed / cell["folder"] / "result.json").read_text())
         # Relative, so that a sweep that is moved is whole.
@@ -175,17 +185,17 @@ def test_no_cell_of_a_parallel_sweep_is_lost(tmp_path, undisturbed):
         (cell["options"]["seed"], cell["valid_loss"]) for cell in cells
     ]
     assert (undisturbed / "summary.png").read_bytes().startswith(b"\x89PNG")
-    assert len(set(weights(undisturbed, tmp_path))) == 3
+    assert len(set(weights(undisturbed, tmp_path))) == 2
 
 
 @pytest.mark.slow
-def test_a_repeated_sweep_trains_nothing(place, undisturbed):
+def test_a_repeated_sweep_trains_nothing(place, undisturbed, sweep_here):
     before = summary(undisturbed)
-    status, out, err = sweep(place, "whole", *THREE)
+    status, out, err = sweep_here("whole", *TWO)
     assert status == 0, err
     again = sweeps(place, "whole")[-1]
     assert again != undisturbed
-    assert out.count("is finished; its results are in") == 3
+    assert out.count("is finished; its results are in") == 2
     after = summary(again)
     for cell, own in zip(after, before, strict=True):
         assert (again / cell.pop("folder")).samefile(undisturbed / own.pop("folder"))
@@ -194,8 +204,8 @@ def test_a_repeated_sweep_trains_nothing(place, undisturbed):
 
 
 @pytest.mark.slow
-def test_cells_that_differ_in_their_hardware_are_all_trained(place):
-    status, _, err = sweep(place, "hardware", "hardware.threads=1,2", "train.steps=2", "resume=auto")
+def test_cells_that_differ_in_their_hardware_are_all_trained(place, sweep_here):
+    status, _, err = sweep_here("hardware", "hardware.threads=1,2", "train.steps=2", "resume=auto")
     assert status == 0, err
     (folder,) = sweeps(place, "hardware")
     assert outcomes(folder, "hardware.threads") == [("1", "trained"), ("2", "trained")]
@@ -228,18 +238,18 @@ def test_a_sweep_that_is_killed_and_repeated_ends_with_the_same_bits(place, undi
     (place / "held").mkdir(exist_ok=True)
     (place / "held" / "sitecustomize.py").write_text(HELD.format(steps=6))
     path = f"{place / 'held'}{os.pathsep}{ROOT}"
-    process = start(place, root, *THREE, f"hydra/launcher={launcher}", PYTHONPATH=path)
+    process = start(place, root, *TWO, f"hydra/launcher={launcher}", PYTHONPATH=path)
     wait_for_steps(process, place / root, 6, 1)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     wait_until_alone(place / root)
     assert {cell["status"] for cell in summary(sweeps(place, root)[-1])} <= {"unfinished", "interrupted"}
-    status, out, err = sweep(place, root, *THREE, f"hydra/launcher={launcher}")
+    status, out, err = sweep(place, root, *TWO, f"hydra/launcher={launcher}")
     assert status == 0, err
     assert "resuming" in out
     cells = summary(sweeps(place, root)[-1])
-    assert [cell["status"] for cell in cells] == ["trained"] * 3
+    assert [cell["status"] for cell in cells] == ["trained"] * 2
     assert weights(sweeps(place, root)[-1], place) == weights(undisturbed, place)
     assert [cell["valid_loss"] for cell in cells] == [cell["valid_loss"] for cell in summary(undisturbed)]
 
@@ -288,11 +298,11 @@ def test_a_cell_that_fails_is_in_the_summary_and_the_others_run(place):
 
 
 @pytest.mark.slow
-def test_optuna_finds_the_best_of_its_trials_and_goes_on_with_its_study(place):
+def test_optuna_finds_the_best_of_its_trials_and_goes_on_with_its_study(place, sweep_here):
     """A trial that diverges counts as infinitely bad."""
     arguments = ["hydra/sweeper=search", "optim.lr=choice(0.03,1e30)", "optim.warmup=0", "train.steps=3"]
     trials = ["hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=2"]
-    status, _, err = sweep(place, "search", *arguments, *trials)
+    status, _, err = sweep_here("search", *arguments, *trials)
     assert status == 1, err
     (folder,) = sweeps(place, "search")
     cells = summary(folder)
@@ -311,11 +321,11 @@ def test_optuna_finds_the_best_of_its_trials_and_goes_on_with_its_study(place):
     assert sorted(trial.value for trial in study.trials)[-1] == float("inf")
 
     # The same options search on in the same study, others have one of their own.
-    sweep(place, "search", *arguments, "hydra.sweeper.n_trials=1", "logger.log_every=2")
+    sweep_here("search", *arguments, "hydra.sweeper.n_trials=1", "logger.log_every=2")
     assert [len(known.trials) for known in studies(storage)] == [4]
-    status, _, err = sweep(
-        place, "search", "hydra/sweeper=search", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2",
-        "train.steps=2", "hydra/launcher=processes",
+    status, _, err = sweep_here(
+        "search", "hydra/sweeper=search", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2",
+        "train.steps=2",
     )  # fmt: skip
     assert status == 0, err
     last = summary(sweeps(place, "search")[-1])
@@ -327,18 +337,6 @@ def test_optuna_finds_the_best_of_its_trials_and_goes_on_with_its_study(place):
 
 def studies(storage: str) -> list[Any]:
     return [optuna.load_study(told.study_name, storage) for told in optuna.get_all_study_summaries(storage)]
-
-
-@pytest.mark.slow
-def test_a_cell_runs_through_submitit(place):
-    status, out, err = sweep(
-        place, "submitit", "seed=3", "train.steps=2", "hydra/launcher=submitit_local",
-        "hydra.launcher.timeout_min=9",
-    )  # fmt: skip
-    assert status == 0, err
-    (folder,) = sweeps(place, "submitit")
-    assert f"the sweep is in {folder}" in out
-    assert outcomes(folder, "seed") == [("3", "trained")]
 
 
 SBATCH = """#!{python}

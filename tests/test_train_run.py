@@ -12,22 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+from support.configs import small_sizes, write_text
+from support.runs import logged, same, stored
 
 from muse.config import (
     DataConfig,
     HardwareConfig,
     LoggerConfig,
-    ModelConfig,
     OptimConfig,
     RunConfig,
     StageConfig,
     TokenizerConfig,
     TrainConfig,
-    WidthConfig,
 )
 from muse.errors import ConfigError
-from muse.report.metrics import FILE, read_metrics
-from muse.runs.checkpoints import find_checkpoint, load_state, load_tensors, stored_tensors
+from muse.report.metrics import FILE
+from muse.runs.checkpoints import find_checkpoint, load_state
 from muse.runs.options import RESULT_FILE, RUN_FILE
 from muse.runs.provenance import provenance
 from muse.training.evaluate import Evaluation
@@ -196,12 +196,10 @@ def test_a_cell_of_a_sweep_is_no_run_whose_options_changed_on_its_way(tmp_path, 
 @pytest.fixture
 def small(tmp_path) -> RunConfig:
     """Eight steps of a model with some thousand parameters, at one rate after two steps."""
-    lines = (f"Line {n} says\n    that {n * n} is the square of {n}.\n" for n in range(200))
-    (tmp_path / "text.txt").write_text("".join(lines), encoding="utf-8")
-    width = WidthConfig(d_model=8, layers=1, heads=2, kv_heads=1, d_ff=16)
+    write_text(tmp_path)
     return RunConfig(
         stage=StageConfig(dropout=0.2),
-        model=ModelConfig("nano", 300, 16, real=width, complex=width),
+        model=small_sizes(300, 16, layers=1),
         data=DataConfig(name="text", path=str(tmp_path / "text.txt"), cache=str(tmp_path / "cache")),
         tokenizer=TokenizerConfig(vocab_size=300),
         optim=OptimConfig(schedule="constant", warmup=2),
@@ -230,22 +228,9 @@ def read(run: Path, name: str = RESULT_FILE) -> dict[str, Any]:
     return json.loads((run / name).read_text(encoding="utf-8"))
 
 
-def end_of(run: Path) -> dict[str, bytes]:
-    """Parameters and moments at the end of a run, bit for bit."""
-    checkpoint = run / read(run)["checkpoint"]
-    tensors = {
-        name: torch.empty(size, dtype=dtype) for name, (size, dtype) in stored_tensors(checkpoint).items()
-    }
-    groups: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        groups.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = tensor
-    load_tensors(checkpoint, groups)
-    return {name: tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
-
-
-def logged(run: Path) -> list[dict[str, Any]]:
-    """The metrics of a run without the speed, which is never the same twice."""
-    return [{key: v for key, v in line.items() if "second" not in key} for line in read_metrics(run)]
+def end_of(run: Path) -> dict[str, torch.Tensor]:
+    """Parameters and moments at the end of a run."""
+    return stored(run / read(run)["checkpoint"])
 
 
 @pytest.mark.parametrize(("optim", "precision"), [("adamw", "bf16"), ("muon", "fp32")])
@@ -260,7 +245,7 @@ def test_a_finished_run_that_is_extended_twice_ends_with_the_bits_of_an_undistur
         for steps in (12, 16):
             more = with_train(dataclasses.replace(small, resume=str(run)), steps=steps)
             run = trained(str(steps), more)
-    assert end_of(run) == end_of(whole)
+    assert same(end_of(run), end_of(whole))
     # The former ends were of the whole split.
     assert [
         line for line in logged(run) if line["step"] in (16, *range(8)) or "valid/whole_loss" not in line
@@ -312,7 +297,7 @@ def test_a_run_cannot_be_shorter_than_it_is(small, trained):
 def test_a_finished_run_gets_the_evaluation_that_it_lacks(small, trained):
     run = trained("first", small)
     tested = trained("second", with_train(dataclasses.replace(small, resume=str(run)), test=True))
-    assert end_of(tested) == end_of(run)
+    assert same(end_of(tested), end_of(run))
     assert read(run)["test"] is None
     assert math.isfinite(read(tested)["test"]["loss"])
     lines = [line for line in logged(tested) if line["step"] == 8]
@@ -327,10 +312,10 @@ def test_a_run_that_was_moved_is_whole(small, trained, tmp_path):
     moved = tmp_path / "elsewhere" / "moved"
     moved.parent.mkdir()
     shutil.move(first, moved)
-    assert end_of(moved) == weights
+    assert same(end_of(moved), weights)
     again = trained("reused", dataclasses.replace(small, resume=str(moved)))
     assert (again / read(again)["reused_from"]).resolve() == moved.resolve()
-    assert end_of(again) == weights
+    assert same(end_of(again), weights)
     second = trained("second", with_train(dataclasses.replace(small, resume=str(moved)), steps=9))
     assert read(second, RUN_FILE)["resumed_from"] == "../../elsewhere/moved"
     texts = [(run / name).read_text() for run in (moved, second) for name in (RUN_FILE, RESULT_FILE)]
@@ -351,6 +336,6 @@ def test_a_run_from_before_changes_were_noted_goes_on(small, trained):
     result = read(run)
     (run / RESULT_FILE).write_text(json.dumps({**result, "checkpoint": str(run / result["checkpoint"])}))
     reused = trained("reused", dataclasses.replace(small, resume="auto"))
-    assert end_of(reused) == end_of(run)
+    assert same(end_of(reused), end_of(run))
     more = trained("more", with_train(dataclasses.replace(small, resume=str(run)), steps=9))
     assert read(more)["steps"] == 9

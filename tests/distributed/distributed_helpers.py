@@ -1,11 +1,8 @@
-"""Ranks for the tests of this folder, very small trainings for them, and train.py on several ranks."""
+"""Very small trainings for ranks, train.py on several of them, and torchrun itself."""
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -14,42 +11,24 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
+from support import configs
+from support.configs import WIDTH
+from support.processes import ROOT, be_command
+from support.ranks import Ranks
+from support.runs import CrashError, logged, run_folders
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from waiting import PATIENCE, wait_until
 
-from muse.config import (
-    DataConfig,
-    HardwareConfig,
-    LoggerConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    StageConfig,
-    TokenizerConfig,
-    TrainConfig,
-    WidthConfig,
-)
-from muse.data import Counts, TokenData
-from muse.files import find_files
+from muse.config import RunConfig, StageConfig
+from muse.data import TokenData
 from muse.processes.ranks import joined_ranks
-from muse.report.metrics import read_metrics
-from muse.runs.checkpoints import load_tensors, stored_tensors
 from muse.training import parallel, trainer
-
-ROOT = Path(__file__).resolve().parents[2]
-VOCAB = 13
-SEQ_LEN = 8
 
 # What happens after a step.
 React = Callable[[int], None]
@@ -57,108 +36,6 @@ React = Callable[[int], None]
 
 def go_on(step: int) -> None:
     """Let a training go on."""
-
-
-class CrashError(Exception):
-    """Stands for the end of a process."""
-
-
-class Ranks:
-    """Processes with the environment that torchrun gives its own, and their output in files.
-
-    They are copies of one process that has imported everything already.
-
-    Args:
-        count: ranks; one with ``torchrun=False`` is an ordinary process.
-        folder: for their output.
-        function: called with ``arguments`` in each of them.
-    """
-
-    def __init__(
-        self,
-        count: int,
-        folder: Path,
-        function: Callable[..., None],
-        *arguments: Any,
-        torchrun: bool = True,
-    ) -> None:
-        self.folder = folder
-        self.folder.mkdir(parents=True, exist_ok=True)
-        multiprocessing.set_forkserver_preload(["muse.training.run", "muse.launch.cli", "matplotlib.pyplot"])
-        context = multiprocessing.get_context("forkserver")
-        # The ranks find each other through it.
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        port = self._store.port
-        environments = [_environment(rank, count, port, folder) if torchrun else {} for rank in range(count)]
-        self.processes: list[BaseProcess] = [
-            context.Process(
-                target=_be_rank,
-                args=(folder / str(rank), environment, function, arguments),
-                daemon=True,
-            )
-            for rank, environment in enumerate(environments)
-        ]
-        for rank, process in enumerate(self.processes):
-            # One that is ended very early has printed nothing.
-            for ending in ("out", "err"):
-                (folder / f"{rank}.{ending}").touch()
-            (folder / "errors" / str(rank)).mkdir(parents=True, exist_ok=True)
-            process.start()
-
-    def wait(self, watched: bool = False) -> list[int]:
-        """Exit statuses; nothing is left running.
-
-        Args:
-            watched: whether the first rank that fails ends the others, as torchrun does.
-        """
-        try:
-            deadline = time.monotonic() + PATIENCE
-            while watched and not any(process.exitcode for process in self.processes):
-                running = [process.sentinel for process in self.processes if process.is_alive()]
-                if not wait(running, max(0.0, deadline - time.monotonic())):
-                    break
-            for process in self.processes:
-                if watched:
-                    process.terminate()
-                process.join(max(0.0, deadline - time.monotonic()))
-        finally:
-            for process in self.processes:
-                process.kill()
-                process.join()
-        return [process.exitcode or 0 for process in self.processes]
-
-    def out(self) -> list[str]:
-        """What each rank printed."""
-        return [(self.folder / f"{rank}.out").read_text() for rank in range(len(self.processes))]
-
-    def err(self) -> list[str]:
-        """What each rank printed on standard error."""
-        return [(self.folder / f"{rank}.err").read_text() for rank in range(len(self.processes))]
-
-
-def _environment(rank: int, count: int, port: int, folder: Path) -> dict[str, str]:
-    return {
-        "TORCHELASTIC_RUN_ID": "test",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_ERROR_FILE": str(folder / "errors" / str(rank) / "error.json"),
-    }
-
-
-def _be_rank(
-    output: Path, environment: dict[str, str], function: Callable[..., None], arguments: tuple[Any, ...]
-) -> None:
-    for ending, stream in (("out", 1), ("err", 2)):
-        file = os.open(output.with_suffix(f".{ending}"), os.O_CREAT | os.O_WRONLY)
-        os.dup2(file, stream)
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    function(*arguments)
 
 
 def run_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -178,7 +55,6 @@ def _save_result(folder: Path, function: Callable[..., Any], arguments: tuple[An
 
 def options(place: Path, root: str, together: str, *more: str, stage: str = "2") -> list[str]:
     """A very small run of train.py that logs every step."""
-    width = "{d_model:16,layers:2,heads:2,kv_heads:2,d_ff:32}"
     return [
         f"stage={stage}",
         "stage.precision=fp32",
@@ -189,7 +65,7 @@ def options(place: Path, root: str, together: str, *more: str, stage: str = "2")
         f"output_root={place / root}",
         "tokenizer.vocab_size=300",
         "model.seq_len=16",
-        f"model.complex={width}",
+        f"model.complex={WIDTH}",
         "train.batch_size=2",
         "train.sample_tokens=4",
         "logger=none",
@@ -209,16 +85,7 @@ def train_py(
 ) -> Ranks:
     """Start train.py on ranks that nobody watches; ``prepare`` is called in each of them before."""
     folder = place / "output" / str(time.monotonic_ns())
-    return Ranks(count, folder, be_train_py, arguments, place, prepare, torchrun=torchrun)
-
-
-def be_train_py(arguments: list[str], place: Path, prepare: Callable[[], None] | None) -> None:
-    """Become train.py in the folder ``place``."""
-    if prepare is not None:
-        prepare()
-    os.chdir(place)
-    sys.argv = [str(ROOT / "train.py"), *arguments]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    return Ranks(count, folder, be_command, "train.py", arguments, place, prepare, torchrun=torchrun)
 
 
 def script(place: Path, prepare: Callable[[], None], *arguments: Any) -> Path:
@@ -231,9 +98,9 @@ def script(place: Path, prepare: Callable[[], None], *arguments: Any) -> Path:
 sys.path[:0] = {folders}
 from functools import partial
 from pathlib import Path
-from distributed_helpers import be_train_py
+from support.processes import be_command
 from {module} import {name}
-be_train_py(sys.argv[1:], Path.cwd(), partial({name}, *{arguments}))
+be_command("train.py", sys.argv[1:], Path.cwd(), partial({name}, *{arguments}))
 """,
         encoding="utf-8",
     )
@@ -321,59 +188,24 @@ def wait_for_steps(alive: Callable[[], bool], root: Path, steps: int) -> Path:
     return wait_until(found, alive)[-1]
 
 
-def run_folders(root: Path) -> list[Path]:
-    """Folders of the runs below ``root``, the oldest first."""
-    files = find_files(root, "run.json")
-    return [path.parent for path in sorted(files, key=lambda path: path.stat().st_mtime_ns)]
-
-
-def logged(run: Path) -> list[dict[str, Any]]:
-    """The metrics of a run without the speed, which is never the same twice."""
-    return [{key: value for key, value in line.items() if "second" not in key} for line in read_metrics(run)]
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def stage_config(number: str = "1", **options: Any) -> StageConfig:
-    activation = "gelu" if number in ("0", "3a") else "split_gelu"
-    return StageConfig(**{"number": number, "precision": "fp32", "activation": activation, **options})
-
-
 def run_config(
     stage: StageConfig, together: str = "none", optim: dict[str, Any] | None = None, **train: Any
 ) -> RunConfig:
-    """A run of a model with some thousand parameters; every step is logged.
+    """A run whose steps are of several micro-batches, which ranks can share.
 
     A large eps, as AdamW would turn a rounding error of a gradient near zero into a whole step; and no
     clipping, because norms are float32.
     """
-    width = WidthConfig(d_model=8, layers=2, heads=2, kv_heads=2, d_ff=16)
-    defaults = {"steps": 4, "batch_size": 6, "eval_every": 0, "checkpoint_every": 0, "sample_tokens": 0}
-    optim = {"lr": 0.02, "warmup": 2, "accumulation": 2, "eps": 1e-3, "clip": 0.0, **(optim or {})}
-    return RunConfig(
-        stage=stage,
-        model=ModelConfig("nano", VOCAB, SEQ_LEN, real=width, complex=width),
-        data=DataConfig(name="stdlib"),
-        tokenizer=TokenizerConfig(name="word"),
-        optim=OptimConfig(**optim),
-        hardware=HardwareConfig(device="cpu", parallel=together),
-        logger=LoggerConfig(mode="disabled", log_every=1),
-        train=TrainConfig(**{**defaults, **train}),
-    )
+    optim = {"accumulation": 2, "eps": 1e-3, "clip": 0.0, **(optim or {})}
+    config = configs.run_config(stage, optim, **{"steps": 4, "batch_size": 6, **train})
+    config.hardware.parallel = together
+    # Stage 3a has no grouped queries.
+    config.model = configs.small_sizes(kv_heads=2)
+    return config
 
 
 def token_data() -> TokenData:
-    """Tokens of a noisy cycle, so that there is something to learn."""
-    generator = np.random.default_rng(0)
-
-    def split(size: int) -> np.ndarray:
-        return ((np.arange(size) * 5 + generator.integers(2, size=size)) % VOCAB).astype(np.uint16)
-
-    tokens = {"train": split(405), "valid": split(61), "test": split(40)}
-    counts = {name: Counts(len(values), len(values) // 3, 2 * len(values)) for name, values in tokens.items()}
-    return TokenData(**tokens, vocab_size=VOCAB, tokenizer=None, counts=counts)
+    return configs.token_data(train_tokens=405)
 
 
 @dataclass
@@ -439,30 +271,6 @@ def built(double: bool, prepare: Callable[[nn.Module], None] = lambda model: Non
         trainer.build_model, parallel.MixedPrecisionPolicy = build, policy
 
 
-def crash_at(step: int) -> React:
-    """End a training after a step as if its process had ended."""
-    return partial(_crash, step)
-
-
-def _crash(step: int, reached: int) -> None:
-    if reached == step:
-        raise CrashError
-
-
 def whole(tensor: Tensor) -> Tensor:
     """A copy of a tensor, gathered from all ranks."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
-
-
-def stored(checkpoint: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: of the model and the optimiser."""
-    tensors, groups = {}, {"model": {}, "optimizer": {}}
-    for name, (size, dtype) in stored_tensors(checkpoint).items():
-        group, _, rest = name.partition(".")
-        tensors[name] = groups[group][rest] = torch.empty(size, dtype=dtype)
-    load_tensors(checkpoint, groups)
-    return tensors
-
-
-def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -1,184 +1,179 @@
-"""Killed again and again, a run on two ranks ends with the bits of one that nobody touched."""
+"""Killed at every kind of moment, a run on two ranks ends with the bits of an undisturbed one."""
 
 from __future__ import annotations
 
-import random
+import dataclasses
+import os
 import signal
-import time
-from dataclasses import dataclass
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed_helpers import (
-    Job,
-    logged,
-    options,
-    read_json,
-    run_folders,
-    same_bits,
-    script,
-    stored,
-    wait_for_steps,
-)
+from support.configs import run_config, small_sizes, stage_config
+from support.ranks import Ranks
+from support.runs import logged, read_json, run_folders, same, stored
+from torch.distributed.checkpoint import FileSystemWriter
 from waiting import wait_until
 
+from muse.config import RunConfig, TokenizerConfig
 from muse.files import find_files
 from muse.processes.torchrun import launched_rank
-from muse.report.metrics import MetricsLog
 from muse.runs.checkpoints import find_checkpoint, find_damage
 from muse.training import run as train_run
+from muse.training import trainer
 from muse.training.checkpoint import CheckpointWriter
+from muse.training.run import run_training
 
-# More than the kills before the last ones let a run make together.
-STEPS = 60
-# What a run is doing when it is killed, and how many lines it may log before it waits for that. The order is
-# random, but what comes at the end is killed at the end.
-MOMENTS = ["starting"] * 4 + ["resuming"] * 4 + ["training"] * 4 + ["saving"] * 5
-LAST_MOMENTS = ["saving the last step", "ending", "ending"]
-LINES = {"starting": 1, "resuming": 1, "training": 6, "saving": 4}
-# Has a character for every line that a run has logged itself.
-LOGGED = "logged"
-VICTIMS = ["", "RANK=0", "RANK=1"]
+STEPS = 24
 
 
-def hold_back(lines: int) -> None:
-    """Let the first rank tell what it does, log no more lines, and never end, so that it can be killed."""
-    log, save, write = MetricsLog.__call__, CheckpointWriter.save, train_run.write_json
+def second_time(calls: int, *arguments: Any) -> bool:
+    return calls == 2
+
+
+def first_time(calls: int, *arguments: Any) -> bool:
+    return calls == 1
+
+
+def second_folder(calls: int, source: Path, target: Path) -> bool:
+    return Path(target).name == "step_00000002"
+
+
+def with_best(calls: int, writer: CheckpointWriter, name: str, best: bool) -> bool:
+    return best
+
+
+def at_the_end(calls: int, writer: CheckpointWriter, tensors: Any, state: Any, best: bool) -> bool:
+    return state.step == STEPS
+
+
+BEFORE, AFTER = False, True
+# What a rank does when it is killed: a function, whether it has returned by then, and in which call.
+MOMENTS: dict[str, tuple[Any, str, bool, Callable[..., bool]]] = {
+    "reading data": (train_run, "_load_data", BEFORE, first_time),
+    "having taken over checkpoints": (train_run, "adopt_checkpoints", AFTER, first_time),
+    "loading": (trainer, "load_tensors", BEFORE, first_time),
+    "computing": (trainer, "_accumulate_gradients", BEFORE, second_time),
+    "agreeing": (trainer, "summed", BEFORE, second_time),
+    "having agreed": (trainer, "_agree", AFTER, second_time),
+    "evaluating": (trainer, "evaluate", BEFORE, first_time),
+    "saving": (CheckpointWriter, "save", BEFORE, second_time),
+    "having written": (FileSystemWriter, "write_data", AFTER, second_time),
+    "renaming": (os, "rename", BEFORE, second_folder),
+    "calling it the best": (CheckpointWriter, "_counts", BEFORE, with_best),
+    "having saved": (CheckpointWriter, "save", AFTER, second_time),
+    "saving the last step": (CheckpointWriter, "save", BEFORE, at_the_end),
+    "agreeing that no signal came": (trainer, "_agreed", BEFORE, first_time),
+    "ending": (train_run, "_summary", BEFORE, first_time),
+}
+BOTH, ALONE = False, True
+# In this order: a moment, the rank that is held in it, and whether it is killed alone.
+KILLS = [
+    # The only part that takes nothing over.
+    ("renaming", 0, BOTH),
+    ("calling it the best", 0, BOTH),
+    ("having taken over checkpoints", 0, BOTH),
+    ("having written", 1, ALONE),
+    ("loading", 1, ALONE),
+    ("agreeing", 1, ALONE),
+    ("having agreed", 0, ALONE),
+    ("having written", 0, BOTH),
+    ("reading data", 0, ALONE),
+    ("evaluating", 1, ALONE),
+    ("saving", 0, ALONE),
+    ("computing", 1, BOTH),
+    ("having saved", 0, BOTH),
+    ("saving", 1, ALONE),
+    ("saving the last step", 1, ALONE),
+    ("agreeing that no signal came", 1, ALONE),
+    ("ending", 0, BOTH),
+]
+
+
+def train_until_killed(config: RunConfig, run: Path, moment: str, rank: int) -> None:
+    """Train, and let a rank wait for ever at a moment, of which it tells by a file ``held`` in the folder."""
+    owner, name, after, is_it = MOMENTS[moment]
+    act, calls = getattr(owner, name), []
 
     def wait_to_be_killed() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        while True:
-            signal.pause()
+        (run / "held").touch()
+        threading.Event().wait()
 
-    def log_and_tell(self: MetricsLog, step: int, metrics: dict[str, float]) -> None:
-        log(self, step, metrics)
-        with open(self._path.with_name(LOGGED), "a", encoding="utf-8") as file:
-            file.write(".")
-        if self._path.with_name(LOGGED).stat().st_size >= lines:
+    def act_and_wait(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        held = is_it(len(calls), *arguments)
+        if held and not after:
             wait_to_be_killed()
-
-    def tell_and_save(self: CheckpointWriter, tensors: Any, state: Any, best: bool) -> None:
-        (self.folder.parent / f"saving {state.step}").touch()
-        save(self, tensors, state, best)
-
-    def write_no_result(path: Path, value: Any) -> None:
-        if path.name == train_run.RESULT_FILE:
+        result = act(*arguments, **options)
+        if held:
             wait_to_be_killed()
-        write(path, value)
+        return result
 
-    if launched_rank() == 0:
-        MetricsLog.__call__, CheckpointWriter.save = log_and_tell, tell_and_save
-        train_run.write_json = write_no_result
-
-
-def run_options(place: Path, root: str, together: str, *more: str) -> list[str]:
-    periods = [f"train.steps={STEPS}", "train.eval_every=15", "train.checkpoint_every=1"]
-    return options(place, root, together, *periods, *more)
+    if launched_rank() == rank:
+        setattr(owner, name, act_and_wait)
+    train(config, run)
 
 
-def folders_of(root: Path) -> list[Path]:
-    """Folders of all runs, also of those that ended before they had anything."""
-    return list(root.glob("train/*/*"))
+def train(config: RunConfig, run: Path) -> None:
+    sys.exit(run_training(config, run))
 
 
-@dataclass
-class Watch:
-    """A job, and the folders of runs that were there before it."""
-
-    job: Job
-    root: Path
-    before: list[Path]
-
-    def found(self, pattern: str) -> list[Path]:
-        """What this job's run has of a file or folder."""
-        runs = [run for run in folders_of(self.root) if run not in self.before]
-        return [path for run in runs for path in run.glob(pattern)]
-
-    def wait_for(self, pattern: str) -> None:
-        """Wait for a file or folder of this job's run."""
-        wait_until(lambda: self.found(pattern), self.job.alive)
-
-    def logged(self) -> int:
-        """Lines that this job has logged."""
-        return sum(path.stat().st_size for path in self.found(LOGGED))
-
-    def wait_for_lines(self, lines: int) -> None:
-        wait_until(lambda: self.logged() >= lines, self.job.alive)
-
-    def wait_before_lines(self, seconds: float) -> None:
-        """Wait so long, but not beyond a first line."""
-        end = time.monotonic() + seconds
-        wait_until(lambda: time.monotonic() >= end or self.logged(), self.job.alive)
-
-    def wait_for_moment(self, moment: str, start: float, generator: random.Random) -> None:
-        """Wait for a random time in a part of a run, which takes ``start`` seconds to its first step.
-
-        The test holds at whatever time that then is.
-        """
-        if moment == "starting":
-            self.wait_before_lines(generator.uniform(0, start))
-        elif moment == "resuming":
-            # Hydra makes the folder before anything is read or taken over.
-            self.wait_for(".hydra")
-            self.wait_before_lines(generator.uniform(0, start / 2))
-        elif moment == "training":
-            self.wait_for_lines(1)
-            began, lines = time.monotonic(), generator.randint(1, 3)
-            self.wait_for_lines(1 + lines)
-            time.sleep(generator.uniform(0, 2) * (time.monotonic() - began) / lines)
-        elif moment == "saving":
-            self.wait_for_lines(1)
-            self.wait_for("saving *")
-            time.sleep(generator.uniform(0, 0.05))
-        elif moment == "saving the last step":
-            self.wait_for(f"saving {STEPS}")
-            time.sleep(generator.uniform(0, 0.05))
-        else:
-            self.wait_for(f"checkpoints/step_{STEPS:08d}")
-            time.sleep(generator.uniform(0, 0.2))
+def configured(place: Path, root: str, together: str) -> RunConfig:
+    stage = stage_config("2", dropout=0.1)
+    config = run_config(stage, steps=STEPS, eval_every=3, eval_tokens=64, checkpoint_every=1)
+    config.hardware.parallel = together
+    config.data.name, config.data.path = "text", str(place / "text.txt")
+    config.data.cache, config.output_root = str(place / "cache"), str(place / root)
+    return dataclasses.replace(
+        config, model=small_sizes(300, 16), tokenizer=TokenizerConfig(vocab_size=300), resume="auto"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("together", ["ddp", "fsdp"])
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(place, together):
-    whole, root = place / f"undisturbed {together}", place / f"killed {together}"
-    job, began = Job(place, run_options(place, whole.name, together)), time.monotonic()
-    try:
-        wait_for_steps(job.alive, whole, 1)
-        start = time.monotonic() - began
-    finally:
-        status, _, err = job.finish()
-    assert status == 0, err
-    (undisturbed,) = run_folders(whole)
+def test_a_run_killed_at_every_kind_of_moment_ends_with_the_same_bits(place, together):
+    assert {moment for moment, *_ in KILLS} == set(MOMENTS)
+    config = configured(place, f"undisturbed {together}", together)
+    undisturbed = Path(config.output_root) / "train" / "whole"
+    whole = Ranks(2, place / "output" / together, train, config, undisturbed)
+    assert whole.wait() == [0, 0], whole.err()
 
-    generator = random.Random(together)
-    moments = [*generator.sample(MOMENTS, len(MOMENTS)), *LAST_MOMENTS]
-    assert len(moments) == 20
-    for moment in moments:
+    config = configured(place, f"killed {together}", together)
+    root = Path(config.output_root)
+    for number, (moment, rank, alone) in enumerate(KILLS):
+        run, output = root / "train" / str(number), place / "output" / f"{together} {number}"
         # How checkpoints are written may change from one part of a run to the next.
-        asynchronous = f"train.async_checkpoint={generator.choice(['false', 'true'])}"
-        before = folders_of(root)
-        arguments = run_options(place, root.name, together, asynchronous, "resume=auto")
-        job = Job(place, arguments, script(place, hold_back, LINES.get(moment, 10 * STEPS)))
+        config.train.async_checkpoint = (number % 2 == 0) == (together == "ddp")
+        run.mkdir(parents=True)
+        ranks = Ranks(2, output, train_until_killed, config, run, moment, rank)
         try:
-            Watch(job, root, before).wait_for_moment(moment, start, generator)
-            job.kill(generator.choice(VICTIMS))
+            wait_until((run / "held").exists, ranks.processes[rank].is_alive)
+        except AssertionError as error:
+            raise AssertionError(moment, ranks.err()) from error
         finally:
-            status, _, err = job.finish()
-        assert status in (1, -signal.SIGKILL), err
+            ranks.processes[rank].kill()
+            if not alone:
+                ranks.processes[1 - rank].kill()
+            statuses = ranks.wait()
+        assert statuses[rank] == -signal.SIGKILL
+        # A rank that is left notices by itself, if it still has to hear of the other.
+        assert statuses[1 - rank] in ((0, 1) if alone else (0, -signal.SIGKILL)), ranks.err()
         assert find_files(root, "result.json") == []
         for which in ("last", "best"):
-            kept = [find_checkpoint(run, which) for run in folders_of(root)]
+            kept = [find_checkpoint(path, which) for path in root.glob("train/*")]
             assert all(find_damage(path) is None for path in kept if path is not None)
-    job = Job(place, run_options(place, root.name, together, "resume=auto"))
-    status, out, err = job.finish()
-    assert status == 0, err
-    assert "resuming" in out
+    config.train.async_checkpoint = False
+    ranks = Ranks(2, place / "output" / f"{together} end", train, config, root / "train" / "end")
+    assert ranks.wait() == [0, 0], ranks.err()
+    assert "resuming" in ranks.out()[0]
     run = run_folders(root)[-1]
+    assert run.name == "end"
     for which in ("last", "best"):
         end, expected = find_checkpoint(run, which), find_checkpoint(undisturbed, which)
         assert end.name == expected.name
-        assert same_bits(stored(end), stored(expected))
+        assert same(stored(end), stored(expected))
     assert logged(run) == logged(undisturbed)
     assert read_json(run / "result.json")["valid"] == read_json(undisturbed / "result.json")["valid"]

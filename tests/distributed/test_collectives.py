@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import astuple
 from datetime import timedelta
 from pathlib import Path
@@ -16,15 +18,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_helpers import (
-    SEQ_LEN,
-    VOCAB,
-    run_config,
-    run_ranks,
-    run_train,
-    stage_config,
-    token_data,
-)
+from distributed_helpers import run_config, run_ranks, run_train, token_data
+from support.configs import SEQ_LEN, VOCAB, stage_config
 from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import distribute_tensor
@@ -129,8 +124,12 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path, together):
     assert find_checkpoint(tmp_path).name == "step_00000003"
 
 
-def exchanges(together: str, pieces: int) -> dict[str, int]:
-    """How often a step exchanges gradients, by the name of the operation."""
+def exchanges(together: str) -> list[dict[str, int]]:
+    """How often a step of one micro-batch exchanges gradients, and one of three, by name of the operation."""
+    return [exchanges_of(together, pieces) for pieces in (1, 3)]
+
+
+def exchanges_of(together: str, pieces: int) -> dict[str, int]:
     config = run_config(stage_config(), together, {"accumulation": pieces})
     model = build_model(config.stage, config.model, VOCAB)
     data = token_data()
@@ -145,9 +144,9 @@ def exchanges(together: str, pieces: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("together", ["ddp", "fsdp"])
 def test_accumulation_exchanges_gradients_after_its_last_micro_batch_alone(together):
-    whole, accumulated = (run_ranks(2, exchanges, together, pieces) for pieces in (1, 3))
-    assert whole[0]
-    assert accumulated == whole
+    for whole, accumulated in run_ranks(2, exchanges, together):
+        assert whole
+        assert accumulated == whole
 
 
 def spoiled(together: str, places: list[tuple[str, bool, int]]) -> tuple[str | None, float, float]:
@@ -182,35 +181,55 @@ def set_gradients(model: nn.Module, gradients: dict[str, torch.Tensor]) -> None:
 GRADIENT, VALUE = True, False
 
 
-@pytest.mark.parametrize(
-    ("places", "told"),
-    [
-        ([], None),
-        ([("blocks.1.attention_norm.gain", GRADIENT, -1)], "the gradient of blocks.1.attention_norm.gain"),
-        ([("norm.gain", VALUE, -1)], "norm.gain"),
-        # A bad value of the last rank makes gradients of all ranks bad.
-        ([("norm.gain", VALUE, -1), ("embedding.weight", GRADIENT, 0)], "norm.gain"),
-        # The first in the order of the model, whichever rank has it.
-        (
-            [("norm.gain", GRADIENT, 0), ("embedding.weight", GRADIENT, -1)],
-            "the gradient of embedding.weight",
-        ),
-    ],
-)
-@pytest.mark.parametrize(("count", "together"), [(2, "ddp"), (2, "fsdp"), (3, "fsdp")])
-def test_ranks_find_the_norm_and_the_bad_value_that_one_rank_finds(count, together, places, told):
-    (one,) = run_ranks(1, spoiled, "none", places)
-    assert one[0] == told
-    for found in run_ranks(count, spoiled, together, places):
-        assert found[0] == told
-        assert found[1:] == pytest.approx(one[1:], rel=1e-6, nan_ok=True)
+SPOILED: list[tuple[list[tuple[str, bool, int]], str | None]] = [
+    ([], None),
+    ([("blocks.1.attention_norm.gain", GRADIENT, -1)], "the gradient of blocks.1.attention_norm.gain"),
+    ([("norm.gain", VALUE, -1)], "norm.gain"),
+    # A bad value of the last rank makes gradients of all ranks bad.
+    ([("norm.gain", VALUE, -1), ("embedding.weight", GRADIENT, 0)], "norm.gain"),
+    # The first in the order of the model, whichever rank has it.
+    ([("norm.gain", GRADIENT, 0), ("embedding.weight", GRADIENT, -1)], "the gradient of embedding.weight"),
+]
+
+
+def all_spoiled(together: str) -> list[tuple[str | None, float, float]]:
+    found = []
+    for places, _ in SPOILED:
+        torch.manual_seed(0)
+        found.append(spoiled(together, places))
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Callable[[Callable[[str], Any]], Any]:
+    """What one rank finds by itself."""
+
+    @functools.cache
+    def find(function: Callable[[str], Any]) -> Any:
+        return run_ranks(1, function, "none")[0]
+
+    return find
+
+
+WAYS = [(2, "ddp"), (2, "fsdp"), (3, "fsdp")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "together"), WAYS)
+def test_ranks_find_the_norm_and_the_bad_value_that_one_rank_finds(one_rank, count, together):
+    one = one_rank(all_spoiled)
+    assert [name for name, *_ in one] == [told for _, told in SPOILED]
+    for found in run_ranks(count, all_spoiled, together):
+        for (name, *norms), (expected, *expected_norms) in zip(found, one, strict=True):
+            assert name == expected
+            assert norms == pytest.approx(expected_norms, rel=1e-6, nan_ok=True)
 
 
 # Tokens of a split: one window of 8, a last batch of 6 with one window or two, a full one, and one cut short.
 SIZES = [2, 9, 57, 65, 97, 103]
 
 
-def evaluated(together: str, stride: int | None) -> tuple[list[float], list[str | None]]:
+def evaluated(together: str) -> tuple[list[float], list[str | None]]:
     """What evaluations find, and why some find no perplexity per word."""
     config = run_config(stage_config("2", dropout=0.5))
     model = build_model(config.stage, config.model, VOCAB).double()
@@ -219,7 +238,7 @@ def evaluated(together: str, stride: int | None) -> tuple[list[float], list[str 
     reasons: list[str | None] = []
     for size in SIZES:
         tokens = (np.arange(size) ** 2 % VOCAB).astype(np.uint16)
-        for limit in (0, 7):
+        for limit, stride in ((0, None), (7, None), (0, 3), (7, 3)):
             counts = Counts(size, size // 3 + 1, 2 * size)
             result = evaluate(model, tokens, counts, SEQ_LEN, 6, stride, limit)
             *values, reason = astuple(result)
@@ -229,11 +248,11 @@ def evaluated(together: str, stride: int | None) -> tuple[list[float], list[str 
     return found, reasons
 
 
-@pytest.mark.parametrize("stride", [None, 3])
-@pytest.mark.parametrize(("count", "together"), [(2, "ddp"), (2, "fsdp"), (3, "fsdp")])
-def test_ranks_evaluate_as_one_rank_does(count, together, stride):
-    ((one, why),) = run_ranks(1, evaluated, "none", stride)
-    for found, reasons in run_ranks(count, evaluated, together, stride):
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "together"), WAYS)
+def test_ranks_evaluate_as_one_rank_does(one_rank, count, together):
+    one, why = one_rank(evaluated)
+    for found, reasons in run_ranks(count, evaluated, together):
         assert found == pytest.approx(one, rel=1e-12, nan_ok=True)
         assert reasons == why
 

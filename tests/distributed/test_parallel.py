@@ -12,16 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_helpers import (
-    VOCAB,
-    Training,
-    run_config,
-    run_ranks,
-    run_train,
-    same_bits,
-    stage_config,
-    whole,
-)
+from distributed_helpers import Training, run_config, run_ranks, run_train, whole
+from support.configs import VOCAB, stage_config
+from support.runs import same
 from torch import Tensor, nn
 
 from muse.dynamics import MLPPotential
@@ -134,7 +127,7 @@ def train_replica(folder: Path, precision: str, optim: str) -> tuple[dict[str, T
 )
 def test_replicas_stay_equal_to_the_last_bit(tmp_path, precision, optim):
     (first, losses), (second, also) = run_ranks(2, train_replica, tmp_path, precision, optim)
-    assert same_bits(first, second)
+    assert same(first, second)
     assert losses == also
     assert losses[-1] < losses[0]
 
@@ -247,8 +240,8 @@ def overflow(folder: Path) -> list[dict[str, Tensor]]:
 
 def test_an_overflow_on_one_rank_skips_the_step_on_all(tmp_path):
     first, second = run_ranks(2, overflow, tmp_path)
-    assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
-    assert [same_bits(a, b) for a, b in pairwise(first)] == [True, False, False]
+    assert all(same(a, b) for a, b in zip(first, second, strict=True))
+    assert [same(a, b) for a, b in pairwise(first)] == [True, False, False]
 
 
 STEPS, RATE = 50, 1e-4

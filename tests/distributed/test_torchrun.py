@@ -5,29 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import runpy
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed_helpers import (
-    ROOT,
-    Job,
-    Ranks,
-    logged,
-    options,
-    read_json,
-    run_folders,
-    same_bits,
-    script,
-    stored,
-    train_py,
-    wait_for_steps,
-)
+from distributed_helpers import Job, options, script, train_py, wait_for_steps
+from support.processes import be_command
+from support.ranks import Ranks
+from support.runs import errors, logged, read_json, run_folders, same, stored
 
 from muse.dynamics import HamiltonianNeuralODE
 from muse.errors import ConfigError, RunError
@@ -39,35 +27,36 @@ from muse.training import run as train_run
 from muse.training.checkpoint import CheckpointWriter
 from muse.training.profile import STEPS as STEPS_OF_PROFILE
 
-STEPS = 40
+STEPS = 12
 LOST = re.compile(r"error: the ranks do not reach each other \(.+\); if one of them ended, it said why")
 
 
 def run_options(place: Path, root: str, together: str, *more: str, stage: str = "2") -> list[str]:
-    periods = [f"train.steps={STEPS}", "train.eval_every=20", "train.checkpoint_every=10"]
+    periods = [f"train.steps={STEPS}", "train.eval_every=6", "train.checkpoint_every=3"]
     return options(place, root, together, *periods, *more, stage=stage)
 
 
-def errors(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.startswith("error: ")]
-
-
 def assert_same_end(first: Path, second: Path) -> None:
-    assert same_bits(stored(find_checkpoint(first)), stored(find_checkpoint(second)))
+    assert same(stored(find_checkpoint(first)), stored(find_checkpoint(second)))
     assert logged(first) == logged(second)
     one, other = (read_json(run / "result.json") for run in (first, second))
     assert (one["valid"], one["steps"]) == (other["valid"], other["steps"])
 
 
 @pytest.fixture(scope="module")
-def undisturbed(place: Path) -> dict[str, Path]:
-    """A finished run of each way to train together."""
-    runs = {}
+def finished(place: Path) -> dict[str, Ranks]:
+    """The ranks of an undisturbed run of each way to train together."""
+    found = {}
     for together in ("ddp", "fsdp"):
-        ranks = train_py(2, place, run_options(place, together, together))
+        ranks = found[together] = train_py(2, place, run_options(place, together, together))
         assert ranks.wait() == [0, 0], ranks.err()
-        (runs[together],) = run_folders(place / together)
-    return runs
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path, finished: dict[str, Ranks]) -> dict[str, Path]:
+    """The folders of these runs."""
+    return {together: run_folders(place / together)[0] for together in finished}
 
 
 @pytest.mark.slow
@@ -92,7 +81,7 @@ def test_the_first_rank_alone_prints_and_writes(place, undisturbed):
     ]
     steps = [line["step"] for line in logged(run) if "train/loss" in line]
     assert steps == list(range(1, STEPS + 1))
-    assert [line["step"] for line in logged(run) if "valid/loss" in line] == [20, 40]
+    assert [line["step"] for line in logged(run) if "valid/loss" in line] == [6, 12]
     # Hydra made no other folder, neither there nor where train.py was started.
     assert [path.name for path in (place / "torchrun").rglob(".hydra")] == [".hydra"]
     assert not (place / "outputs").exists()
@@ -102,10 +91,8 @@ def test_the_first_rank_alone_prints_and_writes(place, undisturbed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("together", ["ddp", "fsdp"])
-def test_other_ranks_print_nothing(place, together):
-    arguments = run_options(place, f"quiet {together}", together, "train.steps=2", "train.eval_every=1")
-    ranks = train_py(2, place, arguments)
-    assert ranks.wait() == [0, 0]
+def test_other_ranks_print_nothing(finished, together):
+    ranks = finished[together]
     assert "validation loss" in "".join(ranks.out() + ranks.err())
     assert ranks.out()[1] + ranks.err()[1] == ""
 
@@ -131,11 +118,9 @@ def hold_first_rank(steps: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("together", "torchrun"),
-    [("ddp", "torch.distributed.run"), ("fsdp", "torch.distributed.run"), ("ddp", "muse.torchrun")],
+    [("fsdp", "torch.distributed.run"), ("ddp", "muse.torchrun")],
 )
-def test_a_run_stopped_by_a_signal_to_torchrun_goes_on_with_the_same_bits(
-    place, undisturbed, together, torchrun
-):
+def test_a_run_stopped_by_a_signal_to_torchrun_goes_on_with_the_same(place, undisturbed, together, torchrun):
     root = f"stopped {together} {torchrun}"
     arguments = run_options(place, root, together, "resume=auto")
     job = Job(place, arguments, script(place, hold_first_rank, 5), torchrun)
@@ -180,7 +165,7 @@ def signal_second_rank_late() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("together", ["ddp", "fsdp"])
 def test_a_signal_that_reaches_the_ranks_one_after_another_ends_them_together(place, together):
-    arguments = run_options(place, f"late {together}", together)
+    arguments = run_options(place, f"late {together}", together, "train.checkpoint_every=0")
     ranks = train_py(2, place, arguments, prepare=signal_second_rank_late)
     assert ranks.wait() == [128 + signal.SIGTERM] * 2
     assert errors("".join(ranks.err())) == []
@@ -203,7 +188,7 @@ def test_a_damaged_file_of_one_rank_makes_all_take_the_checkpoint_before(place, 
     assert ranks.wait() == [0, 0], ranks.err()
     assert ranks.err()[0].count(f"{damaged.parent} is damaged: {damaged.name} is not what was written") == 1
     assert ranks.err()[1] == ""
-    assert f"resuming {run} after step 30" in ranks.out()[0]
+    assert f"resuming {run} after step 9" in ranks.out()[0]
     assert_same_end(run_folders(root)[-1], undisturbed[together])
 
 
@@ -212,14 +197,12 @@ def make_peak_product_small() -> None:
 
 
 @pytest.mark.slow
-def test_a_profile_of_two_ranks_is_that_of_the_first_one_and_changes_no_bit(place):
-    short = ["train.steps=12", "train.eval_every=0", "train.checkpoint_every=0", "train.sample_tokens=0"]
-    arguments = run_options(place, "profiled", "fsdp", *short)
-    for more in ([], ["profile=true"]):
-        ranks = train_py(2, place, [*arguments, *more], prepare=make_peak_product_small)
-        assert ranks.wait() == [0, 0], ranks.err()
-        assert ranks.out()[1] + ranks.err()[1] == ""
-    plain, profiled = run_folders(place / "profiled")
+def test_a_profile_of_two_ranks_is_that_of_the_first_one_and_changes_no_bit(place, undisturbed):
+    arguments = run_options(place, "profiled", "fsdp", "profile=true")
+    ranks = train_py(2, place, arguments, prepare=make_peak_product_small)
+    assert ranks.wait() == [0, 0], ranks.err()
+    assert ranks.out()[1] + ranks.err()[1] == ""
+    plain, (profiled,) = undisturbed["fsdp"], run_folders(place / "profiled")
     assert_same_end(plain, profiled)
     told = read_json(profiled / "profile.json")
     assert (told["steps"], told["recorded_steps"]) == (STEPS_OF_PROFILE, 3)
@@ -247,8 +230,7 @@ def test_one_process_under_torchrun_is_a_run_without_it(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
-@pytest.mark.parametrize("together", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("together", "asynchronous"), [("ddp", "true"), ("fsdp", "false")])
 def test_a_rank_that_is_killed_ends_the_other(place, together, asynchronous):
     root = f"killed {together} {asynchronous}"
     frequent = ["train.steps=1000000", "train.checkpoint_every=1", f"train.async_checkpoint={asynchronous}"]
@@ -371,19 +353,12 @@ def test_an_option_that_cannot_be_used_is_one_sentence_of_one_rank(place, count,
     assert not list((place / "refused").rglob("checkpoints"))
 
 
-def be_bench_py(arguments: list[str]) -> None:
-    sys.argv = ["bench.py", *arguments]
-    runpy.run_path(str(ROOT / "bench.py"), run_name="__main__")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("count", "together"), [(0, "ddp"), (1, "none"), (2, "none"), (2, "ddp"), (2, "fsdp")]
-)
+@pytest.mark.parametrize(("count", "together"), [(0, "ddp"), (1, "none"), (2, "fsdp")])
 def test_benchmarks_on_several_ranks_are_refused(place, count, together):
     arguments = ["benchmark=stability", f"hardware.parallel={together}", f"output_root={place / 'bench'}"]
     output = place / "output" / f"bench {count} {together}"
-    ranks = Ranks(count or 1, output, be_bench_py, arguments, torchrun=count > 0)
+    ranks = Ranks(count or 1, output, be_command, "bench.py", arguments, place, torchrun=count > 0)
     statuses = ranks.wait(watched=True)
     assert 0 not in statuses
     (message,) = errors("".join(ranks.err()))

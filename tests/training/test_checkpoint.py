@@ -20,25 +20,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from support.configs import SEQ_LEN, VOCAB, small_sizes, stage_config
+from support.runs import CrashError, contents, crash_at, same, stored
 from torch import nn
-from training_helpers import (
-    SEQ_LEN,
-    VOCAB,
-    CrashError,
-    Recorder,
-    assert_one_sentence,
-    contents,
-    crash_at,
-    run_config,
-    run_train,
-    same,
-    snapshot,
-    stage_config,
-    stored,
-)
+from training_helpers import Recorder, assert_one_sentence, run_config, run_train, snapshot
 from waiting import PATIENCE
 
-from muse.config import ModelConfig, OptimConfig, WidthConfig
+from muse.config import OptimConfig
 from muse.errors import RunError
 from muse.models import LanguageModel, build_model
 from muse.runs.checkpoints import (
@@ -64,8 +52,7 @@ both_ways = pytest.mark.parametrize("asynchronous", [False, True], ids=["at once
 
 
 def small_model(number: int = 1, precision: str = "fp32", seed: int = 0, d_model: int = 8, **stage):
-    width = WidthConfig(d_model=d_model, layers=1, heads=2, kv_heads=1, d_ff=16)
-    model = ModelConfig("nano", VOCAB, SEQ_LEN, real=width, complex=width)
+    model = small_sizes(d_model=d_model, layers=1)
     return build_model(stage_config(number, precision, **stage), model, VOCAB, seed)
 
 

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from training_helpers import SEQ_LEN, VOCAB, read_json, same, stage_config, token_data
+from support.configs import SEQ_LEN, VOCAB, small_sizes, stage_config, token_data
+from support.runs import read_json, same
 
-from muse.config import ModelConfig, WidthConfig
 from muse.data import Counts
 from muse.files import write_json
 from muse.models import LanguageModel, build_model
@@ -16,8 +16,7 @@ from muse.training.evaluate import evaluate, perplexity
 
 
 def model(number: int = 1, precision: str = "fp32", dropout: float = 0.0) -> LanguageModel:
-    width = WidthConfig(d_model=8, layers=1, heads=2, kv_heads=1, d_ff=16)
-    sizes = ModelConfig("nano", VOCAB, SEQ_LEN, real=width, complex=width)
+    sizes = small_sizes(layers=1)
     return build_model(stage_config(number, precision, dropout=dropout), sizes, VOCAB)
 
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_helpers import VOCAB, read_json, run_config
+from support.configs import VOCAB
+from support.runs import read_json
+from training_helpers import run_config
 
 from muse.models import build_model
 from muse.training.memory_snapshot import memory_snapshot

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
+from support.runs import same
 from torch import nn
-from training_helpers import same
 
 from muse.config import ModelConfig, OptimConfig, StageConfig, WidthConfig
 from muse.layers import ComplexEmbedding, ComplexLinear, ComplexRMSNorm

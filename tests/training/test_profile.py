@@ -12,19 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.runs import CrashError, crash_at, read_json, same, stored
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from training_helpers import (
-    CrashError,
-    Recorder,
-    crash_at,
-    prepare_model,
-    read_json,
-    run_config,
-    run_train,
-    same,
-    stored,
-)
+from training_helpers import Recorder, prepare_model, run_config, run_train
 
 from muse.config import RunConfig
 from muse.errors import ConfigError, RunError

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from training_helpers import SEQ_LEN, stage_config
+from support.configs import SEQ_LEN, small_sizes, stage_config
 
-from muse.config import ModelConfig, TokenizerConfig, WidthConfig
+from muse.config import TokenizerConfig
 from muse.data import Corpus, Tokenizer, build_tokenizer
 from muse.models import LanguageModel, build_model
 from muse.training.sample import sample_text
@@ -18,8 +18,7 @@ def tokenizer(tmp_path) -> Tokenizer:
 
 
 def model(tokenizer: Tokenizer, dropout: float = 0.0, stage: int = 1) -> LanguageModel:
-    width = WidthConfig(d_model=8, layers=1, heads=2, kv_heads=1, d_ff=16)
-    sizes = ModelConfig("nano", tokenizer.vocab_size, SEQ_LEN, real=width, complex=width)
+    sizes = small_sizes(tokenizer.vocab_size, layers=1)
     return build_model(stage_config(stage, dropout=dropout), sizes, tokenizer.vocab_size)
 
 

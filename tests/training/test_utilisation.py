@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_helpers import SEQ_LEN, VOCAB, run_config, stage_config
+from support.configs import SEQ_LEN, VOCAB, stage_config
+from training_helpers import run_config
 
 from muse.config import RunConfig
 from muse.measure import utilisation as module

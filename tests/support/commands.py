@@ -1,0 +1,60 @@
+"""Commands in this process, which spares them the import of torch."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+import warnings
+from typing import Any
+
+import pytest
+
+import muse.launch.cli
+import muse.launch.sweep
+import muse.processes.signals
+from muse.benchmarks import suite
+from muse.benchmarks.measurements import MEASUREMENTS
+from muse.config import BenchConfig
+from muse.hardware import describe, use_hardware
+from muse.launch import train as train_cell
+from support.processes import ROOT
+
+
+def run_here(script: str, arguments: list[str]) -> int:
+    """The exit status of a script of the repository, or of a module, run in this process."""
+    muse.launch.cli._statuses.clear()
+    muse.launch.sweep._folder = None
+    muse.processes.signals._asked = None
+    before = sys.argv, os.getcwd(), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        sys.argv = [script, *arguments]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if script.endswith(".py"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    finally:
+        sys.argv = before[0]
+        os.chdir(before[1])
+        signal.signal(signal.SIGTERM, before[2])
+        signal.signal(signal.SIGINT, before[3])
+    return 0
+
+
+def measured_here(measurement: str, config: BenchConfig) -> dict[str, Any]:
+    """As measure_isolated, but in this process."""
+    device = use_hardware(config.hardware)
+    return {**MEASUREMENTS[measurement](config, device), "device": describe(device)}
+
+
+def keep_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let measurements and the cells of a sweep start no processes of their own."""
+    monkeypatch.setattr(suite, "measure_isolated", measured_here)
+    monkeypatch.setattr(train_cell, "run_isolated", lambda job, *arguments: job(*arguments))
