@@ -35,11 +35,7 @@ from muse.models.hamiltonian import HamiltonianFlow
 
 CHUNK = muse.dynamics.potential.CHUNK
 PHIS = ("gelu_integral", "silu", "gelu", "softplus")
-PRECISIONS = ("fp32", "bf16", "fp16")
 every_mode = pytest.mark.parametrize("mode", MODES)
-every_precision = pytest.mark.parametrize("precision", PRECISIONS)
-# Around what is taken at a time.
-at_chunk_edges = pytest.mark.parametrize("tokens", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2500])
 
 
 def make(mode="exact", width=16, hidden=None, steps=10, dt=0.1, integrator="blanes_moan_rkn4", **options):
@@ -86,9 +82,16 @@ def by_hand(parameters, z, steps, dt, name="gelu_integral", spring=0.0):
     return torch.stack((q, p), -2)
 
 
-@pytest.mark.parametrize("spring", [0.0, 0.5])
-@pytest.mark.parametrize("name", PHIS)
-@every_mode
+@pytest.mark.parametrize(
+    ("mode", "name", "spring"),
+    [
+        *zip(itertools.repeat("exact"), PHIS, itertools.cycle([0.0, 0.5])),
+        *zip(itertools.repeat("backprop"), PHIS, itertools.cycle([0.5, 0.0])),
+        ("reversible", "gelu_integral", 0.5),
+        ("checkpoint", "silu", 0.5),
+        ("verify", "gelu", 0.5),
+    ],
+)
 def test_the_flow_is_what_the_formula_says(mode, name, spring):
     """The result and every gradient, in single precision, against the formula in double precision."""
     ode = make(mode, integrator="leapfrog", steps=5, dt=0.2, phi=name, confinement=spring)
@@ -171,8 +174,17 @@ def test_the_start_of_a_flow_that_lacks_its_context():
 # ---- Gradients
 
 
-@at_chunk_edges
-@pytest.mark.parametrize("mode", ["exact", "reversible", "backprop"])
+# Around what is taken at a time.
+@pytest.mark.parametrize(
+    ("mode", "tokens"),
+    [
+        ("exact", 1),
+        ("exact", CHUNK),
+        ("exact", 2 * CHUNK + 1),
+        ("reversible", CHUNK - 1),
+        ("reversible", CHUNK + 1),
+    ],
+)
 def test_gradients_of_many_tokens_against_double_precision(mode, tokens):
     ode, z = make(mode, steps=3, integrator="yoshida4"), state(tokens, 16)
     with no_warnings():
@@ -184,14 +196,24 @@ def test_gradients_of_many_tokens_against_double_precision(mode, tokens):
         assert relative_error(found[name], exact[name]) <= 1e-5, name
 
 
-@at_chunk_edges
+@pytest.mark.parametrize("tokens", [1, CHUNK + 1])
 def test_gradients_of_many_tokens_are_as_accurate_as_those_of_backpropagation(tokens):
-    ode, z = make(steps=10, integrator="leapfrog"), state(tokens, 16)
+    ode, z = make(width=8, steps=2, integrator="leapfrog"), state(tokens, 8)
     assert_gradients_as_accurate(ode, z)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@every_mode
+@pytest.mark.parametrize(
+    ("mode", "precision"),
+    [
+        ("exact", "bf16"),
+        ("exact", "fp16"),
+        ("reversible", "fp16"),
+        ("checkpoint", "bf16"),
+        ("backprop", "fp16"),
+        ("backprop", "bf16"),
+        ("verify", "fp16"),
+    ],
+)
 def test_gradients_of_half_precision_forces(mode, precision):
     """They are those of the same map with exact forces, to what such a force is worth."""
     ode, z = make(mode, width=32, force_precision=precision), state(4, 25, 32)
@@ -206,8 +228,17 @@ def test_gradients_of_half_precision_forces(mode, precision):
         assert relative_error(found[name], exact[name]) <= tolerance, name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@every_mode
+@pytest.mark.parametrize(
+    ("mode", "precision"),
+    [
+        ("exact", "fp32"),
+        ("exact", "bf16"),
+        ("reversible", "bf16"),
+        ("checkpoint", "bf16"),
+        ("backprop", "fp32"),
+        ("verify", "fp32"),
+    ],
+)
 def test_gradients_of_parameters_in_bfloat16(mode, precision):
     """Gradients are rounded once as they are stored, or come of forces in the same precision."""
     ode, z = make(mode, width=32, force_precision=precision).bfloat16(), state(4, 25, 32)
@@ -249,9 +280,9 @@ def test_the_input_has_a_gradient_through_the_context(mode):
     assert_equal(found, fixed)
 
 
-@every_mode
+@pytest.mark.parametrize("mode", ["exact", "reversible"])
 def test_repeated_backward_of_many_tokens_is_bitwise_equal(mode):
-    ode, z = make(mode, width=8, steps=2), state(2500, 8)
+    ode, z = make(mode, width=8, steps=2), state(2 * CHUNK + 1, 8)
     first = flow_gradients(ode, z)
     for _ in range(2):
         assert_equal(flow_gradients(ode, z), first)
@@ -266,36 +297,47 @@ def test_repeated_backward_of_many_tokens_is_bitwise_equal(mode):
 # ---- Reconstruction, to the last bit
 
 
-@every_precision
-@at_chunk_edges
+@pytest.mark.parametrize(
+    ("tokens", "precision"),
+    [(1, "fp32"), (CHUNK - 1, "bf16"), (CHUNK, "fp16"), (CHUNK + 1, "fp32"), (2 * CHUNK + 1, "bf16")],
+)
 def test_reconstruction_error_is_zero_at_any_number_of_tokens(tokens, precision):
     assert_rebuilt(make("verify", 12, 24, 3, force_precision=precision), state(tokens, 12))
 
 
-@every_precision
-@pytest.mark.parametrize("steps", [1, 10, 100])
-@pytest.mark.parametrize("width", [1, 6, 33, 96])
+@pytest.mark.parametrize(
+    ("width", "steps", "precision"),
+    [(1, 10, "fp16"), (6, 100, "bf16"), (33, 10, "fp32"), (33, 1, "bf16"), (96, 10, "fp16"), (96, 1, "fp32")],
+)
 def test_reconstruction_error_is_zero_at_any_width(width, steps, precision):
     # In shorter steps no token leaves the range.
     ode = make("verify", width, 3 * width, steps, 0.1 if steps < 100 else 0.05, force_precision=precision)
-    for training in (True, False):
-        assert_rebuilt(ode.train(training), state(7, width))
+    assert_rebuilt(ode, state(7, width))
 
 
-@every_precision
-@pytest.mark.parametrize("shape", [(24,), (2, 3, 5, 24), (2, 3, 5, 7, 24), (3, 2, 2, 97, 24)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "precision"),
+    [((24,), "bf16"), ((2, 3, 5, 24), "fp16"), ((3, 2, 2, 97, 24), "fp32")],
+    ids=str,
+)
 def test_reconstruction_error_is_zero_in_any_shape(shape, precision):
     assert_rebuilt(make("verify", 24, force_precision=precision), state(*shape))
 
 
-@every_precision
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("stored", "precision"),
+    [(torch.bfloat16, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "bf16"), (torch.float16, "fp16")],
+    ids=str,
+)
 def test_reconstruction_error_is_zero_with_weights_in_half_precision(stored, precision):
     assert_rebuilt(make("verify", 24, force_precision=precision).to(stored), state(50, 24))
 
 
-@every_precision
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("autocast", "precision"),
+    [(torch.bfloat16, "fp32"), (torch.float16, "bf16"), (torch.bfloat16, "fp16")],
+    ids=str,
+)
 def test_reconstruction_error_is_zero_under_autocast(autocast, precision):
     ode, z = make("verify", 24, force_precision=precision), state(CHUNK + 6, 24)
     with torch.autocast("cpu", dtype=autocast):
@@ -307,11 +349,18 @@ def strided(order, tokens, width):
     return state(tokens, width).permute(order).contiguous().permute(sorted(range(3), key=order.__getitem__))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize(
-    ("tokens", "width"), [(2, 16), (5, 64), (40, 96), (300, 96), (CHUNK + 1, 16)], ids=str
+    ("tokens", "width", "order", "precision"),
+    [
+        (2, 16, (2, 1, 0), "fp16"),
+        (5, 64, (1, 2, 0), "fp32"),
+        (40, 96, (1, 0, 2), "fp16"),
+        (40, 96, (2, 1, 0), "fp32"),
+        (300, 96, (1, 2, 0), "fp16"),
+        (CHUNK + 1, 16, (1, 2, 0), "fp32"),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0), (1, 2, 0)], ids=str)
 def test_reconstruction_error_is_zero_whatever_the_strides(order, tokens, width, precision):
     """Also where neighbours in memory are the tokens: a product may sum in an order that depends on it."""
     z = strided(order, tokens, width)
@@ -319,8 +368,9 @@ def test_reconstruction_error_is_zero_whatever_the_strides(order, tokens, width,
     assert_rebuilt(make("verify", width, force_precision=precision, steps=5), z)
 
 
-@pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0), (1, 2, 0)], ids=str)
-@every_mode
+@pytest.mark.parametrize(
+    ("mode", "order"), zip(MODES, itertools.cycle([(1, 0, 2), (2, 1, 0), (1, 2, 0)])), ids=str
+)
 def test_strides_matter_no_more_than_rounding(mode, order):
     ode, z = make(mode, width=24), strided(order, 50, 24)
     found, expected = flow_gradients(ode, z), flow_gradients(ode, z.contiguous())
@@ -339,18 +389,19 @@ def test_other_tokens_do_not_matter(mode):
         torch.testing.assert_close(ode(z[some]), ends[some], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("changed", [0, 700, CHUNK - 1, CHUNK, 1499])
 @pytest.mark.parametrize("mode", ["exact", "reversible"])
-def test_a_token_changes_no_other_bit(mode, changed):
+def test_a_token_changes_no_other_bit(mode):
     """Neither of its own chunk nor of the other."""
-    ode, z = make(mode, width=8, steps=3), state(1500, 8)
+    ode, z = make(mode, width=8, steps=2, integrator="leapfrog"), state(CHUNK + 100, 8)
     before = flow_gradients(ode, z)
-    z[changed] += 1
-    after = flow_gradients(ode, z)
-    others = torch.arange(1500) != changed
-    for name in ("end", "z"):
-        assert torch.equal(after[name][others], before[name][others])
-        assert not torch.equal(after[name][changed], before[name][changed])
+    for changed in (0, CHUNK - 1, CHUNK, CHUNK + 99):
+        other = z.clone()
+        other[changed] += 1
+        after = flow_gradients(ode, other)
+        others = torch.arange(len(z)) != changed
+        for name in ("end", "z"):
+            assert torch.equal(after[name][others], before[name][others])
+            assert not torch.equal(after[name][changed], before[name][changed])
 
 
 @pytest.mark.parametrize("mode", ["exact", "reversible", "verify"])
@@ -365,9 +416,9 @@ def test_chunks_do_not_matter(mode, monkeypatch):
 
 def test_peak_is_that_of_all_chunks():
     potential = perturbed_context(8)
-    z = state(2500, 8)
+    z = state(2 * CHUNK + 1, 8)
     peaks = []
-    for loud in (0, CHUNK, 2499):
+    for loud in (0, CHUNK, 2 * CHUNK):
         other = z.clone()
         other[loud, 0, 3] = 100.0
         q, p = other.unbind(-2)
@@ -379,7 +430,7 @@ def test_peak_is_that_of_all_chunks():
 # ---- Energy and geometry, at a context
 
 
-@pytest.mark.parametrize("width", [4, 16, 96])
+@pytest.mark.parametrize("width", [4, 96])
 def test_energy_is_conserved_in_the_context_of_the_start(width):
     flow = make("backprop", width, 4 * width).double()
     z = state(64, width, dtype=torch.float64)
@@ -405,8 +456,7 @@ def test_energy_error_of_leapfrog_falls_by_four():
         assert coarse / fine == pytest.approx(4, rel=0.1)
 
 
-@every_precision
-@pytest.mark.parametrize("tokens", [40, CHUNK + 1])
+@pytest.mark.parametrize(("tokens", "precision"), [(40, "fp32"), (40, "fp16"), (CHUNK + 1, "bf16")])
 def test_there_and_back_in_fixed_point(tokens, precision):
     """Turned round, and in the context of the way there, a token comes back to the very integers."""
     potential = perturbed_context(24, force_precision=precision)
@@ -427,8 +477,7 @@ def test_there_and_back_in_fixed_point(tokens, precision):
 # ---- Falling back, and states that are not finite
 
 
-@pytest.mark.parametrize("loud", [0, CHUNK + 5])
-@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize(("verify", "loud"), [(False, CHUNK + 5), (True, 0)])
 def test_overflow_in_any_chunk_falls_back(verify, loud):
     torch.manual_seed(7)
     potential = perturbed_context(8)
@@ -450,9 +499,17 @@ def test_overflow_in_any_chunk_falls_back(verify, loud):
     assert other.fallback_count == 0
 
 
-@pytest.mark.parametrize("token", [0, CHUNK + 5])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@every_mode
+@pytest.mark.parametrize(
+    ("mode", "bad", "token"),
+    [
+        ("exact", math.nan, CHUNK + 5),
+        ("exact", math.inf, 0),
+        ("reversible", math.inf, CHUNK + 5),
+        ("checkpoint", math.nan, 0),
+        ("backprop", math.inf, 0),
+        ("verify", math.nan, CHUNK + 5),
+    ],
+)
 def test_a_token_that_is_not_finite(mode, bad, token):
     ode, z = make(mode, 8, steps=3), state(CHUNK + 10, 8)
     ode.name = "blocks.2.flow.1"
@@ -481,8 +538,9 @@ def block_flow(**options):
     return HamiltonianFlow(WidthConfig(d_model=12, heads=2, kv_heads=2, d_ff=48), stage, "blocks.0.flow")
 
 
-@pytest.mark.parametrize("flows", [1, 2, 3])
-@pytest.mark.parametrize("gradient", ["exact", "reversible", "checkpoint", "backprop"])
+@pytest.mark.parametrize(
+    ("gradient", "flows"), [("exact", 1), ("exact", 3), ("reversible", 2), ("checkpoint", 2), ("backprop", 3)]
+)
 def test_flows_in_turn_against_double_precision(gradient, flows):
     """Each in the context that the one before it leaves."""
     flow = block_flow(gradient=gradient, flows=flows, verify=gradient == "exact")

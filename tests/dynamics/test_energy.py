@@ -262,18 +262,18 @@ def scaling(series, halvings):
     ]
 
 
-@pytest.mark.parametrize("kind", POTENTIALS)
+@pytest.mark.parametrize("kind", ["mlp", "confined_context", "duffing"])
 def test_energy_errors_scale_as_they_should(kind):
     """In float64, over a time of 6: that of leapfrog as dt^2, that of its modified Hamiltonian as dt^4."""
     flow = HamiltonianNeuralODE(POTENTIALS[kind](16).double(), gradient="backprop")
-    z = state(20, 16, dtype=torch.float64)
+    z = state(10, 16, dtype=torch.float64)
 
     def worst(integrator, which):
         def measure(i):
             taken = trajectory(flow, z, 40 * 2**i, 0.15 / 2**i, integrator, every=2**i)
             return drift(getattr(taken, which)).max().item()
 
-        return scaling(measure, 4)
+        return scaling(measure, 3)
 
     for integrator, which, power in (
         ("leapfrog", "energy", 2),
@@ -289,7 +289,7 @@ def test_energy_does_not_drift_away():
     """The error of a long flow is that of a short one: it swings, as that of Euler's method does not."""
     flow = HamiltonianNeuralODE(HenonHeiles(), gradient="backprop", integrator="leapfrog")
     z = torch.tensor([[[0.3, 0.1], [0.1, 0.35]]], dtype=torch.float64)
-    energies = trajectory(flow, z, 4000, 0.1, every=4).energy
+    energies = trajectory(flow, z, 2000, 0.1, every=4).energy
     assert drift(energies).item() < 1.2 * drift(energies[:100]).item() < 1e-2
     assert monotone_share(energies) == 0.0
 

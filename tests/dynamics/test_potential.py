@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from dynamics_helpers import (
@@ -78,9 +80,13 @@ def test_each_token_by_itself(make):
         assert not slope[torch.arange(9) != 3].any()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("phi", PHIS)
-@pytest.mark.parametrize("with_context", [False, True])
+@pytest.mark.parametrize(
+    ("with_context", "phi", "precision"),
+    [
+        *zip(itertools.repeat(False), PHIS, itertools.cycle(["fp32", "bf16", "fp16"])),
+        *zip(itertools.repeat(True), PHIS, itertools.cycle(["bf16", "fp16", "fp32"])),
+    ],
+)
 def test_mlp_is_never_negative(with_context, phi, precision):
     """Whatever the signs of the weights: so the flow is bound, and relative drifts mean something."""
     potential = MLPPotential(5, 40, phi=phi, force_precision=precision, with_context=with_context)
@@ -159,9 +165,16 @@ PLAIN = Potential.advance, Potential.undo
 every_mlp = pytest.mark.parametrize("kind", ["mlp", "context"])
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["stored_fp32", "stored_bf16"])
-@pytest.mark.parametrize("scale", [0.0, 2.0**22])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "stored", "scale"),
+    [
+        ("fp32", torch.float32, 2.0**22),
+        ("bf16", torch.float32, 0.0),
+        ("fp32", torch.bfloat16, 0.0),
+        ("bf16", torch.bfloat16, 2.0**22),
+    ],
+    ids=str,
+)
 @every_mlp
 def test_kernel_agrees_with_the_plain_path(kind, precision, scale, stored):
     potential = POTENTIALS[kind](24, 48, force_precision=precision).to(stored)

@@ -43,10 +43,9 @@ def watched(model: nn.Module, tokens: Tensor) -> dict[str, float]:
     "options",
     [
         {},
-        {"potential": "duffing"},
-        {"context": False},
-        {"precision": "bf16"},
-        *({"gradient": gradient} for gradient in ("reversible", "checkpoint", "backprop")),
+        {"potential": "duffing", "gradient": "checkpoint"},
+        {"context": False, "gradient": "reversible"},
+        {"precision": "bf16", "gradient": "backprop"},
     ],
     ids=str,
 )

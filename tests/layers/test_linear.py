@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -72,8 +73,9 @@ def test_operands_need_not_be_contiguous():
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(
+    ("sizes", "dtype"), zip(SIZES, itertools.cycle([torch.float32, torch.bfloat16, torch.float16]))
+)
 def test_accuracy(dtype, sizes):
     x, weight, _ = (t.detach().to(dtype) for t in operands(*sizes))
     cotangent = torch.randn(sizes[0], 2, sizes[2]).to(dtype)
