@@ -86,7 +86,7 @@ def hold(steps: int, told: Path) -> None:
 
 def keep_cells() -> None:
     """Let the cells of a sweep have no processes of their own."""
-    train_cell.run_apart = lambda job, *arguments: job(*arguments)
+    train_cell.run_isolated = lambda job, *arguments: job(*arguments)
 
 
 def make_peak_product_small() -> None:
