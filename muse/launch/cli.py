@@ -51,6 +51,8 @@ OmegaConf.register_new_resolver("muse.kind", folder_of_kind, replace=True)
 def prepare() -> None:
     """Make ready for Hydra: signals, what it is told beside the command line, and how it composes."""
     signals.take_signals_of_command()
+    # Those of a command that this process has run before are not this one's.
+    _statuses.clear()
     # Errors come out of Hydra as they are, so that they can be told in one sentence.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
