@@ -43,7 +43,7 @@ NOT_RUN = {
     'pip install -e ".[ray]"': "nothing installs Ray, which is large; tests/test_sweep.py plays its launcher",
     "pip install": "the gate installs .[dev] (.ci/run), which has the other extras",
     "python -m pytest": "the gate does it (.ci/run)",
-    "python -m kernels.resources": "writes a file of the sources; tests/kernels/test_resources.py holds it against them",
+    "python -m kernels.resources": "writes kernels/resources.json, which tests hold against the source",
     "wandb login": "needs an account",
     "wandb sync": "needs an account",
 }
