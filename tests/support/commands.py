@@ -24,9 +24,6 @@ from support.processes import ROOT
 
 def run_here(script: str, arguments: list[str]) -> int:
     """The exit status of a script of the repository, or of a module, run in this process."""
-    muse.cli._statuses.clear()
-    muse.sweep._folder = None
-    muse.stop._asked = None
     before = sys.argv, os.getcwd(), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
         sys.argv = [script, *arguments]
@@ -45,6 +42,10 @@ def run_here(script: str, arguments: list[str]) -> int:
         os.chdir(before[1])
         signal.signal(signal.SIGTERM, before[2])
         signal.signal(signal.SIGINT, before[3])
+        # As in a process that has just begun.
+        muse.cli._statuses.clear()
+        muse.sweep._folder = muse.stop._asked = None
+        muse.stop._is_command = False
     return 0
 
 
