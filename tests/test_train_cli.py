@@ -73,9 +73,12 @@ def hold(steps: int, told: Path) -> None:
 
     def log_and_wait(self: MetricsLog, step: int, metrics: dict[str, float]) -> None:
         log(self, step, metrics)
-        made.append(step)
         folder = self._path.parent
-        if "train/loss" in metrics and len(made) == steps:
+        # An evaluation is no step.
+        if "train/loss" not in metrics:
+            return
+        made.append(step)
+        if len(made) == steps:
             told.write_text(f"{folder}\n")
             wait_until((folder / "released").exists)
         while len(made) == steps + 4 and (folder / "until killed").exists():

@@ -121,6 +121,7 @@ def train_replica(folder: Path, precision: str, optim: str) -> tuple[dict[str, T
     return training.weights, training.series("train/loss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "optim"),
     [("fp32", "muon"), ("bf16", "adamw"), ("bf16-mixed", "adamw"), ("fp16-mixed", "adamw")],
@@ -154,6 +155,7 @@ def train_verified(folder: Path, together: str, precision: str) -> Training:
     return run_train(run_config(stage, together), folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("together", ["ddp", "fsdp"])
 def test_the_exact_flow_is_rebuilt_to_the_last_bit_on_every_rank(tmp_path, together, precision):
@@ -167,6 +169,7 @@ def train_evaluated(folder: Path, together: str) -> Training:
     return run_train(run_config(stage, together, eval_every=2, eval_tokens=16), folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", ["ddp", "fsdp"])
 def test_the_first_rank_watches_flows(tmp_path, together):
     first, second = run_ranks(2, train_evaluated, tmp_path, together)
@@ -200,6 +203,7 @@ def fall_back(folder: Path, together: str, failing: str) -> Training:
     return run_train(run_config(flow_config("reversible"), together), folder, double=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", ["undo", "advance"])
 @pytest.mark.parametrize("together", ["ddp", "fsdp"])
 def test_a_fallback_on_one_rank_becomes_one_on_all_and_gradients_stay_right(tmp_path, together, failing):
@@ -264,6 +268,7 @@ def drift(together: str) -> tuple[float, float]:
     return torch.cat(moved).mean().item(), torch.cat(gathered).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_sharded_weights_in_bfloat16_follow_steps_smaller_than_their_rounding(count):
     # 1 - 1e-4 is 1 in bfloat16.

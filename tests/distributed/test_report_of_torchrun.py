@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from distributed_helpers import Job
+from support.processes import copying_context
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from muse.processes import torchrun
@@ -103,7 +104,7 @@ def say_at_once(file: Path, output: Path, start: multiprocessing.Barrier) -> Non
 
 
 def test_processes_that_find_the_same_at_once_print_it_once(tmp_path, error_files):
-    context = multiprocessing.get_context("spawn")
+    context = copying_context()
     start = context.Barrier(len(error_files))
     processes = [
         context.Process(target=say_at_once, args=(file, tmp_path / "err", start)) for file in error_files

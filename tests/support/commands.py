@@ -24,9 +24,6 @@ from support.processes import ROOT
 
 def run_here(script: str, arguments: list[str]) -> int:
     """The exit status of a script of the repository, or of a module, run in this process."""
-    muse.launch.cli._statuses.clear()
-    muse.launch.sweep._folder = None
-    muse.processes.signals._asked = None
     before = sys.argv, os.getcwd(), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
         sys.argv = [script, *arguments]
@@ -45,6 +42,10 @@ def run_here(script: str, arguments: list[str]) -> int:
         os.chdir(before[1])
         signal.signal(signal.SIGTERM, before[2])
         signal.signal(signal.SIGINT, before[3])
+        # As in a process that has just begun.
+        muse.launch.cli._statuses.clear()
+        muse.launch.sweep._folder = muse.processes.signals._asked = None
+        muse.processes.signals._is_command, muse.processes.signals._cells_save = False, None
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.context
 import os
 import runpy
 import sys
@@ -38,8 +39,7 @@ class Copies:
     ) -> None:
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        _start_server()
-        context = multiprocessing.get_context("forkserver")
+        context = copying_context()
         self.processes: list[BaseProcess] = [
             context.Process(
                 target=_be_copy, args=(folder / str(number), environment, function, arguments), daemon=True
@@ -87,7 +87,8 @@ class Copies:
         return [(self.folder / f"{number}.err").read_text() for number in range(len(self.processes))]
 
 
-def _start_server() -> None:
+def copying_context() -> multiprocessing.context.ForkServerContext:
+    """For processes that are copies of one that has imported everything."""
     multiprocessing.set_forkserver_preload(["muse.training.run", "muse.launch.cli", "matplotlib.pyplot"])
     before = os.environ.get("PYTHONPATH")
     # The server imports before it is told the path of this process.
@@ -99,6 +100,7 @@ def _start_server() -> None:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
+    return multiprocessing.get_context("forkserver")
 
 
 def _be_copy(

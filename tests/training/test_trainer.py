@@ -70,6 +70,7 @@ def run_in_fresh_process(*arguments: Any, seed: int = 0, **options: Any) -> Any:
     return run_train(*arguments, wandb_id="muse123", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "precision", "optim", "accumulation"),
     [
