@@ -5,7 +5,7 @@ import pytest
 from muse.config import BenchConfig, BenchmarkConfig, ModelConfig, StageConfig, WidthConfig
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def bench_config():
     """A benchmark of a model that takes milliseconds; keyword arguments replace fields of its parts."""
 

@@ -31,7 +31,6 @@ from muse.config import (
     WidthConfig,
 )
 from muse.errors import ConfigError, RunError
-from muse.hardware import restored_threads
 from muse.launch import bench as bench_run
 
 CPU = torch.device("cpu")
@@ -71,13 +70,23 @@ def started(config):
 
 
 def test_a_rerun_has_the_losses_of_the_run_bit_for_bit(speedup_config):
+    config = speedup_config(train_steps=8)
     first, second, other = (
-        measure_speedup_run(dataclasses.replace(speedup_config(), seed=seed), CPU) for seed in (42, 42, 43)
+        measure_speedup_run(dataclasses.replace(config, seed=seed), CPU) for seed in (42, 42, 43)
     )
     assert first["losses_hash"] == second["losses_hash"] != other["losses_hash"]
     assert (first["loss"], first["valid_loss"]) == (second["loss"], second["valid_loss"])
 
 
+@pytest.fixture
+def kept_threads(monkeypatch):
+    """A number of threads that is kept and read but not used: threads would wait for a busy processor."""
+    chosen = [1]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: chosen.__setitem__(0, count))
+
+
+@pytest.mark.usefixtures("kept_threads")
 @pytest.mark.parametrize("measure", [measure_speedup_run, measure_speedup_pairs, measure_speedup_memory])
 def test_chosen_threads_do_not_outlive_the_measurement(speedup_config, measure, monkeypatch):
     # The next measurement in this process would look for a plan of another machine, and make other choices.
@@ -90,7 +99,7 @@ def test_chosen_threads_do_not_outlive_the_measurement(speedup_config, measure, 
     monkeypatch.setattr(
         speedup.Training, "step", lambda self, i: during.append(torch.get_num_threads()) or step(self, i)
     )
-    measure(speedup_config(), CPU)
+    measure(speedup_config(train_steps=2), CPU)
     assert threads + 1 in during
     assert torch.get_num_threads() == threads
 
@@ -140,7 +149,7 @@ def test_compilation_is_told_apart_and_counts_in_the_total(speedup_config, monke
     plan = Plan(Execution(compile=compiles), seconds=5.0, compile_seconds=3.0)
     monkeypatch.setattr(torch, "compile", slow)
     monkeypatch.setattr(speedup, "find_plan", lambda *_: plan)
-    result = measure_speedup_run(speedup_config(), CPU)
+    result = measure_speedup_run(speedup_config(train_steps=3), CPU)
     # Each of the two blocks is compiled in the first batch.
     in_training = result["compile_seconds"] - 3.0
     assert in_training > 1000 if compiles else in_training == 0
@@ -214,14 +223,13 @@ def test_a_plan_that_compiles_is_not_used_once_the_compiler_is_gone(speedup_conf
     assert find_plan(config, data, model).execution.compile
 
 
+@pytest.mark.usefixtures("kept_threads")
 def test_a_plan_with_other_threads_is_found_again(speedup_config, monkeypatch):
-    with restored_threads():
-        torch.set_num_threads(1)
-        monkeypatch.setattr(kernel_optimizer, "_other_threads", lambda _: [2])
-        monkeypatch.setattr(kernel_optimizer, "NOISE", -math.inf)
-        config, data, model = started(speedup_config(StackConfig(level=1)))
-        assert find_plan(config, data, model).execution.threads == 2
-        assert torch.get_num_threads() == 1
+    monkeypatch.setattr(kernel_optimizer, "_other_threads", lambda _: [2])
+    monkeypatch.setattr(kernel_optimizer, "NOISE", -math.inf)
+    config, data, model = started(speedup_config(StackConfig(level=1)))
+    assert find_plan(config, data, model).execution.threads == 2
+    assert torch.get_num_threads() == 1
 
 
 def test_a_plan_that_does_not_compile_needs_no_compiler(speedup_config, monkeypatch):

@@ -375,6 +375,7 @@ def test_what_could_not_be_measured_is_null_and_never_a_pass(bench_config, monke
     assert values["all_pass"] is None
 
 
+@pytest.mark.slow
 def test_a_measurement_that_fails_is_one_sentence(bench_config):
     config = bench_config(1, checkpoint="no/such/run")
     with pytest.raises(RunError, match="no/such/run"):

@@ -69,10 +69,14 @@ def test_too_little_training_text_names_the_option(size):
         training_batch(count_up(size), 0, 1, 16, seed=0)
 
 
-@pytest.mark.parametrize("size", [2, 3, 8, 9, 10, 15, 16, 17, 18, 61, 101])
 @pytest.mark.parametrize("stride", [None, 1, 3, 7, 8])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_every_token_is_predicted_once(size, stride, batch_size):
+def test_every_token_is_predicted_once(stride, batch_size):
+    for size in (2, 3, 8, 9, 10, 15, 16, 17, 18, 61, 101):
+        check_predictions(size, stride, batch_size)
+
+
+def check_predictions(size: int, stride: int | None, batch_size: int) -> None:
     seq_len = 8
     predicted: list[int] = []
     for inputs, targets, mask in evaluation_batches(count_up(size), seq_len, batch_size, stride):
@@ -94,10 +98,14 @@ def windows_of(
     return [window for batch in found for window in zip(*batch, strict=True)]
 
 
-@pytest.mark.parametrize("size", [2, 9, 10, 61, 101, 1000])
+@pytest.mark.parametrize("size", [2, 9, 10, 61, 101, 300])
 @pytest.mark.parametrize("stride", [None, 1, 3, 8])
-@pytest.mark.parametrize("limit", [1, 8, 13, 40, 400, 5000])
-def test_a_limit_takes_windows_from_equal_parts_of_the_split(size, stride, limit):
+def test_a_limit_takes_windows_from_equal_parts_of_the_split(size, stride):
+    for limit in (1, 8, 13, 40, 5000):
+        check_limit(size, stride, limit)
+
+
+def check_limit(size: int, stride: int | None, limit: int) -> None:
     every, some = windows_of(size, stride, 0), windows_of(size, stride, limit)
     assert (
         len(some) == evaluation_windows(size, 8, stride, limit) == min(len(every), -(-limit // (stride or 8)))

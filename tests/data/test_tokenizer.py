@@ -106,7 +106,7 @@ def test_cutting_runs_does_not_change_the_tokens(small_corpus, tmp_path, monkeyp
     generator = random.Random(0)
     corpus = Corpus([*small_corpus.train, "ACGT" * 900, "漢字。" * 300], [], [])
     bpe = build_tokenizer(TokenizerConfig("bpe", 400), corpus, tmp_path)
-    for _ in range(300):
+    for _ in range(100):
         text = mixed_text(generator)
         monkeypatch.setattr(module, "CHUNK_CHARACTERS", generator.choice((1, 7, 100, 255, 256, 257, 1000)))
         pieces = [piece for piece, _ in module._pieces(text, cuts_runs=True)]
@@ -170,12 +170,12 @@ def test_another_limit_of_runs_is_another_tokenizer(bpe, small_corpus, tmp_path,
 
 def test_what_takes_long_says_so_where_there_is_no_progress_bar(small_corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "TELL_SECONDS", 0.001)
-    text = "".join(random.Random(0).choices("ACGT", k=100_000))
+    text = "".join(random.Random(0).choices("ACGT", k=50_000))
     bpe = build_tokenizer(TokenizerConfig("bpe", 400), Corpus([text], [], []), tmp_path)
     assert re.search(r"^training the tokenizer: \d+ s$", capsys.readouterr().out, re.MULTILINE)
     for _ in bpe.encode_documents([text] * 20):
         pass
-    assert re.search(r"^tokenising: [\d,]+ of 2,000,000 characters$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^tokenising: [\d,]+ of 1,000,000 characters$", capsys.readouterr().out, re.MULTILINE)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     for _ in bpe.encode_documents([text] * 20):
         pass
@@ -195,6 +195,7 @@ def test_words(tmp_path, monkeypatch):
     assert len(ids) == sum(map(count_words, corpus.train))
 
 
+@pytest.mark.slow
 def test_words_of_wikitext2(wikitext2, tmp_path):
     corpus = load_corpus(DataConfig("wikitext2", path=str(wikitext2)))
     words = build_tokenizer(TokenizerConfig("word"), corpus, tmp_path)

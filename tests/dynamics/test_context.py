@@ -129,19 +129,19 @@ def test_without_weights_of_the_context_there_is_none():
     assert potential.context_weight.shape == (32, 32)
     for name, x in plain.named_parameters():
         assert torch.equal(x, getattr(potential, name))
-    z = state(20, 16)
+    z = state(20, 16, dtype=torch.float64)
     q, p = z.unbind(-2)
     assert plain.context(q, p) == ()
-    flows = [HamiltonianNeuralODE(x) for x in (plain, potential)]
+    # In double precision, where a difference is not one of rounding.
+    flows = [HamiltonianNeuralODE(x, gradient="backprop").double() for x in (plain, potential)]
     assert (flows[0](z) - flows[1](z)).abs().max() > 0.1
     with torch.no_grad():
         potential.context_weight.zero_()
     torch.testing.assert_close(potential(q, *potential.context(q, p)), plain(q))
-    torch.testing.assert_close(flows[1](z), flows[0](z), rtol=0, atol=2e-6)
     expected, found = (flow_gradients(x, z) for x in flows)
     # What U is trained by does not vanish with it.
     assert found.pop("parameter 3").norm() > 0
-    assert worst_error(found, expected) < 1e-5
+    assert worst_error(found, expected) < 1e-12
 
 
 @pytest.mark.parametrize(

@@ -196,8 +196,9 @@ def test_kernel_agrees_with_the_plain_path(kind, precision, scale, stored):
             assert torch.equal(x, y)
             assert torch.equal(x, symplectic.fixed_point(given, scale))
         else:
-            torch.testing.assert_close(x, given, rtol=0, atol=1e-5)
-            torch.testing.assert_close(y, given, rtol=0, atol=1e-5)
+            # On the way back a last bit of q may round to another bfloat16.
+            torch.testing.assert_close(x, given, rtol=0, atol=tolerance)
+            torch.testing.assert_close(y, given, rtol=0, atol=tolerance)
     # Gradients are rounded as they are stored.
     tolerance = max(tolerance, 1e-2 if stored == torch.bfloat16 else 0)
     wanted = [torch.float32, torch.float32, stored, stored, stored]
@@ -256,15 +257,20 @@ def test_peak_tells_of_overflow(kind, path):
     potential, (advance, _) = POTENTIALS[kind](8), path
     part = stages("leapfrog", 4, 0.1)
 
-    def peak(z, scale):
+    def run(z, scale, advance=advance):
         coefficients = (*potential.coefficients(), *potential.context(*z.unbind(-2)))
-        return advance(potential, *z.unbind(-2), coefficients, part, scale)[2].item()
+        return advance(potential, *z.unbind(-2), coefficients, part, scale)
+
+    def peak(z, scale):
+        return run(z, scale)[2].item()
 
     z = state(5, 8)
     assert 0 < peak(z, 2.0**22) < 2**26
     z[2, 1, 3] = 600.0
     assert peak(z, 2.0**22) >= symplectic.LIMIT
-    assert 500 < peak(z, 0.0) < 1000
+    # In floating point the kernel looks at the final state only, the plain path at every one.
+    end_q, end_p, largest = run(z, 0.0)
+    assert max(end_q.abs().max(), end_p.abs().max()) <= largest <= 1.001 * run(z, 0.0, Potential.advance)[2]
     z[2, 1, 3] = torch.nan
     assert not peak(z, 2.0**22) < symplectic.LIMIT
     assert not peak(z, 0.0) < torch.inf

@@ -1,27 +1,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from models_helpers import CONF, model_config, stage_config
 
-from muse.config import ModelConfig, StageConfig, WidthConfig
 from muse.models import build_model, count_parameters
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
-
-
-def model_config(name):
-    values = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
-    widths = {part: WidthConfig(**values.pop(part)) for part in ("real", "complex")}
-    return ModelConfig(**values, **widths)
-
-
-def stage_config(number, **options):
-    values = OmegaConf.to_container(OmegaConf.load(CONF / "stage" / f"{number}.yaml"))
-    return StageConfig(**values | options)
 
 
 def build_on_meta(stage, model, vocab_size):

@@ -1,18 +1,16 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
+from models_helpers import model_config, stage_config
 
 from muse.config import ModelConfig, StageConfig, WidthConfig
 from muse.models import build_model, count_parameters, transformer
 from muse.models.transformer import continue_logits, empty_past, sinusoids
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 VOCAB = 97
 WIDTH = WidthConfig(d_model=32, layers=2, heads=4, kv_heads=4, d_ff=48)
 both_attentions = pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
@@ -94,11 +92,9 @@ def positions_by_formula(positions, features):
 
 @pytest.mark.parametrize(("name", "parameters"), [("scaled", 10_511_360), ("simple", 2_105_344)])
 def test_sizes_of_the_stage(name, parameters):
-    values = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
-    widths = {part: WidthConfig(**values.pop(part)) for part in ("real", "complex")}
-    stage = StageConfig(**OmegaConf.to_container(OmegaConf.load(CONF / "stage" / "3a.yaml").stage))
+    config = model_config(name)
     with torch.device("meta"):
-        model = build_model(stage, ModelConfig(**values, **widths), values["vocab_size"])
+        model = build_model(stage_config("3a"), config, config.vocab_size)
     assert count_parameters(model) == parameters
 
 

@@ -27,14 +27,15 @@ POINTS = {"one": [(0.0, 1.0), (1.0, 3.0)], "two": [(0.0, 2.0), (1.0, 2.5)]}
     ],
     ids=["nothing", "empty", "two", "point", "long", "not finite"],
 )
-@pytest.mark.parametrize("log", [False, True])
-def test_lines_give_a_png(tmp_path, pixels, lines, log):
-    path = tmp_path / "plot.png"
-    save(draw_lines("title", "x", "y", lines, log), path)
-    drawn = pixels(path)
-    save(draw_lines("title", "x", "y", {}), path)
-    if any(len(points) > 0 for points in lines.values()):
-        assert drawn != pixels(path)
+def test_lines_give_a_png(tmp_path, pixels, lines):
+    pictures = []
+    for log in (False, True):
+        path = tmp_path / f"{log}.png"
+        save(draw_lines("title", "x", "y", lines, log), path)
+        pictures.append(pixels(path))
+    # Where anything is drawn, a logarithmic scale moves it.
+    drawn = any(len(points) > 0 for points in lines.values())
+    assert (pictures[0] != pictures[1]) is drawn
 
 
 def test_lines_that_coincide_are_told_apart_and_named_at_their_ends(overlapping):
@@ -108,7 +109,7 @@ def test_the_limit_of_bars_is_in_sight_and_in_the_legend():
     assert [text.get_text() for text in legend.get_texts()] == ["parameters", "state", "half of stage 0: 9"]
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 12])
+@pytest.mark.parametrize("count", [0, 1, 12])
 def test_no_legend_or_name_lies_on_the_bars(tmp_path, overlapping, pixels, count):
     bars = {f"a model with a long name {number}": BARS["stage 0"] for number in range(count)}
     rows = {name: {f"alternative {part}": 2.0 + part for part in range(8)} for name in bars}
