@@ -369,7 +369,7 @@ def test_reconstruction_error_is_zero_whatever_the_strides(order, tokens, width,
 
 
 @pytest.mark.parametrize(
-    ("mode", "order"), zip(MODES, itertools.cycle([(1, 0, 2), (2, 1, 0), (1, 2, 0)])), ids=str
+    ("mode", "order"), [*zip(MODES, itertools.cycle([(1, 0, 2), (2, 1, 0), (1, 2, 0)]))], ids=str
 )
 def test_strides_matter_no_more_than_rounding(mode, order):
     ode, z = make(mode, width=24), strided(order, 50, 24)

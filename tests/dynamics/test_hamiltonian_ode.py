@@ -101,7 +101,7 @@ def test_gradients_against_double_precision(mode, kind, integrator):
         ("spring", "yoshida4", 1),
         ("context", "leapfrog", 10),
         ("confined_context", "blanes_moan_rkn4", 2),
-        pytest.param("mlp", "leapfrog", 40, marks=pytest.mark.slow),
+        ("mlp", "leapfrog", 40),
     ],
 )
 def test_gradients_of_exact_are_as_accurate_as_those_of_backpropagation(kind, integrator, steps):

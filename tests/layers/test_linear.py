@@ -74,7 +74,7 @@ def test_operands_need_not_be_contiguous():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtype"), zip(SIZES, itertools.cycle([torch.float32, torch.bfloat16, torch.float16]))
+    ("sizes", "dtype"), [*zip(SIZES, itertools.cycle([torch.float32, torch.bfloat16, torch.float16]))]
 )
 def test_accuracy(dtype, sizes):
     x, weight, _ = (t.detach().to(dtype) for t in operands(*sizes))

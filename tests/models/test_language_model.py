@@ -110,7 +110,7 @@ def test_gradient_of_a_logit_stops_at_its_token(build, options):
 
 
 @pytest.mark.parametrize(
-    ("options", "precision"), zip(MODELS, itertools.cycle(["fp32", "bf16", "bf16-mixed"])), ids=str
+    ("options", "precision"), [*zip(MODELS, itertools.cycle(["fp32", "bf16", "bf16-mixed"]))], ids=str
 )
 def test_loss_and_gradients_are_finite(build, options, precision):
     model = build(**options, precision=precision)

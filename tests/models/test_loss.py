@@ -112,7 +112,9 @@ def test_double_backward_is_refused():
 
 
 # One token has too few errors to compare.
-@pytest.mark.parametrize(("dtype", "sizes"), zip([torch.float32, torch.bfloat16, torch.float16], SIZES[1:]))
+@pytest.mark.parametrize(
+    ("dtype", "sizes"), [*zip([torch.float32, torch.bfloat16, torch.float16], SIZES[1:])]
+)
 def test_accuracy(dtype, sizes):
     x, weight, bias, targets = problem(*sizes)
     x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
