@@ -135,7 +135,11 @@ def test_nothing_is_added_to_an_error_that_a_process_has_printed(tmp_path):
 
 @pytest.mark.slow
 def test_nothing_is_added_to_a_signal_that_the_processes_were_sent(tmp_path):
-    status, err = run_ranks(tmp_path, "sys.exit(128 + signal.SIGTERM)\n")
+    # torchrun ends a process that has not got to its end when the other one ends, by a signal of its own.
+    told, awaited = "f'there {launched_rank()}'", "f'there {1 - launched_rank()}'"
+    both = f"open({told}, 'w')\nwhile not os.path.exists({awaited}): pass\n"
+    late = "signal.signal(signal.SIGTERM, lambda *given: sys.exit(128 + signal.SIGTERM))\n"
+    status, err = run_ranks(tmp_path, f"{late}{both}sys.exit(128 + signal.SIGTERM)\n")
     assert (status, err) == (128 + signal.SIGTERM, "")
 
 
