@@ -26,6 +26,7 @@ from muse.training import run as train_run
 from muse.training import trainer
 from muse.training.checkpoint import CheckpointWriter
 from muse.training.run import run_training
+from muse.training.step import TrainingStep
 
 STEPS = 24
 
@@ -56,7 +57,7 @@ MOMENTS: dict[str, tuple[Any, str, bool, Callable[..., bool]]] = {
     "reading data": (train_run, "_load_data", BEFORE, first_time),
     "having taken over checkpoints": (train_run, "adopt_checkpoints", AFTER, first_time),
     "loading": (trainer, "load_tensors", BEFORE, first_time),
-    "computing": (trainer, "_accumulate_gradients", BEFORE, second_time),
+    "computing": (TrainingStep, "gradients", BEFORE, second_time),
     "agreeing": (trainer, "summed", BEFORE, second_time),
     "having agreed": (trainer, "_agree", AFTER, second_time),
     "evaluating": (trainer, "evaluate", BEFORE, first_time),

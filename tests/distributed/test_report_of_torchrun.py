@@ -121,7 +121,8 @@ def run_ranks(place: Path, body: str) -> tuple[int, str]:
     """Exit status and standard error of a script in two processes of ``python -m muse.torchrun``."""
     script = place / "script.py"
     script.write_text(
-        f"import os, signal, sys\nfrom muse.torchrun import launched_rank, say_last\n{body}", encoding="utf-8"
+        f"import os, signal, sys\nfrom muse.processes.torchrun import launched_rank, say_last\n{body}",
+        encoding="utf-8",
     )
     status, _, err = Job(place, [], script, "muse.torchrun").finish()
     return status, err

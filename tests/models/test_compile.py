@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import torch._inductor.config
+from support.marks import needs_vectors
 
 # Every activation, norm and kind of score once; compiling costs seconds, so not every combination.
 OPTIONS = [
@@ -56,6 +57,7 @@ def test_a_flow_breaks_the_graph_and_means_the_same(build):
     compare(model, torch.compile(model.features, backend="aot_eager"), atol=1e-5, rtol=1e-4)
 
 
+@needs_vectors
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="the compiler needs gcc")
 def test_compiled_code_means_the_same(build):

@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support.configs import SEQ_LEN, TRAIN_TOKENS, VOCAB, token_data
+from support.marks import needs_vectors
 from support.runs import CrashError, contents, crash_at, same, stored
 from training_helpers import Recorder, prepare_model, run_config, run_train, snapshot
 from waiting import PATIENCE
@@ -646,6 +647,7 @@ def test_a_compiled_model_keeps_the_names_of_its_weights(tmp_path, monkeypatch):
     assert_same_end(plain, result)
 
 
+@needs_vectors
 @pytest.mark.slow
 def test_torch_compile_trains_the_same_model(tmp_path):
     config = run_config(steps=2)
