@@ -41,7 +41,7 @@ OmegaConf.register_new_resolver("muse.pid", os.getpid, use_cache=True, replace=T
 OmegaConf.register_new_resolver("muse.digest", digest, replace=True)
 # Its text is a template of Python's, in which Hydra puts nothing.
 OmegaConf.register_new_resolver(
-    "muse.launch.help",
+    "muse.help",
     lambda *topics, _root_: help_text(_root_, list(map(str, topics))).replace("$", "$$"),
     replace=True,
 )
@@ -93,7 +93,7 @@ def ordered(arguments: list[str]) -> list[str]:
     topics = [option for option in options if parsed.help and re.fullmatch(r"[\w./]+", option)]
     if topics:
         options = [option for option in options if option not in topics]
-        options.append("hydra.help.template=${muse.launch.help:" + ",".join(topics) + "}")
+        options.append("hydra.help.template=${muse.help:" + ",".join(topics) + "}")
     return [*flags, *options]
 
 
