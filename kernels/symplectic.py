@@ -60,6 +60,11 @@ CHUNK = 2048
 # Programs of the parameter kernel, about two for every multiprocessor of a large GPU.
 PROGRAMS = 264
 
+# Of ``undone_flow``.
+Advance = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Undo = Callable[..., Sequence[Tensor]]
+Replace = Callable[..., Sequence[Tensor | None] | None]
+
 SQRT_HALF = math.sqrt(0.5)
 DENSITY = 1 / math.sqrt(2 * math.pi)
 
@@ -358,12 +363,8 @@ def _flow_backward_eager(
     weights: _Weights,
     scheme: _Scheme,
     parameters: bool,
-    rebuild: bool = True,
 ) -> tuple[Tensor, ...]:
-    """The initial q and p, and the gradients of q, p, w1, b1 and w2; empty if the parameters' are not wanted.
-
-    Without ``rebuild`` the initial p is left short of the first kick.
-    """
+    """The initial q and p, and the gradients of q, p, w1, b1 and w2, the last three empty if not wanted."""
     grad_q, grad_p, start_q, start_p = grad_q.clone(), grad_p.clone(), end_q.clone(), end_p.clone()
     field = _field(weights)
     count, (hidden, width) = min(CHUNK, len(end_q)), weights.w1.shape
@@ -384,8 +385,7 @@ def _flow_backward_eager(
             if kick:
                 _activate(q, here, scheme.unit, rows)
                 _adjoint_kick(adjoint_q, adjoint_p, kick, here, rows, more, totals)
-                if rebuild or any(scheme.kicks[:stage]):
-                    _add(p, _activated_force(q, here, scheme.unit, rows), -kick * scheme.unit, rows)
+                _add(p, _activated_force(q, here, scheme.unit, rows), -kick * scheme.unit, rows)
     return start_q, start_p, grad_q, grad_p, *_parameter_gradients(sums, weights)
 
 
@@ -407,32 +407,6 @@ def _parameter_gradients(sums: _Sums | None, weights: _Weights) -> tuple[Tensor,
     grad_b1 = sums.bias.mul_(minus_w2)
     grad_w1 = sums.slope.add_(sums.curved).mul_(minus_w2.unsqueeze(1))
     return grad_w1.to(w1.dtype), grad_b1.to(b1.dtype), grad_w2.to(w2.dtype)
-
-
-# A force is a kick of 1.
-_KICK = _Scheme((1.0,), (0.0,), 0.0)
-
-
-def _force_eager(q: Tensor, weights: _Weights) -> Tensor:
-    field = _field(weights)
-    work = _rows(min(CHUNK, len(q)), field)
-    f = torch.empty_like(q)
-    for chunk in _chunks(len(q)):
-        rows = _first(work, chunk.stop - chunk.start)
-        _activate(q[chunk], field.of(chunk), 1.0, rows)
-        f[chunk] = _activated_force(q[chunk], field, 1.0, rows)
-    return f
-
-
-def _force_backward_eager(
-    grad: Tensor, q: Tensor, weights: _Weights, parameters: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, w1, b1 and w2; those of the parameters empty if they are not wanted."""
-    zero = torch.zeros_like(q)
-    _, _, grad_q, _, grad_w1, grad_b1, grad_w2 = _flow_backward_eager(
-        zero, grad, q, zero, weights, _KICK, parameters, rebuild=False
-    )
-    return grad_q, grad_w1, grad_b1, grad_w2
 
 
 # ---- Triton code
@@ -934,24 +908,6 @@ def _flow_backward_triton(
     return q, p, grad_q, grad_p, *_summed(partial, weights)
 
 
-def _force_triton(q: Tensor, weights: _Weights) -> Tensor:
-    f = torch.zeros_like(q)
-    # A resident state would be written back to q.
-    options = _options("flow", weights.w1) | {"RESIDENT": 0}
-    _launch_stages(q, f, _operands(weights), _KICK, range(1), options)
-    return f
-
-
-def _force_backward_triton(
-    grad: Tensor, q: Tensor, weights: _Weights, parameters: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As _force_backward_eager."""
-    partial = _partial(len(q), weights) if parameters else None
-    grad_q = torch.zeros_like(q)
-    _launch_adjoint(q, grad_q, grad, _operands(weights), partial, 1.0, _KICK)
-    return grad_q, *_summed(partial, weights)
-
-
 # ---- Operations
 
 
@@ -967,14 +923,15 @@ def _symplectic_flow(
     phi: str,
     confinement: float,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Final q and p, the peak, and the int32 state of a fixed-point flow, else two empty tensors."""
-    end_q, end_p, peak = _run_flow(
-        q, p, _weights(w1, b1, w2, phi, confinement), _Scheme(kicks, drifts, scale)
-    )
-    if scale:
-        return end_q.to(q.dtype).mul_(1 / scale), end_p.to(p.dtype).mul_(1 / scale), peak, end_q, end_p
-    return end_q, end_p, peak, q.new_empty(0), p.new_empty(0)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Final state as it is held, int32 if scale > 0, and the peak. q and p are floating point or so held."""
+    run = _flow_triton if use_triton(w1) else _flow_eager
+    weights, scheme = _weights(w1, b1, w2, phi, confinement), _Scheme(kicks, drifts, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        end_q, end_p, peak = run(_flat(q), _flat(p), weights, scheme)
+        if not scale and q.numel():
+            peak = torch.maximum(end_q.abs().amax(), end_p.abs().amax()).float()
+    return end_q.view(q.shape), end_p.view(p.shape), peak
 
 
 @_symplectic_flow.register_fake
@@ -989,9 +946,9 @@ def _(
     phi: str,
     confinement: float,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    whole_q, whole_p = (x.new_empty(x.shape, dtype=torch.int32) if scale else x.new_empty(0) for x in (q, p))
-    return q.new_empty(q.shape), p.new_empty(p.shape), q.new_empty((), dtype=torch.float32), whole_q, whole_p
+) -> tuple[Tensor, Tensor, Tensor]:
+    end_q, end_p = (x.new_empty(x.shape, dtype=torch.int32 if scale else x.dtype) for x in (q, p))
+    return end_q, end_p, w1.new_empty((), dtype=torch.float32)
 
 
 @operator
@@ -1045,85 +1002,6 @@ def _(
     return start_q, start_p, grad_q, grad_p, grad_w1, grad_b1, grad_w2
 
 
-def _save_flow(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, w1, b1, w2, *ctx.settings = inputs
-    scale = inputs[-1]
-    ctx.save_for_backward(*(output[3:] if scale else output[:2]), w1, b1, w2)
-
-
-def _differentiate_flow(ctx: Any, grad_q: Tensor, grad_p: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    parameters = any(ctx.needs_input_grad[2:5])
-    _, _, start_q, start_p, *rest = _symplectic_flow_backward(
-        grad_q, grad_p, *ctx.saved_tensors, *ctx.settings, parameters
-    )
-    return start_q, start_p, *(rest if parameters else (None,) * 3), *(None for _ in ctx.settings)
-
-
-_symplectic_flow.register_autograd(_differentiate_flow, setup_context=_save_flow)
-
-
-@operator
-def _symplectic_force(q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str, confinement: float) -> Tensor:
-    """F(q)."""
-    run = _force_triton if use_triton(w1) else _force_eager
-    with torch.autocast(q.device.type, enabled=False):
-        return run(_flat(q), _weights(w1, b1, w2, phi, confinement)).view(q.shape)
-
-
-@_symplectic_force.register_fake
-def _(q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str, confinement: float) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-@operator
-def _symplectic_force_backward(
-    grad: Tensor,
-    q: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    phi: str,
-    confinement: float,
-    parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, w1, b1 and w2; empty for parameters if not wanted."""
-    run = _force_backward_triton if use_triton(w1) else _force_backward_eager
-    with torch.autocast(q.device.type, enabled=False):
-        grad_q, grad_w1, grad_b1, grad_w2 = run(
-            _flat(grad), _flat(q), _weights(w1, b1, w2, phi, confinement), parameters
-        )
-    return grad_q.view(q.shape), grad_w1, grad_b1.view(b1.shape if parameters else 0), grad_w2
-
-
-@_symplectic_force_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    phi: str,
-    confinement: float,
-    parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_w1, grad_b1, grad_w2 = (x.new_empty(x.shape if parameters else 0) for x in (w1, b1, w2))
-    return q.new_empty(q.shape), grad_w1, grad_b1, grad_w2
-
-
-def _save_force(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.phi, ctx.confinement = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate_force(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    parameters = any(ctx.needs_input_grad[1:4])
-    grad_q, *rest = _symplectic_force_backward(grad, *ctx.saved_tensors, ctx.phi, ctx.confinement, parameters)
-    return grad_q, *(rest if parameters else (None, None, None)), None, None
-
-
-_symplectic_force.register_autograd(_differentiate_force, setup_context=_save_force)
-
-
 def _flat(x: Tensor) -> Tensor:
     """(tokens, D)."""
     return x.reshape(-1, x.shape[-1]).contiguous()
@@ -1131,16 +1009,6 @@ def _flat(x: Tensor) -> Tensor:
 
 def _weights(w1: Tensor, b1: Tensor, w2: Tensor, phi: str, confinement: float) -> _Weights:
     return _Weights(w1, _flat(b1) if b1.dim() > 1 else b1, w2, phi, confinement)
-
-
-def _run_flow(q: Tensor, p: Tensor, weights: _Weights, scheme: _Scheme) -> tuple[Tensor, Tensor, Tensor]:
-    """Final state as it is held, int32 if scale > 0, and the peak. q and p are floating point or so held."""
-    run = _flow_triton if use_triton(weights.w1) else _flow_eager
-    with torch.autocast(q.device.type, enabled=False):
-        end_q, end_p, peak = run(_flat(q), _flat(p), weights, scheme)
-        if not scheme.scale and q.numel():
-            peak = torch.maximum(end_q.abs().amax(), end_p.abs().amax()).float()
-    return end_q.view(q.shape), end_p.view(p.shape), peak
 
 
 def _check(q: Tensor, p: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str) -> None:
@@ -1195,41 +1063,80 @@ def potential(
     return hidden + confinement / 2 * q.square().sum(-1) if confinement else hidden
 
 
-def force(
-    q: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    phi: str = "gelu_integral",
-    confinement: float = 0.0,
-) -> Tensor:
-    """F(q) = -grad V(q) = -W1^T (w2 * phi'(W1 q + b1)) - c q, differentiable once.
-
-    The products run in the dtype of w1, to which q is rounded.
-
-    Args:
-        q: (..., D), float32 (float64 in the eager implementation).
-        w1: (hidden, D), float32, bfloat16 or float16 (float64 if q is).
-        b1: (hidden,) or (..., hidden), as w1.
-        w2: (hidden,), as w1.
-        phi: as for ``potential``.
-        confinement: c.
-
-    Returns:
-        As q.
-
-    Raises:
-        ValueError: shapes do not fit, or phi is not known.
-        TypeError: dtypes do not fit.
-    """
-    _check(q, q, w1, b1, w2, phi)
-    _check_state(q.dtype, torch.float32, torch.float64)
-    return _symplectic_force(q, w1, b1, w2, phi, confinement)
-
-
 def _check_state(dtype: torch.dtype, *allowed: torch.dtype) -> None:
     if dtype not in allowed:
         raise TypeError(f"the state must be {' or '.join(map(str, allowed))}, not {dtype}")
+
+
+class _UndoneFlow(torch.autograd.Function):
+    """See ``undone_flow``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        advance: Advance,
+        undo: Undo,
+        replace: Replace | None,
+        scale: float,
+        q: Tensor,
+        p: Tensor,
+        *coefficients: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        end_q, end_p, peak = advance(q, p, *coefficients)
+        ctx.undo, ctx.replace = undo, replace
+        ctx.save_for_backward(end_q, end_p, *coefficients, *((q, p) if replace else ()))
+        ctx.mark_non_differentiable(peak)
+        if scale:
+            # NaN of an overflowed flow: nobody goes on with what is worthless without noticing.
+            unit = torch.full_like(peak, 1 / scale).masked_fill(~(peak < LIMIT), math.nan)
+            end_q, end_p = (x.to(q.dtype).mul_(unit) for x in (end_q, end_p))
+        return end_q, end_p, peak
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_p: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a flow that is undone has no second derivative; stage.gradient=backprop has")
+        end_q, end_p, *saved = ctx.saved_tensors
+        given = [saved.pop(), saved.pop()][::-1] if ctx.replace else []
+        wanted = any(ctx.needs_input_grad[6:])
+        start_q, start_p, *found = ctx.undo(grad_q, grad_p, end_q, end_p, *saved, parameters=wanted)
+        gradients: Sequence[Tensor | None] = found
+        if given:
+            gradients = ctx.replace(start_q, start_p, grad_q, grad_p, *given, *saved) or gradients
+        if not wanted:
+            gradients = (*gradients[:2], *[None] * len(saved))
+        return None, None, None, None, *gradients
+
+
+def undone_flow(
+    advance: Advance,
+    undo: Undo,
+    q: Tensor,
+    p: Tensor,
+    coefficients: Sequence[Tensor],
+    scale: float,
+    replace: Replace | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A flow of which only the final state is kept, because its backward pass undoes it.
+
+    Args:
+        advance: called with q, p and the coefficients; returns the final state as it is held and the peak, as
+            the function ``advance`` here.
+        undo: called with the gradients of the final q and p, these as they were held, the coefficients and
+            ``parameters``, whether their gradients are wanted; returns as the function ``undo`` here.
+        q: (..., D), float32 or float64.
+        p: as q.
+        coefficients: all that the flow is differentiated by beside q and p.
+        scale: units of the fixed-point state, a power of two; 0 for a floating-point state.
+        replace: where it is given the initial state is kept, too. Called with the rebuilt q and p, the
+            gradients of the final ones, the q and p that were given and the coefficients, it returns
+            gradients in place of those of ``undo``, or None.
+
+    Returns:
+        q and p after the flow, NaN where a fixed-point state overflowed, and the peak without gradient. The
+        gradient has no derivative.
+    """
+    return _UndoneFlow.apply(advance, undo, replace, scale, q, p, *coefficients)
 
 
 def symplectic_flow(
@@ -1272,12 +1179,13 @@ def symplectic_flow(
         ValueError: shapes or coefficients do not fit, phi is not known, or scale is not a power of two.
         TypeError: dtypes do not fit.
     """
-    _check(q, p, w1, b1, w2, phi)
-    _check_stages(kicks, drifts, scale)
     _check_state(q.dtype, torch.float32, torch.float64)
-    stages = list(kicks), list(drifts)
-    end_q, end_p, peak, _, _ = _symplectic_flow(q, p, w1, b1, w2, *stages, phi, confinement, scale)
-    return end_q, end_p, peak.detach()
+    how: dict[str, Any] = {
+        "kicks": kicks, "drifts": drifts, "phi": phi, "confinement": confinement, "scale": scale
+    }  # fmt: skip
+    return undone_flow(
+        functools.partial(advance, **how), functools.partial(undo, **how), q, p, (w1, b1, w2), scale
+    )
 
 
 @torch.no_grad()
@@ -1301,30 +1209,7 @@ def advance(
     _check(q, p, w1, b1, w2, phi)
     _check_stages(kicks, drifts, scale)
     _check_state(q.dtype, torch.float32, torch.float64, *([torch.int32] if scale else []))
-    return _run_flow(q, p, _weights(w1, b1, w2, phi, confinement), _Scheme(kicks, drifts, scale))
-
-
-def reconstruct(
-    q: Tensor,
-    p: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    kicks: Sequence[float],
-    drifts: Sequence[float],
-    *,
-    phi: str = "gelu_integral",
-    confinement: float = 0.0,
-    scale: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """The state before all stages from that after them, as ``advance`` returns it; exact if scale > 0."""
-    _check_stages(kicks, drifts, scale)
-    _check_state(q.dtype, *((torch.int32,) if scale else (torch.float32, torch.float64)))
-    undo = _reversed(_Scheme(kicks, drifts, scale))
-    start_q, start_p, _ = advance(
-        q, p, w1, b1, w2, undo.kicks, undo.drifts, phi=phi, confinement=confinement, scale=scale
-    )
-    return start_q, start_p
+    return _symplectic_flow(q, p, w1, b1, w2, list(kicks), list(drifts), phi, confinement, scale)
 
 
 @torch.no_grad()
@@ -1394,16 +1279,10 @@ def compile_cases() -> dict[str, Callable[[], object]]:
         end = torch.empty(tokens, width, dtype=torch.int32 if scale else torch.float32)
         weights = make_weights(dtype, width, phi, by_token)
         # A single kick: whatever the stages, the launches compile to the same.
-        scheme = _KICK._replace(scale=scale)
+        scheme = _Scheme((1.0,), (0.0,), scale)
         _flow_triton(end, end, weights, scheme)
         if backward:
             _flow_backward_triton(grad, grad, end, end, weights, scheme, True)
-
-    def forces(dtype: torch.dtype, width: int) -> None:
-        q = torch.empty(tokens, width)
-        weights = make_weights(dtype, width, "gelu_integral")
-        _force_triton(q, weights)
-        _force_backward_triton(q, q, weights, True)
 
     cases: dict[str, Callable[[], object]] = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -1415,5 +1294,4 @@ def compile_cases() -> dict[str, Callable[[], object]]:
         cases[f"bfloat16 64 {phi}"] = functools.partial(flow, torch.bfloat16, 64, phi)
     cases["bfloat16 128 float"] = functools.partial(flow, torch.bfloat16, 128, scale=0.0, backward=False)
     cases["float32 512 float"] = functools.partial(flow, torch.float32, 512, scale=0.0, by_token=True)
-    cases["bfloat16 128 force"] = functools.partial(forces, torch.bfloat16, 128)
     return cases

@@ -17,7 +17,7 @@ from kernels.complex_pointwise import (
     rotate,
     split_heads,
 )
-from kernels.symplectic import force, symplectic_flow
+from kernels.symplectic import symplectic_flow
 from muse.models import linear_cross_entropy
 
 TOKENS, WIDTH, HEADS = 40, 24, 3
@@ -55,7 +55,7 @@ def operations():
             [(1, HEADS, TOKENS, 2, WIDTH)] * 3,
         )
     flow = [(TOKENS, WIDTH)] * 2 + [(2 * WIDTH, WIDTH), (2 * WIDTH,), (2 * WIDTH,)]
-    yield "force", lambda q, p, *w: force(q, *w) + p, flow
+    yield "force", lambda *x: symplectic_flow(*x, [1.0], [0.0])[1], flow
     for scale in (0.0, 2.0**22):
         yield (
             f"flow {scale}",

@@ -130,7 +130,14 @@ def _measure(config: BenchConfig, device: torch.device, torchdiffeq: Any) -> dic
 def _called(run: Run, z: Tensor, *_: Tensor) -> Tensor:
     """The run as a function of all that gradients are wanted of."""
     # MemTracker cannot watch a module that is given a leaf.
-    return run(z.view_as(z))
+    return _end(run, z.view_as(z))
+
+
+def _end(run: Run, z: Tensor) -> Tensor:
+    """The final state of planar z, planar."""
+    if isinstance(run, HamiltonianNeuralODE):
+        return torch.stack(run(*z.unbind(-2)), -2)
+    return run(z)
 
 
 def _potential(config: BenchConfig) -> Potential:
@@ -239,4 +246,4 @@ def _checked(name: str, method: Method, potential: Potential, z: Tensor) -> dict
 
 def _gradient(run: Run, potential: Potential, z: Tensor, cotangent: Tensor) -> Tensor:
     leaves = (z.clone().requires_grad_(), *potential.parameters())
-    return joined(torch.autograd.grad(run(leaves[0]), leaves, cotangent))
+    return joined(torch.autograd.grad(_end(run, leaves[0]), leaves, cotangent))

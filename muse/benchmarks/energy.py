@@ -151,7 +151,7 @@ def _inputs_of_flows(model: LanguageModel, tokens: Tensor, cast: torch.dtype | N
 
     def note(flow: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(flow, HamiltonianNeuralODE)
-        layers.append((flow, inputs[0].detach().flatten(0, -3).clone()))
+        layers.append((flow, torch.stack(inputs, -2).detach().flatten(0, -3)))
 
     flows = [module for module in model.modules() if isinstance(module, HamiltonianNeuralODE)]
     if not flows:
@@ -181,13 +181,15 @@ def _curvature(flow: HamiltonianNeuralODE, z: Tensor) -> Tensor:
 def _followed(layer: Layer, steps: int, dt: float, scheme: str) -> Tensor:
     """Energies (steps + 1, tokens)."""
     flow, z = layer
-    return trajectory(flow, z, steps, dt, scheme, modified=False).energy
+    q, p = z.unbind(-2)
+    return trajectory(flow, q, p, steps, dt, scheme, modified=False).energy
 
 
 def _leapfrog(layer: Layer, steps: int, dt: float) -> tuple[Tensor, Tensor]:
     """Energies by leapfrog, and its modified Hamiltonian."""
     flow, z = layer
-    path = trajectory(flow, z, steps, dt, "leapfrog")
+    q, p = z.unbind(-2)
+    path = trajectory(flow, q, p, steps, dt, "leapfrog")
     return path.energy, path.modified
 
 

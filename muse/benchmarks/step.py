@@ -71,8 +71,7 @@ def training_step(
     numbers = itertools.count()
 
     def take() -> float:
-        loss = step.gradients([batch])
-        step.update(next(numbers), loss)
+        loss = step.take(next(numbers), [batch]).loss
         return loss
 
     return step, take

@@ -4,6 +4,7 @@ from muse.dynamics.energy import Trajectory, drift, energy, monotone_share, traj
 from muse.dynamics.hamiltonian_ode import (
     HamiltonianNeuralODE,
     agree_on_fallbacks,
+    deferred_checks,
     flow_metrics,
     flows_of,
     take_reconstruction_error,
@@ -22,6 +23,7 @@ __all__ = [
     "Stages",
     "Trajectory",
     "agree_on_fallbacks",
+    "deferred_checks",
     "drift",
     "energy",
     "flow_metrics",

@@ -76,18 +76,20 @@ def _modification(
 @torch.no_grad()
 def trajectory(
     flow: HamiltonianNeuralODE,
-    z: Tensor,
+    q: Tensor,
+    p: Tensor,
     steps: int,
     dt: float | None = None,
     integrator: str | None = None,
     every: int = 1,
     modified: bool = True,
 ) -> Trajectory:
-    """Follow the tokens of planar z (..., 2, D) in the arithmetic of the flow.
+    """Follow the tokens that start at q and p (..., D) in the arithmetic of the flow.
 
     Args:
         flow: the layer; its potential, and its fixed-point state if ``exact``.
-        z: initial state.
+        q: initial q.
+        p: initial p.
         steps: number of steps.
         dt: size of a step; that of the flow if None.
         integrator: that of the flow if None.
@@ -102,8 +104,8 @@ def trajectory(
         raise ValueError(f"steps={steps} is no multiple of every={every}")
     dt = flow.dt if dt is None else dt
     potential, scale = flow.potential, 0.0 if flow.fallen_back else flow.scale
-    z = z if z.dtype == torch.float64 else z.float()
-    q, p = (x.reshape(-1, x.shape[-1]) for x in z.unbind(-2))
+    q, p = (x if x.dtype == torch.float64 else x.float() for x in (q, p))
+    q, p = (x.reshape(-1, x.shape[-1]) for x in (q, p))
     context = potential.context(q, p)
     coefficients = (*potential.coefficients(), *context)
     part = stages(integrator or flow.integrator, every, dt)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.symplectic import LIMIT
+from kernels.symplectic import LIMIT, undone_flow
 from muse.dynamics.integrators import Stages, stages
 from muse.dynamics.potential import Potential
 from muse.errors import RunError
@@ -35,7 +36,8 @@ class HamiltonianNeuralODE(nn.Module):
 
     A state that leaves the range of ``exact``, or is not rebuilt within ``recon_threshold``, costs nothing
     but memory: the gradient of that call is taken by checkpointing, the layer stays in that mode, warns once
-    and counts it in ``fallback_count``.
+    and counts it in ``fallback_count``. To see it a call waits for the device, unless ``deferred_checks``
+    leaves that to the caller.
 
     Args:
         potential: V.
@@ -72,7 +74,9 @@ class HamiltonianNeuralODE(nn.Module):
         # The largest error since it was last read, of the modes that compare.
         self.reconstruction_error: float | None = None
         # Shown the input of each call; see ``muse.dynamics.watch``.
-        self.watch: Callable[[Tensor], None] | None = None
+        self.watch: Callable[[Tensor, Tensor], None] | None = None
+        # See ``deferred_checks``.
+        self.deferred = False
         self.register_buffer("fallback_count", torch.zeros((), dtype=torch.int64))
         self.fallen_back = False
         self.register_load_state_dict_post_hook(_remember_fallback)
@@ -84,26 +88,32 @@ class HamiltonianNeuralODE(nn.Module):
 
     # A graph break costs nothing beside a flow, and what its backward pass decides cannot be traced.
     @torch.compiler.disable
-    def forward(self, z: Tensor) -> Tensor:
-        """The state after all steps, planar (..., 2, D), float32 (float64 if z is).
+    def forward(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """q and p (..., D) after all steps, float32, or float64 if they are; gradients by this layer's mode.
 
         Raises:
             RunError: the state is not finite; says in which layer and step.
         """
-        dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-        with torch.autocast(z.device.type, enabled=False):
+        q, p = (x if x.dtype == torch.float64 else x.float() for x in (q, p))
+        with torch.autocast(q.device.type, enabled=False):
             if self.watch is not None:
-                self.watch(z)
-            q, p = self.flow(*z.to(dtype).unbind(-2))
-        return torch.stack((q, p), -2)
+                self.watch(q, p)
+            return self._flow(q, p)
 
-    def flow(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """q and p (..., D) after all steps; gradients by the mode of this layer."""
+    def _flow(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         coefficients = (*self.potential.coefficients(), *self.potential.context(q, p))
         if self.gradient in ("exact", "reversible") and not self.fallen_back:
-            end_q, end_p, peak = _UndoneFlow.apply(self, q, p, *coefficients)
-            largest = peak.item()
-            if largest < (LIMIT if self.scale else math.inf):
+            end_q, end_p, peak = undone_flow(
+                self._advance,
+                self._undo,
+                q,
+                p,
+                coefficients,
+                self.scale,
+                self._compare if self.compares else None,
+            )
+            # What compares waits for the device anyway.
+            if (self.deferred and not self.compares) or peak.item() < (LIMIT if self.scale else math.inf):
                 return end_q, end_p
             self._refuse_non_finite(q, p, coefficients)
             self._fall_back(
@@ -113,12 +123,42 @@ class HamiltonianNeuralODE(nn.Module):
                 else "its state was not finite"
             )
         if self.gradient == "backprop" or not torch.is_grad_enabled():
-            q_end, p_end = _run(self.potential, q, p, self.stages, coefficients)
+            end_q, end_p = _run(self.potential, q, p, self.stages, coefficients)
         else:
-            q_end, p_end = self._checkpointed(q, p, coefficients)
-        if q.numel() and not (q_end.sum() + p_end.sum()).isfinite():
+            end_q, end_p = self._checkpointed(q, p, coefficients)
+        if not self.deferred and q.numel() and not (end_q.sum() + end_p.sum()).isfinite():
             self._refuse_non_finite(q, p, coefficients)
-        return q_end, p_end
+        return end_q, end_p
+
+    def _advance(self, q: Tensor, p: Tensor, *coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.potential.advance(q, p, coefficients, self.stages, self.scale)
+
+    def _undo(
+        self, grad_q: Tensor, grad_p: Tensor, q: Tensor, p: Tensor, *coefficients: Tensor, parameters: bool
+    ) -> tuple[Tensor, ...]:
+        with torch.autocast(q.device.type, enabled=False):
+            return self.potential.undo(grad_q, grad_p, q, p, coefficients, self.stages, self.scale)
+
+    def _compare(
+        self,
+        start_q: Tensor,
+        start_p: Tensor,
+        grad_q: Tensor,
+        grad_p: Tensor,
+        q: Tensor,
+        p: Tensor,
+        *coefficients: Tensor,
+    ) -> list[Tensor | None] | None:
+        """Note the error of the rebuilt state; gradients by checkpointing where it is too large."""
+        error = _distance((start_q, start_p), (q, p), self.scale)
+        self.reconstruction_error = max(error, self.reconstruction_error or 0.0)
+        if error <= (0.0 if self.scale else self.recon_threshold):
+            return None
+        self._fall_back(f"the initial state was rebuilt with an error of {error:.2g}")
+        with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+            inputs = [x.detach().requires_grad_() for x in (q, p, *coefficients)]
+            ends = self._checkpointed(inputs[0], inputs[1], tuple(inputs[2:]))
+            return list(torch.autograd.grad(ends, inputs, (grad_q, grad_p), allow_unused=True))
 
     def _checkpointed(self, q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         count = len(self.stages.kicks)
@@ -160,43 +200,6 @@ class HamiltonianNeuralODE(nn.Module):
                 q, p = _run(self.potential, q, p, step, coefficients)
 
 
-class _UndoneFlow(torch.autograd.Function):
-    """Keeps the final state only, and in the modes that compare the initial one; see HamiltonianNeuralODE."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, ode: HamiltonianNeuralODE, q: Tensor, p: Tensor, *coefficients: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        end_q, end_p, peak = ode.potential.advance(q, p, coefficients, ode.stages, ode.scale)
-        ctx.ode = ode
-        ctx.save_for_backward(end_q, end_p, *((q, p) if ode.compares else ()), *coefficients)
-        ctx.mark_non_differentiable(peak)
-        if ode.scale:
-            end_q, end_p = (x.to(q.dtype).mul_(1 / ode.scale) for x in (end_q, end_p))
-        return end_q, end_p, peak
-
-    @staticmethod
-    def backward(ctx: Any, grad_q: Tensor, grad_p: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        ode: HamiltonianNeuralODE = ctx.ode
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{ode.name}: stage.gradient={ode.gradient} has no second derivative; use backprop"
-            )
-        end_q, end_p, *saved = ctx.saved_tensors
-        given, coefficients = (saved[:2], saved[2:]) if ode.compares else ([], saved)
-        with torch.autocast(grad_q.device.type, enabled=False):
-            start_q, start_p, *gradients = ode.potential.undo(
-                grad_q, grad_p, end_q, end_p, tuple(coefficients), ode.stages, ode.scale
-            )
-            if given:
-                error = _distance((start_q, start_p), given, ode.scale)
-                ode.reconstruction_error = max(error, ode.reconstruction_error or 0.0)
-                if not error <= (0.0 if ode.scale else ode.recon_threshold):
-                    ode._fall_back(f"the initial state was rebuilt with an error of {error:.2g}")
-                    return None, *_by_checkpoints(ode, (*given, *coefficients), (grad_q, grad_p))
-        return None, *gradients
-
-
 def _run(
     potential: Potential, q: Tensor, p: Tensor, part: Stages, coefficients: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
@@ -209,7 +212,7 @@ def _run(
     return q, p
 
 
-def _distance(rebuilt: tuple[Tensor, Tensor], given: list[Tensor], scale: float) -> float:
+def _distance(rebuilt: tuple[Tensor, Tensor], given: tuple[Tensor, Tensor], scale: float) -> float:
     """The largest difference of an element."""
     if not rebuilt[0].numel():
         return 0.0
@@ -218,17 +221,27 @@ def _distance(rebuilt: tuple[Tensor, Tensor], given: list[Tensor], scale: float)
     return worst / (scale or 1.0)
 
 
-def _by_checkpoints(
-    ode: HamiltonianNeuralODE, inputs: tuple[Tensor, ...], grads: tuple[Tensor, Tensor]
-) -> list[Tensor | None]:
-    with torch.enable_grad():
-        q, p, *coefficients = (x.detach().requires_grad_() for x in inputs)
-        ends = ode._checkpointed(q, p, tuple(coefficients))
-        return list(torch.autograd.grad(ends, (q, p, *coefficients), grads, allow_unused=True))
-
-
 def _remember_fallback(ode: HamiltonianNeuralODE, _: Any) -> None:
     ode.fallen_back = bool(ode.fallback_count)
+
+
+@contextmanager
+def deferred_checks(model: nn.Module) -> Iterator[None]:
+    """Inside, flows that do not compare read nothing back from the device.
+
+    A flow whose state left its range, or is not finite, then gives what is not finite either, and so does all
+    that follows. Who finds such a loss calls the model again outside: the flow falls back there, or says in
+    which step its state was lost.
+    """
+    flows = flows_of(model)
+    before = [flow.deferred for flow in flows]
+    for flow in flows:
+        flow.deferred = True
+    try:
+        yield
+    finally:
+        for flow, deferred in zip(flows, before, strict=True):
+            flow.deferred = deferred
 
 
 def agree_on_fallbacks(model: nn.Module) -> None:

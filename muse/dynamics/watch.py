@@ -62,22 +62,23 @@ def watched_flows(model: nn.Module) -> Iterator[dict[str, float]]:
         metrics[f"flow/{name}"] = of_all([values[key] for values in measured.values()])
 
 
-def _once(flow: HamiltonianNeuralODE, measured: dict[str, dict[str, float]]) -> Callable[[Tensor], None]:
-    def watch(z: Tensor) -> None:
+def _once(
+    flow: HamiltonianNeuralODE, measured: dict[str, dict[str, float]]
+) -> Callable[[Tensor, Tensor], None]:
+    def watch(q: Tensor, p: Tensor) -> None:
         flow.watch = None
-        measured[flow.name] = _measure(flow, z)
+        measured[flow.name] = _measure(flow, q, p)
 
     return watch
 
 
-def _measure(flow: HamiltonianNeuralODE, z: Tensor) -> dict[str, float]:
-    """What ``watched_flows`` tells of a flow whose input is planar z (..., 2, D)."""
-    z = z.detach().flatten(0, -3)
-    z = z[:: math.ceil(len(z) / TOKENS)]
-    q, p = (x.float() if x.dtype.itemsize < 4 else x for x in z.unbind(-2))
+def _measure(flow: HamiltonianNeuralODE, q: Tensor, p: Tensor) -> dict[str, float]:
+    """What ``watched_flows`` tells of a flow whose input is (q, p), both (..., D)."""
+    rows = math.ceil(q[..., 0].numel() / TOKENS)
+    q, p = (x.detach().flatten(0, -2)[::rows] for x in (q, p))
     values = {"energy": math.nan, "drift_max": math.nan, "drift_mean": math.nan}
     try:
-        energies = trajectory(flow, z, flow.steps, modified=False).energy
+        energies = trajectory(flow, q, p, flow.steps, modified=False).energy
         drifts = drift(energies)
         values = {
             "energy": energies[0].mean().item(),

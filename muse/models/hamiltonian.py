@@ -44,19 +44,13 @@ class HamiltonianFlow(nn.Module):
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        state = z
+        q, p = z.unbind(-2)
         for number, ode in enumerate(self.odes):
-            state = ode(_turned(state) if number else state)
+            q, p = ode(-p, q) if number else ode(q, p)
         # As many turns back.
-        for _ in range(len(self.odes) - 1):
-            state = -_turned(state)
-        return (state - z).to(z.dtype)
-
-
-def _turned(z: Tensor) -> Tensor:
-    """i z of planar z (..., 2, D)."""
-    q, p = z.unbind(-2)
-    return torch.stack((-p, q), -2)
+        for _ in self.odes[1:]:
+            q, p = p, -q
+        return (torch.stack((q, p), -2) - z).to(z.dtype)
 
 
 class HamiltonianBlock(nn.Module):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from muse.data import Counts, evaluation_batches
+from muse.dynamics import deferred_checks, flows_of
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
 from muse.processes.ranks import rank, ranks, summed
@@ -68,27 +69,43 @@ def evaluate(
         limit: tokens to evaluate, in windows spread evenly over the split; 0 for all.
         precision: autocast dtype; None for the dtype of the parameters.
     """
-    device = model_device(model)
+    windows = tokens, seq_len, batch_size, stride, limit
     training = model.training
     model.eval()
-    total, predicted = 0.0, 0
     try:
-        for inputs, targets, mask in evaluation_batches(tokens, seq_len, batch_size, stride, limit):
-            targets = targets.masked_fill(~mask, -1)
-            inputs, targets = _share(inputs, targets)
-            with torch.autocast(device.type, precision, enabled=precision is not None):
-                total += model.loss(inputs.to(device), targets.to(device), reduction="sum").item()
-            predicted += int(mask.sum())
+        with deferred_checks(model):
+            total, predicted = _total(model, precision, *windows)
+        if not math.isfinite(total) and flows_of(model):
+            total, predicted = _total(model, precision, *windows)
     finally:
         model.train(training)
-    if ranks() > 1:
-        total = summed(torch.tensor(total, dtype=torch.float64, device=device)).item()
     loss = total / max(1, predicted)
     whole = counts is not None and predicted >= len(tokens) - 1
     reason = _no_word_ppl(total, counts, whole)
     word_ppl = perplexity(total / counts.words) if reason is None and counts and counts.words else None
     bits = total / math.log(2) / counts.bytes if whole and counts and counts.bytes else None
     return Evaluation(loss, perplexity(loss), word_ppl, bits, predicted, reason)
+
+
+def _total(
+    model: LanguageModel,
+    precision: torch.dtype | None,
+    tokens: np.ndarray,
+    seq_len: int,
+    batch_size: int,
+    stride: int | None,
+    limit: int,
+) -> tuple[float, int]:
+    """The summed loss of the windows, and how many tokens it is of. The host waits for the device once."""
+    device = model_device(model)
+    total, predicted = torch.zeros((), dtype=torch.float64, device=device), 0
+    for inputs, targets, mask in evaluation_batches(tokens, seq_len, batch_size, stride, limit):
+        targets = targets.masked_fill(~mask, -1)
+        inputs, targets = (x.to(device, non_blocking=True) for x in _share(inputs, targets))
+        with torch.autocast(device.type, precision, enabled=precision is not None):
+            total += model.loss(inputs, targets, reduction="sum")
+        predicted += int(mask.sum())
+    return (summed(total) if ranks() > 1 else total).item(), predicted
 
 
 def _no_word_ppl(total: float, counts: Counts | None, whole: bool) -> str | None:

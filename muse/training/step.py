@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from muse.config import HardwareConfig, OptimConfig
+from muse.dynamics import agree_on_fallbacks, deferred_checks, flows_of, take_reconstruction_error
 from muse.errors import RunError
 from muse.hardware import autocast_dtype
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
+from muse.processes.ranks import rank, ranks, summed
+from muse.training.checkpoint import random_state, restore_random_state
 from muse.training.optim import ModelOptimizer, first_non_finite, gradient_norm
 from muse.training.parallel import ParallelLoss
 
@@ -30,10 +34,27 @@ class NotFinite(RunError):
         self.what, self.where = what, where
 
 
+@dataclass(frozen=True)
+class TakenStep:
+    """What a step found, the same on all ranks.
+
+    Attributes:
+        loss: mean over the windows of all ranks.
+        gradient_norm: before clipping. It is not finite where a loss scaler skipped the update.
+        reconstruction_error: the largest of any flow that compares; None where none does.
+        signal: the largest number of a signal that a rank was sent.
+    """
+
+    loss: float
+    gradient_norm: float
+    reconstruction_error: float | None
+    signal: int | None
+
+
 class TrainingStep:
     """What every step does to a model and its optimiser, on all ranks together.
 
-    A step is ``gradients`` and then ``update``; between them ranks may agree on its loss.
+    The host waits for the device once a step, after the backward pass and before the update.
 
     Args:
         model: on its device. ``hardware.parallel=fsdp`` shards its parameters.
@@ -48,46 +69,88 @@ class TrainingStep:
     ) -> None:
         self.model, self.clip = model, optim.clip
         self.device = model_device(model)
+        self.flows = flows_of(model)
+        # As all ranks know it.
+        self.fallen_back = [False for _ in self.flows]
         self.loss = ParallelLoss(model, hardware.parallel)
         self.optimizer = ModelOptimizer(model, optim, seed)
         self.cast = autocast_dtype(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.cast == torch.float16)
 
-    def gradients(self, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
-        """Leave the gradient of the mean loss of the micro-batches in the parameters.
+    def take(
+        self, number: int, batches: Sequence[tuple[Tensor, Tensor]], signal: int | None = None
+    ) -> TakenStep:
+        """Take the gradient of the mean loss of the micro-batches, clip it and update the parameters.
 
-        Args:
-            batches: inputs and targets of this rank, int64 (B, S) each.
-
-        Returns:
-            That loss, over the windows of this rank.
-        """
-        self.model.zero_grad(set_to_none=True)
-        total = 0.0
-        for number, (inputs, targets) in enumerate(batches, 1):
-            with self.loss.gradients_summed(last=number == len(batches)):
-                with torch.autocast(self.device.type, self.cast, enabled=self.cast is not None):
-                    loss = self.loss(inputs.to(self.device), targets.to(self.device)) / len(batches)
-                self.scaler.scale(loss).backward()
-            total += loss.item()
-        return total
-
-    def update(self, number: int, loss: float) -> float:
-        """Clip the gradients, update the parameters and return the norm before clipping.
+        A step in which the state of a flow is lost is taken again, with that flow on checkpointing.
 
         Args:
             number: of the step, from 0.
-            loss: of all ranks.
+            batches: inputs and targets of this rank, int64 (B, S) each.
+            signal: that this rank was sent.
 
         Raises:
             NotFinite: the loss or a gradient is not. With a loss scaler a gradient that overflowed skips the
-                step and lowers the scale, as is usual, until the scale is used up.
+                update and lowers the scale, as is usual, until the scale is used up.
+            RunError: the state of a flow is not finite.
         """
+        random = random_state() if self.flows else None
+        with deferred_checks(self.model):
+            taken = self._differentiate(batches, signal)
+        if random is not None and not math.isfinite(taken.loss):
+            restore_random_state(random)
+            taken = self._differentiate(batches, signal)
+        self._update(number, taken)
+        return taken
+
+    def gradients(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Leave the gradient of the mean loss of the micro-batches in the parameters.
+
+        Returns:
+            That loss, over the windows of this rank: a float64 scalar on the device.
+        """
+        self.model.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number, (inputs, targets) in enumerate(batches, 1):
+            inputs, targets = (x.to(self.device, non_blocking=True) for x in (inputs, targets))
+            with self.loss.gradients_summed(last=number == len(batches)):
+                with torch.autocast(self.device.type, self.cast, enabled=self.cast is not None):
+                    loss = self.loss(inputs, targets) / len(batches)
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def _differentiate(self, batches: Sequence[tuple[Tensor, Tensor]], signal: int | None) -> TakenStep:
+        loss = self.gradients(batches)
         self.optimizer.attach_gradients()
+        norm = gradient_norm(self.model)
+        error = take_reconstruction_error(self.model)
+        # A column for each rank: its share of the loss, its error, its signal, whether more flows fell back.
+        columns = torch.zeros(4, ranks(), dtype=torch.float64, device=self.device)
+        columns[0, rank()] = loss / ranks()
+        columns[1, rank()] = -1.0 if error is None else error
+        columns[2, rank()] = signal or 0
+        columns[3, rank()] = [flow.fallen_back for flow in self.flows] != self.fallen_back
+        if ranks() > 1:
+            columns = summed(columns)
+        # All that the host waits for.
+        found = torch.cat((columns, norm.double().expand(1, ranks()))).tolist()
+        losses, errors, signals, differing, norms = found
+        if any(differing):
+            agree_on_fallbacks(self.model)
+            self.fallen_back = [flow.fallen_back for flow in self.flows]
+        return TakenStep(
+            loss=math.fsum(losses),
+            gradient_norm=norms[0] / self.scaler.get_scale(),
+            reconstruction_error=None if max(errors) < 0 else max(errors),
+            signal=int(max(signals)) or None,
+        )
+
+    def _update(self, number: int, taken: TakenStep) -> None:
         if self.scaler.is_enabled():
             for inner in self.optimizer.optimizers:
                 self.scaler.unscale_(inner)
-        norm = gradient_norm(self.model).item()
+        loss, norm = taken.loss, taken.gradient_norm
         finite = math.isfinite(loss) and math.isfinite(norm)
         overflowed = self.scaler.is_enabled() and math.isfinite(loss) and self.scaler.get_scale() > 1
         if not finite and not overflowed:
@@ -97,4 +160,3 @@ class TrainingStep:
             self.optimizer.step(number, min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0)
         if self.scaler.is_enabled():
             self.scaler.update()
-        return norm

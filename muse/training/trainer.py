@@ -15,10 +15,10 @@ from torch import Tensor
 
 from muse.config import RunConfig
 from muse.data import TokenData, evaluation_windows, training_batch
-from muse.dynamics import agree_on_fallbacks, flow_metrics, take_reconstruction_error, watched_flows
+from muse.dynamics import flow_metrics, watched_flows
 from muse.errors import ConfigError, RunError, of_all_ranks
 from muse.models import LanguageModel, build_model, count_parameters
-from muse.processes.ranks import largest, rank, ranks, summed
+from muse.processes.ranks import largest, rank, ranks
 from muse.runs.checkpoints import TrainingState, find_checkpoint, load_state, load_tensors
 from muse.training.checkpoint import CheckpointWriter, restore_random_state
 from muse.training.evaluate import Evaluation, evaluate
@@ -213,16 +213,13 @@ class Trainer:
         self.step.optimizer.set_learning_rate(
             learning_rate_factor(self.config.optim, self.done, self.config.train.steps)
         )
-        loss = self.step.gradients(_batches(self.config, self.data, self.done))
-        error = take_reconstruction_error(self.model)
-        loss, error, agreed = _agree(self.model, loss, error, signal, self.device)
         try:
-            norm = self.step.update(self.done, loss)
+            taken = self.step.take(self.done, _batches(self.config, self.data, self.done), signal)
         except NotFinite as bad:
             raise _not_finite(bad, self.done, self.writer) from None
         self.done += 1
-        self.unlogged.append((loss, norm, error))
-        return agreed
+        self.unlogged.append((taken.loss, taken.gradient_norm, taken.reconstruction_error))
+        return taken.signal if ranks() > 1 else None
 
     def log_step(self, seconds: float, progress: Progress) -> None:
         """Note how long the step took, and where a line of metrics is due log and show it."""
@@ -337,24 +334,6 @@ def _not_finite(bad: NotFinite, step: int, writer: CheckpointWriter) -> RunError
         f"the {bad.what} is not finite in step {step + 1}; the first bad value is in {bad.where}; {kept}; a "
         "lower optim.lr, a longer optim.warmup or stage.precision=fp32 may help"
     )
-
-
-def _agree(
-    model: LanguageModel, loss: float, error: float | None, signal: int | None, device: torch.device
-) -> tuple[float, float | None, int | None]:
-    """Of a step the mean loss and the largest reconstruction error of all ranks, and the signal to one.
-
-    They stop after the same step.
-    """
-    if ranks() == 1:
-        return loss, error, None
-    agree_on_fallbacks(model)
-    losses, errors, signals = torch.zeros(3, ranks(), dtype=torch.float64, device=device)
-    losses[rank()], errors[rank()] = loss / ranks(), -1 if error is None else error
-    signals[rank()] = signal or 0
-    losses, errors, signals = summed(torch.stack((losses, errors, signals))).cpu()
-    worst = errors.max().item()
-    return losses.sum().item(), None if worst < 0 else worst, int(signals.max()) or None
 
 
 def _means(steps: list[tuple[float, float, float | None]]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from dynamics_helpers import (
     POTENTIALS,
     Harmonic,
     HenonHeiles,
+    moved,
     no_warnings,
     perturbed_duffing,
     perturbed_mlp,
@@ -179,9 +180,9 @@ def test_curvature_counts_negative_eigenvalues():
 def test_trajectory_is_what_the_flow_does(kind, gradient):
     flow = HamiltonianNeuralODE(POTENTIALS[kind](8), 12, 0.1, "leapfrog", gradient)
     z = state(2, 3, 8)
-    taken = trajectory(flow, z, 12)
+    taken = trajectory(flow, *z.unbind(-2), 12)
     with torch.no_grad():
-        ends = flow(z).flatten(0, 1)
+        ends = moved(flow, z).flatten(0, 1)
     assert taken.energy.shape == taken.modified.shape == (13, 6)
     assert taken.q.shape == taken.p.shape == (6, 8)
     assert taken.q.dtype == (torch.int32 if gradient == "exact" else torch.float32)
@@ -204,11 +205,11 @@ def test_trajectory_in_fixed_point_ends_in_the_very_state():
     """In steps of one or of four: stages are merged within them, so the same integers need the same parts."""
     flow = HamiltonianNeuralODE(perturbed_mlp(8), 12, 0.1, "leapfrog")
     z = state(5, 8)
-    every, fourth = trajectory(flow, z, 12), trajectory(flow, z, 12, every=4)
+    every, fourth = trajectory(flow, *z.unbind(-2), 12), trajectory(flow, *z.unbind(-2), 12, every=4)
     assert fourth.energy.shape == (4, 5)
     torch.testing.assert_close(fourth.energy, every.energy[::4], rtol=0, atol=2e-5)
     end = flow.potential.advance(*z.unbind(-2), flow.potential.coefficients(), flow.stages, flow.scale)
-    whole = trajectory(flow, z, 12, every=12)
+    whole = trajectory(flow, *z.unbind(-2), 12, every=12)
     assert torch.equal(whole.q, end[0])
     assert torch.equal(whole.p, end[1])
 
@@ -216,16 +217,18 @@ def test_trajectory_in_fixed_point_ends_in_the_very_state():
 def test_trajectory_by_other_means():
     flow = HamiltonianNeuralODE(perturbed_mlp(8).double(), 5, 0.1, "leapfrog", "backprop")
     z = state(5, 8, dtype=torch.float64)
-    taken = trajectory(flow, z, 20, dt=0.05, integrator="yoshida6")
+    taken = trajectory(flow, *z.unbind(-2), 20, dt=0.05, integrator="yoshida6")
     other = HamiltonianNeuralODE(flow.potential, 20, 0.05, "yoshida6", "backprop")
-    torch.testing.assert_close(torch.stack((taken.q, taken.p), -2), other(z).detach(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        torch.stack((taken.q, taken.p), -2), moved(other, z).detach(), rtol=0, atol=1e-13
+    )
     assert taken.q.dtype == torch.float64
     assert not taken.energy.requires_grad
 
 
 def test_trajectory_needs_whole_parts():
     with pytest.raises(ValueError, match="steps=10 is no multiple of every=3"):
-        trajectory(HamiltonianNeuralODE(Harmonic()), state(5, 8), 10, every=3)
+        trajectory(HamiltonianNeuralODE(Harmonic()), *state(5, 8).unbind(-2), 10, every=3)
 
 
 @pytest.mark.parametrize("gradient", ["exact", "backprop"])
@@ -236,18 +239,18 @@ def test_trajectory_of_a_state_that_is_not_finite(kind, gradient):
     z = state(5, 8)
     z[3, 0, 2] = math.nan
     with pytest.raises(RunError, match=r"layer 1: the state is not finite, .* by step 1"):
-        trajectory(flow, z, 5)
+        trajectory(flow, *z.unbind(-2), 5)
 
 
 def test_trajectory_out_of_range():
     flow, z = HamiltonianNeuralODE(perturbed_mlp(8), fraction_bits=29), state(5, 8)
     z[3, 0, 2] = 5.0
     with pytest.raises(RunError, match=r"too large for stage.fraction_bits, by step 1"):
-        trajectory(flow, z, 5)
+        trajectory(flow, *z.unbind(-2), 5)
     # A layer that has fallen back computes in floating point.
     with pytest.warns(UserWarning, match="left the range"):
-        flow(z)
-    taken = trajectory(flow, z, 5)
+        moved(flow, z)
+    taken = trajectory(flow, *z.unbind(-2), 5)
     assert taken.q.dtype == torch.float32
     assert drift(taken.energy).max() < 1e-4
 
@@ -270,7 +273,7 @@ def test_energy_errors_scale_as_they_should(kind):
 
     def worst(integrator, which):
         def measure(i):
-            taken = trajectory(flow, z, 40 * 2**i, 0.15 / 2**i, integrator, every=2**i)
+            taken = trajectory(flow, *z.unbind(-2), 40 * 2**i, 0.15 / 2**i, integrator, every=2**i)
             return drift(getattr(taken, which)).max().item()
 
         return scaling(measure, 3)
@@ -289,7 +292,7 @@ def test_energy_does_not_drift_away():
     """The error of a long flow is that of a short one: it swings, as that of Euler's method does not."""
     flow = HamiltonianNeuralODE(HenonHeiles(), gradient="backprop", integrator="leapfrog")
     z = torch.tensor([[[0.3, 0.1], [0.1, 0.35]]], dtype=torch.float64)
-    energies = trajectory(flow, z, 2000, 0.1, every=4).energy
+    energies = trajectory(flow, *z.unbind(-2), 2000, 0.1, every=4).energy
     assert drift(energies).item() < 1.2 * drift(energies[:100]).item() < 1e-2
     assert monotone_share(energies) == 0.0
 
@@ -304,7 +307,7 @@ def test_energy_of_a_model_at_its_defaults(options):
     flow = HamiltonianNeuralODE(potential, 10, 0.1, "blanes_moan_rkn4", "exact")
     z = state(128, 96)
     with no_warnings():
-        taken = trajectory(flow, z, 100, modified=False)
+        taken = trajectory(flow, *z.unbind(-2), 100, modified=False)
     drifts = drift(taken.energy)
     assert drifts.shape == (128,)
     assert 0 < drifts.max() < (1e-6 if stage.confinement else 1e-5)
@@ -312,6 +315,6 @@ def test_energy_of_a_model_at_its_defaults(options):
     # It moves, and leapfrog is worse, by the curvature.
     q = z[:, 0]
     assert (taken.q.double() / flow.scale - q).abs().max() > 0.5
-    leapfrog = drift(trajectory(flow, z, 100, integrator="leapfrog", modified=False).energy).max()
+    leapfrog = drift(trajectory(flow, *z.unbind(-2), 100, integrator="leapfrog", modified=False).energy).max()
     bend = curvature(potential, q, potential.context(q, z[:, 1])).max() * 0.1**2
     assert 10 * drifts.max() < leapfrog < bend

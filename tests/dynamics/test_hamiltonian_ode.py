@@ -23,6 +23,7 @@ from dynamics_helpers import (
     gradients,
     in_double,
     kepler_orbit,
+    moved,
     no_warnings,
     perturbed_duffing,
     relative_error,
@@ -128,7 +129,8 @@ def test_gradcheck(gradient, kind, integrator, steps):
     names = [name for name, _ in ode.named_parameters()]
 
     def run(z, *parameters):
-        return torch.func.functional_call(ode, dict(zip(names, parameters, strict=True)), (z,))
+        given = dict(zip(names, parameters, strict=True))
+        return torch.stack(torch.func.functional_call(ode, given, z.unbind(-2)), -2)
 
     leaves = [x.detach().requires_grad_() for x in (state(2, 3, dtype=torch.float64), *ode.parameters())]
     assert gradcheck(run, leaves)
@@ -163,7 +165,7 @@ def test_repeated_backward_is_bitwise_equal(mode, kind):
     ode, z = make(mode, kind, width=24), state(300, 24)
     assert_equal(flow_gradients(ode, z), flow_gradients(ode, z))
     leaf = z.clone().requires_grad_()
-    end = ode(leaf)
+    end = moved(ode, leaf)
     first, second = (torch.autograd.grad(end.square().sum(), leaf, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
@@ -173,8 +175,8 @@ def test_gradient_of_half_the_state(mode, kind):
     ode, z = make(mode, kind), state(5, 16).requires_grad_()
     reference = in_double(ode)
     other = z.detach().double().requires_grad_()
-    (found,) = torch.autograd.grad(ode(z)[:, 1].square().sum(), z)
-    (exact,) = torch.autograd.grad(reference(other)[:, 1].square().sum(), other)
+    (found,) = torch.autograd.grad(moved(ode, z)[:, 1].square().sum(), z)
+    (exact,) = torch.autograd.grad(moved(reference, other)[:, 1].square().sum(), other)
     assert relative_error(found, exact) < 1e-5
 
 
@@ -184,12 +186,14 @@ def test_frozen_potential_and_frozen_state(mode, kind):
     expected = flow_gradients(ode, z)
     parameters = list(ode.parameters())
     cotangent = torch.randn(5, 2, 16, generator=torch.Generator().manual_seed(1))
-    for x, name in zip(torch.autograd.grad(ode(z), parameters, cotangent), list(expected)[2:], strict=True):
+    for x, name in zip(
+        torch.autograd.grad(moved(ode, z), parameters, cotangent), list(expected)[2:], strict=True
+    ):
         assert torch.equal(x, expected[name])
     ode.requires_grad_(False)
     leaf = z.requires_grad_()
-    assert torch.equal(torch.autograd.grad(ode(leaf), leaf, cotangent)[0], expected["z"])
-    assert not ode(z.detach()).requires_grad
+    assert torch.equal(torch.autograd.grad(moved(ode, leaf), leaf, cotangent)[0], expected["z"])
+    assert not moved(ode, z.detach()).requires_grad
 
 
 @some_mlp_pairs
@@ -212,12 +216,14 @@ def test_double_backward_is_refused(mode, kind):
     ode, z = make(mode, kind), state(5, 16).requires_grad_()
     mention = f"stage.gradient={ode.gradient} has no second derivative; use backprop"
     with pytest.raises(RuntimeError, match=mention):
-        torch.autograd.grad(ode(z).square().sum(), z, create_graph=True)
+        torch.autograd.grad(moved(ode, z).square().sum(), z, create_graph=True)
 
 
 def test_double_backward_of_backpropagation():
     ode = make("backprop", "confined_context", width=3, steps=2, integrator="leapfrog").double()
-    assert torch.autograd.gradgradcheck(ode, state(2, 3, dtype=torch.float64).requires_grad_())
+    assert torch.autograd.gradgradcheck(
+        lambda z: moved(ode, z), state(2, 3, dtype=torch.float64).requires_grad_()
+    )
 
 
 # ---- What goes in and comes out
@@ -228,7 +234,7 @@ def test_shapes(mode, kind):
     ode = make(mode, kind, width=6, integrator="leapfrog")
     for shape in ((6,), (2, 3, 6), (2, 3, 2, 2, 6), (0, 6)):
         z = state(*shape).requires_grad_()
-        end = ode(z)
+        end = moved(ode, z)
         assert end.shape == z.shape
         end.sum().backward()
         assert z.grad.shape == z.shape
@@ -243,7 +249,7 @@ def test_strides_do_not_matter(mode, kind):
     assert_equal(flow_gradients(ode, strided), flow_gradients(ode, z))
     wide = torch.randn(5, 7, 2, 40)
     wide[..., 3:19] = z
-    assert torch.equal(ode(wide[..., 3:19]), ode(z))
+    assert torch.equal(moved(ode, wide[..., 3:19]), moved(ode, z))
 
 
 @some_mlp_pairs
@@ -252,9 +258,9 @@ def test_half_precision_is_accepted(mode, kind):
     for dtype in (torch.bfloat16, torch.float16):
         z = state(5, 16).to(dtype)
         leaf = z.clone().requires_grad_()
-        end = ode(leaf)
+        end = moved(ode, leaf)
         assert end.dtype == torch.float32
-        assert torch.equal(end, ode(z.float()))
+        assert torch.equal(end, moved(ode, z.float()))
         end.sum().backward()
         assert leaf.grad.dtype == dtype
 
@@ -273,7 +279,7 @@ def test_tokens_do_not_touch(mode, kind):
         assert torch.equal(after[name][others], before[name][others])
         assert not torch.equal(after[name][1, 7], before[name][1, 7])
     leaf = z.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(ode(leaf)[1, 7].sum(), leaf)
+    (grad,) = torch.autograd.grad(moved(ode, leaf)[1, 7].sum(), leaf)
     assert grad[1, 7].all()
     assert not grad[others].any()
 
@@ -298,14 +304,14 @@ def test_results_without_a_graph_are_the_same(mode, kind):
     """And a flow leaves its input alone."""
     ode, z = make(mode, kind, width=24), state(100, 24)
     before = z.clone()
-    with_graph = ode(z.clone().requires_grad_())
+    with_graph = moved(ode, z.clone().requires_grad_())
     assert with_graph.requires_grad
     with torch.no_grad():
-        assert torch.equal(ode(z), with_graph)
+        assert torch.equal(moved(ode, z), with_graph)
     with torch.inference_mode():
-        assert torch.equal(ode(z), with_graph)
+        assert torch.equal(moved(ode, z), with_graph)
     ode.eval()
-    assert torch.equal(ode(z), with_graph)
+    assert torch.equal(moved(ode, z), with_graph)
     assert torch.equal(z, before)
 
 
@@ -350,7 +356,7 @@ def test_reconstruction_error_is_zero_where_floating_point_misses():
     for mode in ("verify", "reversible"):
         ode = make(mode, width=64, steps=100, recon_threshold=1.0)
         z = state(10, 64).requires_grad_()
-        ode(z).sum().backward()
+        moved(ode, z).sum().backward()
         error = flow_metrics(ode)["flow/reconstruction_error"]
         assert error == 0.0 if mode == "verify" else 1e-7 < error < 1e-4
 
@@ -370,7 +376,7 @@ def test_autocast_changes_nothing(mode, kind, precision):
 
     def under_autocast(x):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return ode(x)
+            return moved(ode, x)
 
     # bfloat16 forces are not rebuilt in floating point to the default threshold.
     ode.recon_threshold = 1e-5 if precision == "fp32" else 1e-2
@@ -415,7 +421,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, z):
-        return z + self.out(self.dropout(self.ode(self.into(z))))
+        return z + self.out(self.dropout(moved(self.ode, self.into(z))))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -435,7 +441,7 @@ class Scaled(nn.Module):
         self.ode, self.gain = ode, nn.Parameter(torch.tensor(0.9))
 
     def forward(self, z):
-        return self.ode(self.gain * z).tanh()
+        return moved(self.ode, self.gain * z).tanh()
 
 
 def compare_compiled(block, mode, backend, **tolerance):
@@ -485,7 +491,7 @@ def bytes_saved(mode, steps, kind="mlp"):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        end = ode(z)
+        end = moved(ode, z)
     assert end.requires_grad
     return sum(held.values())
 
@@ -535,7 +541,7 @@ def test_memory_of_checkpointing():
     def alive(mode):
         ode, z = make(mode, width=32, steps=99, integrator="leapfrog"), state(200, 32).requires_grad_()
         with Results(z, *ode.parameters()) as results:
-            end = ode(z)
+            end = moved(ode, z)
         assert end.requires_grad
         return results.alive()
 
@@ -580,7 +586,7 @@ def test_overflow_on_the_way():
     ode = HamiltonianNeuralODE(Harmonic(1.0), 63, 0.1, "yoshida4", fraction_bits=29, name="swing")
     z = torch.tensor([[[0.5, 0.2], [5.0, 0.3]], [[0.1, 0.1], [0.2, 0.4]]])
     z[0, :, 0] = torch.tensor([3.5, 3.5])
-    ends = in_double(ode)(z.double())
+    ends = moved(in_double(ode), z.double())
     assert max(z.abs().max(), ends.abs().max()) < 4
     assert_fallen_back(
         ode, z, r"left the range of \+-4 of stage.fraction_bits=29; .*stage.gradient=checkpoint"
@@ -608,8 +614,8 @@ def test_overflow_of_a_huge_input(kind):
 def test_overflow_without_a_graph(kind):
     ode, z = overflowing(kind)
     with torch.no_grad(), pytest.warns(UserWarning, match="left the range"):
-        end = ode(z)
-    assert relative_error(end, in_double(ode)(z.double()).detach()) < 1e-6
+        end = moved(ode, z)
+    assert relative_error(end, moved(in_double(ode), z.double()).detach()) < 1e-6
     assert ode.fallback_count == 1
 
 
@@ -747,10 +753,10 @@ def test_two_calls_that_fail_warn_once(kind, monkeypatch):
     """Both forward passes were done before the first failure shows."""
     ode, z = make("reversible", kind, width=16), state(6, 16)
     reference = in_double(ode)
-    exact = gradients(lambda x: reference(reference(x)), reference.parameters(), z.double())
+    exact = gradients(lambda x: moved(reference, moved(reference, x)), reference.parameters(), z.double())
     perturb(ode, monkeypatch)
     with pytest.warns(UserWarning, match="rebuilt with an error") as caught:
-        found = gradients(lambda x: ode(ode(x)), ode.parameters(), z)
+        found = gradients(lambda x: moved(ode, moved(ode, x)), ode.parameters(), z)
     assert len(caught) == 1
     assert worst_error(found, exact) <= 1e-5
     # The gradients of two calls were taken otherwise.
@@ -810,7 +816,7 @@ def test_state_dict_keeps_the_fallback():
 def test_copies_keep_the_fallback():
     ode, z = overflowing()
     with pytest.warns(UserWarning, match="left the range"):
-        ode(z)
+        moved(ode, z)
     assert copy.deepcopy(ode).fallen_back
 
 
@@ -823,9 +829,9 @@ def test_input_that_is_not_finite(mode, kind):
         ode, z = make(mode, kind, name="layer 5"), state(6, 16)
         z[4, plane, 2] = bad
         with pytest.raises(RunError, match=r"^layer 5: .*not finite before the first step"):
-            ode(z.clone().requires_grad_())
+            moved(ode, z.clone().requires_grad_())
         with torch.no_grad(), pytest.raises(RunError, match="layer 5"):
-            ode(z)
+            moved(ode, z)
         assert ode.fallback_count == 0
 
 
@@ -847,12 +853,12 @@ def test_a_step_that_is_not_finite(mode, bad):
     ode = HamiltonianNeuralODE(Pole(bad), 10, 0.1, "leapfrog", name="layer 2", **MODES[mode])
     z = torch.tensor([[[0.65, 0.0], [1.0, 0.0]]])
     with pytest.raises(RunError, match=r"^layer 2: .*not finite after step 4 of 10"):
-        ode(z.requires_grad_())
+        moved(ode, z.requires_grad_())
     with torch.no_grad(), pytest.raises(RunError, match="after step 4 of 10"):
-        ode(z)
+        moved(ode, z)
     # What does not come so far is let through.
     z = torch.tensor([[[-0.65, 0.0], [1.0, 0.0]]])
-    torch.testing.assert_close(ode(z), z + torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]))
+    torch.testing.assert_close(moved(ode, z), z + torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]))
     assert ode.fallback_count == 0
 
 
@@ -862,7 +868,7 @@ def test_a_weight_that_is_not_finite(mode):
         ode = make(mode, "context" if name == "context_weight" else "mlp", name="layer 4")
         getattr(ode.potential, name).data.view(-1)[0] = math.nan
         with pytest.raises(RunError, match=r"^layer 4: .*not finite after step 1 of 10"):
-            ode(state(6, 16))
+            moved(ode, state(6, 16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -877,17 +883,17 @@ def test_a_flow_that_runs_off(mode, dtype):
         # Out of range of the fixed-point state before it is out of that of floating point.
         warnings.simplefilter("ignore")
         with pytest.raises(RunError, match=r"^loose: .*not finite after step \d+ of 100"):
-            ode(z)
+            moved(ode, z)
 
 
 def test_a_state_in_double_precision_needs_no_such_parameters():
     """Backpropagation takes it, and says so of NaN as ever."""
     ode, z = make("backprop"), state(6, 16, dtype=torch.float64)
-    assert ode(z).dtype == torch.float64
+    assert moved(ode, z).dtype == torch.float64
     z[0, 0, 0] = math.nan
     with pytest.raises(RunError, match="before the first step"):
-        ode(z)
+        moved(ode, z)
     z[0, 0, 0] = 0.0
     ode.potential.w2.data[0] = math.nan
     with pytest.raises(RunError, match="after step 1 of 10"):
-        ode(z)
+        moved(ode, z)

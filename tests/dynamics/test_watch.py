@@ -51,10 +51,10 @@ def watched(model: nn.Module, tokens: Tensor) -> dict[str, float]:
 )
 def test_metrics_are_of_the_first_call_and_of_each_flow(options):
     model, tokens = decoder(**options), some_tokens()
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, list[Tensor]] = {}
 
     def note(flow: HamiltonianNeuralODE, given: tuple[Tensor, ...]) -> None:
-        inputs.setdefault(flow.name.replace(".", "_"), given[0].flatten(0, 1))
+        inputs.setdefault(flow.name.replace(".", "_"), [x.flatten(0, 1) for x in given])
 
     for flow in flows_of(model):
         flow.register_forward_pre_hook(note)
@@ -62,12 +62,11 @@ def test_metrics_are_of_the_first_call_and_of_each_flow(options):
     assert list(inputs) == NAMES
     worst = []
     for name, flow in zip(NAMES, flows_of(model), strict=True):
-        z = inputs[name]
-        q, p = z.float().unbind(-2)
+        q, p = (x.float() for x in inputs[name])
         context = flow.potential.context(q, p)
         found = {key: metrics[f"flow/{name}/{key}"] for key in ("energy", "drift_max", "drift_mean")}
         assert found["energy"] == pytest.approx(energy(flow.potential, q, p, context).mean().item(), rel=1e-4)
-        drifts = drift(trajectory(flow, z, 3).energy)
+        drifts = drift(trajectory(flow, q, p, 3).energy)
         assert found["drift_max"] == drifts.max() > 0
         assert found["drift_mean"] == pytest.approx(drifts.mean().item(), rel=1e-12)
         stiffness = curvature(flow.potential, q, context, 1000).max().item() * 0.5**2
@@ -103,9 +102,9 @@ def test_a_state_out_of_range_has_no_drift_and_does_no_harm():
 def test_only_some_tokens_are_followed(monkeypatch):
     followed = []
 
-    def count(flow, z, *arguments, **options):
-        followed.append(len(z))
-        return trajectory(flow, z, *arguments, **options)
+    def count(flow, q, *arguments, **options):
+        followed.append(len(q))
+        return trajectory(flow, q, *arguments, **options)
 
     monkeypatch.setattr("muse.dynamics.watch.trajectory", count)
     for tokens in (2, TOKENS, 10 * TOKENS + 6):

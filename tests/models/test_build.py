@@ -124,6 +124,6 @@ def test_a_block_adds_what_its_flows_change():
     flow = model.blocks[0].flow
     z = torch.randn(3, 7, 2, 96)
     first, second = flow.odes
-    q, p = first(z).unbind(-2)
-    q, p = second(torch.stack((-p, q), -2)).unbind(-2)
+    q, p = first(*z.unbind(-2))
+    q, p = second(-p, q)
     assert torch.equal(flow(z), torch.stack((p, -q), -2) - z)
