@@ -23,6 +23,7 @@ from muse.files import find_files
 from muse.processes.torchrun import launched_rank
 from muse.runs.checkpoints import find_checkpoint, find_damage
 from muse.training import run as train_run
+from muse.training import step as training_step
 from muse.training import trainer
 from muse.training.checkpoint import CheckpointWriter
 from muse.training.run import run_training
@@ -58,8 +59,8 @@ MOMENTS: dict[str, tuple[Any, str, bool, Callable[..., bool]]] = {
     "having taken over checkpoints": (train_run, "adopt_checkpoints", AFTER, first_time),
     "loading": (trainer, "load_tensors", BEFORE, first_time),
     "computing": (TrainingStep, "gradients", BEFORE, second_time),
-    "agreeing": (trainer, "summed", BEFORE, second_time),
-    "having agreed": (trainer, "_agree", AFTER, second_time),
+    "agreeing": (training_step, "summed", BEFORE, second_time),
+    "having agreed": (TrainingStep, "_differentiate", AFTER, second_time),
     "evaluating": (trainer, "evaluate", BEFORE, first_time),
     "saving": (CheckpointWriter, "save", BEFORE, second_time),
     "having written": (FileSystemWriter, "write_data", AFTER, second_time),
