@@ -1,5 +1,5 @@
-"""MUSE's operations: one file each with Triton code, eager implementation and registration.
+"""MUSE's operations: a folder for each, with its public functions, eager implementation and Triton code.
 
-The configuration of every launch is pinned in the JSON beside its file. Nothing here imports muse, and
+The configuration of every launch is pinned in the JSON beside its Triton code. Nothing here imports muse, and
 nothing touches a GPU at import.
 """

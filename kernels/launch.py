@@ -229,9 +229,11 @@ def _agreed(name: str, measure: Callable[[], str]) -> str:
 
 
 def pinned_beside(file: str) -> Pinned:
-    """The table of configurations that lies beside the kernel file ``file`` under the same name."""
+    """The table of configurations beside the file of Triton code ``file``, by the name of their folder."""
     path = Path(file).with_suffix(".json")
-    return Pinned(path.stem, json.loads(path.read_text(encoding="utf-8")))
+    # An operation that is a single file has its table under the same name.
+    name, path = (path.stem, path) if path.exists() else (path.parent.name, path.with_name("pinned.json"))
+    return Pinned(name, json.loads(path.read_text(encoding="utf-8")))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:

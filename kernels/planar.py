@@ -24,3 +24,11 @@ def modulus(z: Tensor, floor: float = MODULUS_FLOOR) -> Tensor:
 def upcast(z: Tensor) -> Tensor:
     """The dtype of pointwise maths: float32 for half precision, unchanged otherwise."""
     return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+
+
+def _check(z: Tensor, **parameters: tuple[Tensor, int]) -> None:
+    if z.ndim < 2 or z.shape[-2] != 2:
+        raise ValueError(f"a planar tensor (..., 2, D) is needed, not one of shape {tuple(z.shape)}")
+    for name, (parameter, rows) in parameters.items():
+        if parameter.shape != (rows, z.shape[-1]):
+            raise ValueError(f"{name} has shape {tuple(parameter.shape)}, not ({rows}, {z.shape[-1]})")

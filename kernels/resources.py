@@ -187,11 +187,23 @@ def _registers_and_spills(compiled: Any, target: Target) -> tuple[int, int]:
 
 
 def operations() -> dict[str, Callable[[], dict[str, Callable[[], object]]]]:
-    """The launches to compile, by kernel file."""
-    from kernels import complex_attention, complex_linear, complex_pointwise, symplectic
+    """The launches to compile, by operation."""
+    from kernels import symplectic
+    from kernels.complex_activation import triton_code as complex_activation
+    from kernels.complex_attention import triton_code as complex_attention
+    from kernels.complex_linear import triton_code as complex_linear
+    from kernels.complex_norm import triton_code as complex_norm
+    from kernels.complex_rotary import triton_code as complex_rotary
 
-    files = (complex_attention, complex_linear, complex_pointwise, symplectic)
-    return {module.__name__.rpartition(".")[2]: module.compile_cases for module in files}
+    files = (
+        complex_attention,
+        complex_linear,
+        complex_norm,
+        complex_activation,
+        complex_rotary,
+        symplectic,
+    )
+    return {module.__name__.split(".")[1]: module.compile_cases for module in files}
 
 
 def main(everything: bool) -> None:

@@ -6,17 +6,11 @@ import pytest
 import torch
 from rounding import FACTOR, RandomRounding, allowed_errors, errors_to_expect, find_fault, unit
 
+from kernels.complex_activation import ACTIVATIONS, complex_activation
 from kernels.complex_attention import SCORES, complex_attention_forward
 from kernels.complex_linear import PARAMETERS, complex_linear, complex_linear_activated
-from kernels.complex_pointwise import (
-    ACTIVATIONS,
-    add_complex_rms_norm,
-    complex_activation,
-    complex_layer_norm,
-    complex_rms_norm,
-    rotate,
-    split_heads,
-)
+from kernels.complex_norm import add_complex_rms_norm, complex_layer_norm, complex_rms_norm
+from kernels.complex_rotary import rotate, split_heads
 from kernels.symplectic import symplectic_flow
 from muse.models import linear_cross_entropy
 

@@ -20,16 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels.complex_activation import ACTIVATIONS, complex_activation
 from kernels.complex_attention import SCORES, complex_attention
 from kernels.complex_linear import complex_linear, complex_linear_activated
-from kernels.complex_pointwise import (
-    ACTIVATIONS,
-    add_complex_rms_norm,
-    complex_activation,
-    complex_layer_norm,
-    complex_rms_norm,
-    rotate,
-)
+from kernels.complex_norm import add_complex_rms_norm, complex_layer_norm, complex_rms_norm
+from kernels.complex_rotary import rotate
 from kernels.planar import modulus_floor, upcast
 from kernels.symplectic import symplectic_flow
 from muse.benchmarks.setting import batch_shape

@@ -1,12 +1,12 @@
-"""Complex activations on planar tensors (..., 2, D), see ``kernels.complex_pointwise.complex_activation``."""
+"""Complex activations on planar tensors (..., 2, D), see ``kernels.complex_activation``."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from kernels.complex_activation import complex_activation
 from kernels.complex_linear import complex_linear, complex_linear_activated
-from kernels.complex_pointwise import complex_activation
 
 
 class ComplexActivation(nn.Module):

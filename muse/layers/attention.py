@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.complex_attention import complex_attention
-from kernels.complex_pointwise import split_heads
+from kernels.complex_rotary import split_heads
 from muse.layers.linear import ComplexLinear
 from muse.layers.rotary import rotary_table
 

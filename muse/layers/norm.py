@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kernels.complex_pointwise import add_complex_rms_norm, complex_layer_norm, complex_rms_norm
+from kernels.complex_norm import add_complex_rms_norm, complex_layer_norm, complex_rms_norm
 
 
 class ComplexRMSNorm(nn.Module):

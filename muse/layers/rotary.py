@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.complex_pointwise import rotate
+from kernels.complex_rotary import rotate
 
 
 def rotary_table(positions: Tensor, channels: int, base: float = 10000.0) -> Tensor:

@@ -59,7 +59,7 @@ def source_hash() -> str:
     """
     digest = hashlib.sha256()
     code = [path for folder in ("muse", "kernels") for path in sorted((ROOT / folder).rglob("*.py"))]
-    pinned = [path for path in sorted((ROOT / "kernels").glob("*.json")) if path.name != RESOURCES]
+    pinned = [path for path in sorted((ROOT / "kernels").rglob("*.json")) if path.name != RESOURCES]
     for path in code + pinned:
         digest.update(str(path.relative_to(ROOT)).encode())
         digest.update(path.read_bytes())

@@ -24,9 +24,9 @@ from muse.training.optim import SLICE_ELEMENTS
 
 BYTES = {"fp32": 4, "bf16": 2}
 # Scores of a block that eager attention on a CPU holds at most, or those of 64 queries if these are more; and
-# how many tensors of them its backward pass holds at a time (kernels/complex_attention.py).
+# how many tensors of them its backward pass holds at a time (kernels/complex_attention).
 EAGER_SCORES, EAGER_QUERIES, EAGER_TENSORS = 1 << 21, (64, 256), 4
-# Windows on a CPU that are short enough to keep all scores of (kernels/complex_attention.py).
+# Windows on a CPU that are short enough to keep all scores of (kernels/complex_attention).
 HELD_KEYS = 256
 
 

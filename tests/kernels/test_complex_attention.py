@@ -321,7 +321,7 @@ def test_blocks_of_queries_do_not_change_the_result(score, monkeypatch):
     leaves = [x.requires_grad_() for x in operands(50, 4, 2, 5)]
     results = []
     for step in (64, 7):
-        monkeypatch.setattr("kernels.complex_attention.BLOCK_QUERIES", (step, step))
+        monkeypatch.setattr("kernels.complex_attention.eager.BLOCK_QUERIES", (step, step))
         out, _ = complex_attention_forward(*leaves, score, True)
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for one, other in zip(*results, strict=True):
@@ -395,11 +395,14 @@ def test_packed_sequences_compile_without_a_graph_break(score):
 def test_more_heads_than_the_second_axis_of_a_grid_has(monkeypatch):
     """The axes of a grid of CUDA after the first end at 65535."""
     grids = []
-    monkeypatch.setattr(complex_attention_file, "launch", lambda _, grid, *a, **o: grids.append(grid))
+    monkeypatch.setattr(
+        complex_attention_file.triton_code, "launch", lambda _, grid, *a, **o: grids.append(grid)
+    )
     with compiling_for(TARGETS[0], print), torch.device("meta"):
         q = torch.empty(4096, 16, 5, 2, 16)
-        out, lse = complex_attention_file._forward_triton(q, q, q, "phase", True, None, None)
-        complex_attention_file._backward_triton(q, q, q, q, out, lse, "phase", True, None, None)
+        code = complex_attention_file.triton_code
+        out, lse = code._forward_triton(q, q, q, "phase", True, None, None)
+        code._backward_triton(q, q, q, q, out, lse, "phase", True, None, None)
     assert grids == [(4096 * 16,)] * 3
 
 

@@ -12,10 +12,10 @@ from kernels.complex_linear import (
     _complex_product,
     _complex_product_activated,
     _complex_weight_gradient,
-    compile_cases,
     complex_linear,
     complex_linear_activated,
 )
+from kernels.complex_linear.triton_code import compile_cases
 from kernels.launch import INTERPRETER, TARGETS
 from kernels.planar import modulus, modulus_floor, upcast
 from muse.planar import multiply

@@ -7,21 +7,17 @@ import torch
 import torch.nn.functional as F
 from rounding import assert_as_accurate
 
-from kernels import complex_pointwise as pointwise
-from kernels.complex_pointwise import (
-    ACTIVATIONS,
-    add_complex_rms_norm,
-    complex_activation,
-    complex_layer_norm,
-    complex_rms_norm,
-    rotate,
-    split_heads,
-)
+from kernels import chunks, complex_norm, complex_rotary
+from kernels import complex_activation as complex_activation_ops
+from kernels.complex_activation import ACTIVATIONS, complex_activation
+from kernels.complex_norm import add_complex_rms_norm, complex_layer_norm, complex_rms_norm
+from kernels.complex_rotary import rotate, split_heads
 from kernels.launch import TARGETS, compiling_for
 from kernels.planar import MODULUS_FLOOR, modulus, modulus_floor, upcast
 from kernels.triton_import import triton
 from muse.planar import conjugate, multiply
 
+FILES = [complex_norm.triton_code, complex_activation_ops.triton_code, complex_rotary.triton_code]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPERATIONS = ["rms_norm", "add_rms_norm", "layer_norm", *ACTIVATIONS, "rotate", "rotate_back", "split_heads"]
 # With 1 real number at a time each token is a chunk of its own; 40 leaves an incomplete last chunk.
@@ -139,7 +135,7 @@ def results(function, leaves, seed=1):
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_value_and_gradients_are_those_of_the_definition(name, chunk, monkeypatch):
-    monkeypatch.setattr(pointwise, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     function, plain, leaves = case(name)
     for actual, expected in zip(results(function, leaves), results(plain, leaves), strict=True):
         torch.testing.assert_close(actual, expected)
@@ -182,7 +178,7 @@ def test_chunks_do_not_change_a_bit(name, dtype, monkeypatch):
     function, _, leaves = case(name, length=9, width=16, dtype=dtype)
     with torch.no_grad():
         whole = function(*leaves)
-        monkeypatch.setattr(pointwise, "CHUNK", 70)
+        monkeypatch.setattr(chunks, "CHUNK", 70)
         apart = function(*leaves)
     whole, apart = (x if isinstance(x, tuple) else (x,) for x in (whole, apart))
     assert all(map(torch.equal, whole, apart))
@@ -212,30 +208,30 @@ def test_registration(name):
     z, *rest = leaves
     check = torch.library.opcheck
     if name == "rms_norm":
-        check(pointwise._complex_rms_norm, (z, *rest, 1e-6))
-        rstd = pointwise._complex_rms_norm(z, *rest, 1e-6)[1]
-        check(pointwise._complex_rms_norm_backward, (z.detach(), z.detach(), rest[0].detach(), rstd, None))
+        check(complex_norm._complex_rms_norm, (z, *rest, 1e-6))
+        rstd = complex_norm._complex_rms_norm(z, *rest, 1e-6)[1]
+        check(complex_norm._complex_rms_norm_backward, (z.detach(), z.detach(), rest[0].detach(), rstd, None))
     elif name == "add_rms_norm":
-        check(pointwise._add_complex_rms_norm, (*leaves, 1e-6))
-        total, normal, rstd = (x.detach() for x in pointwise._add_complex_rms_norm(*leaves, 1e-6))
-        check(pointwise._complex_rms_norm_backward, (normal, total, rest[1].detach(), rstd, z.detach()))
+        check(complex_norm._add_complex_rms_norm, (*leaves, 1e-6))
+        total, normal, rstd = (x.detach() for x in complex_norm._add_complex_rms_norm(*leaves, 1e-6))
+        check(complex_norm._complex_rms_norm_backward, (normal, total, rest[1].detach(), rstd, z.detach()))
     elif name == "layer_norm":
-        check(pointwise._complex_layer_norm, (*leaves, 1e-6))
-        statistics = pointwise._complex_layer_norm(*leaves, 1e-6)[1]
+        check(complex_norm._complex_layer_norm, (*leaves, 1e-6))
+        statistics = complex_norm._complex_layer_norm(*leaves, 1e-6)[1]
         arguments = (z.detach(), z.detach(), rest[0].detach(), statistics, 1e-6)
-        check(pointwise._complex_layer_norm_backward, arguments)
+        check(complex_norm._complex_layer_norm_backward, arguments)
     elif name in ACTIVATIONS:
         offset, slope = (*rest, None, None)[:2]
-        check(pointwise._complex_activation, (z, name, offset, slope))
+        check(complex_activation_ops._complex_activation, (z, name, offset, slope))
         parameters = (None if p is None else p.detach() for p in (offset, slope))
-        check(pointwise.complex_activation_backward, (z.detach(), z.detach(), name, *parameters))
+        check(complex_activation_ops.complex_activation_backward, (z.detach(), z.detach(), name, *parameters))
     elif name == "split_heads":
         table = table_of(6, 5).float()
-        check(pointwise._complex_split_heads, (z, table, 3, 2))
+        check(complex_rotary._complex_split_heads, (z, table, 3, 2))
         parts = (x.detach() for x in split_heads(z, table, 3, 2))
-        check(pointwise._complex_split_heads_backward, (*parts, table))
+        check(complex_rotary._complex_split_heads_backward, (*parts, table))
     else:
-        check(pointwise._complex_rotate, (z, table_of(6, 5).float(), name == "rotate_back"))
+        check(complex_rotary._complex_rotate, (z, table_of(6, 5).float(), name == "rotate_back"))
 
 
 @pytest.mark.slow
@@ -494,7 +490,7 @@ def test_mod_relu_divides_exactly_on_a_gpu():
 
     with compiling_for(target, compiler), torch.device("meta"):
         z = torch.empty(4, 2, 64)
-        pointwise._activation_triton(z, "mod_relu", z[0, 0], None)
+        complex_activation_ops.triton_code._activation_triton(z, "mod_relu", z[0, 0], None)
     (program,) = programs
     assert "div.rn.f32" in program
     assert "div.full" not in program
@@ -583,7 +579,7 @@ def test_bad_input():
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_pinned_configurations_cover_every_width(target):
-    for kernel, table in pointwise.PINNED.table.items():
+    for kernel, table in (pair for file in FILES for pair in file.PINNED.table.items()):
         for bits in ("16", "32"):
             widths = {int(width): options for width, options in table[target.name][bits].items()}
             assert list(widths) == ([1024, 4096, 8192] if "norm" in kernel else [1])
@@ -601,9 +597,9 @@ def test_every_kernel_is_compiled_ahead_of_time():
 
     widths = set()
     with compiling_for(TARGETS[0], compiler), torch.device("meta"):
-        for call in pointwise.compile_cases().values():
+        for call in (call for file in FILES for call in file.compile_cases().values()):
             call()
-    kernels = {name for name in vars(pointwise) if name.endswith("_kernel")}
+    kernels = {name for file in FILES for name in vars(file) if name.endswith("_kernel")}
     assert seen == kernels
     assert {1024, 4096, 8192} <= widths
 
@@ -612,6 +608,6 @@ def test_too_many_channels_for_the_registers():
     z = torch.empty(4, 2, 8193, device="meta")
     with (
         compiling_for(TARGETS[0], lambda *_: None),
-        pytest.raises(ValueError, match="complex_pointwise: width 8193 is too large; at most 8192"),
+        pytest.raises(ValueError, match="complex_norm: width 8193 is too large; at most 8192"),
     ):
-        pointwise._rms_norm_triton(z, None, z[0], 1e-6)
+        complex_norm.triton_code._rms_norm_triton(z, None, z[0], 1e-6)

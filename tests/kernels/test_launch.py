@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import distributed
 
-from kernels import complex_attention, complex_linear, complex_pointwise, launch
+from kernels import complex_attention, complex_linear, launch
 from kernels.launch import (
     INTERPRETER,
     TARGETS,
@@ -18,6 +18,7 @@ from kernels.launch import (
     use_eager,
     use_triton,
 )
+from kernels.resources import operations
 from kernels.triton_import import triton
 
 
@@ -211,7 +212,7 @@ def test_tuning_of_real_attention(monkeypatch, choice):
     monkeypatch.setattr(
         complex_attention,
         "complex_attention_forward",
-        lambda q, k, v, score, causal: (complex_attention._held(q, k, v, score, causal),),
+        lambda q, k, v, score, causal: (complex_attention.eager._held(q, k, v, score, causal),),
     )
     q, k = torch.randn(3, 4, 5, 2, 16), torch.randn(3, 2, 5, 2, 16)
     assert complex_attention._takes_sdpa(q, k, k, True) == (choice == "sdpa")
@@ -241,11 +242,10 @@ def test_tuning_of_the_complex_product(monkeypatch, choice):
 
 
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
-@pytest.mark.parametrize("operation", ["complex_attention", "complex_linear", "complex_pointwise"])
+@pytest.mark.parametrize("operation", [name for name in operations() if name != "symplectic"])
 def test_every_launch_takes_the_options_chosen(operation, monkeypatch):
     """So that all of them obey MUSE_TUNE_KERNELS."""
     chosen, launched = [], []
-    file = {m.__name__.rpartition(".")[2]: m for m in (complex_attention, complex_linear, complex_pointwise)}
     choose = Pinned.choose
 
     def spy(self, kernel, *arguments):
@@ -254,17 +254,17 @@ def test_every_launch_takes_the_options_chosen(operation, monkeypatch):
 
     monkeypatch.setattr(Pinned, "choose", spy)
     with compiling_for(TARGETS[0], lambda kernel, *_: launched.append(kernel)), torch.device("meta"):
-        for case in file[operation].compile_cases().values():
+        for case in operations()[operation]().values():
             case()
     assert len(chosen) == len(launched) > 0
 
 
 def test_tables_cover_every_target():
     names = {INTERPRETER, *(target.name for target in TARGETS)}
-    for path in launch.Path(launch.__file__).parent.glob("*.json"):
+    for path in launch.Path(launch.__file__).parent.rglob("*.json"):
         if path.stem != "resources":
             for kernel, table in json.loads(path.read_text()).items():
-                assert table.keys() == names, (path.stem, kernel)
+                assert table.keys() == names, (path, kernel)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

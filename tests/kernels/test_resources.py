@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from kernels import complex_attention, resources
+from kernels import resources
+from kernels.complex_attention import triton_code as complex_attention
 from kernels.launch import TARGETS
 from kernels.resources import TABLE, Launch, fingerprint, launches, operations, source
 from kernels.triton_import import triton
@@ -37,9 +38,9 @@ def test_the_table_is_of_the_present_source_and_fits(operation, target):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(OPERATIONS)), ids=OPERATIONS)
 def test_the_smallest_launches_compile_to_the_table(number):
-    """Of each kernel the one with the fewest registers, for a CUDA target of each file's own and for HIP."""
+    """Of each kernel the one with the fewest registers, for one CUDA target and for HIP."""
     operation = OPERATIONS[number]
-    for target in (TARGETS[number], BY_NAME["gfx942"]):
+    for target in (TARGETS[number % 4], BY_NAME["gfx942"]):
         table = COMMITTED[operation][target.name]
         found = launches(target, operations()[operation]())
         by_size = sorted(table, key=lambda name: table[name]["registers"], reverse=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.complex_attention import complex_attention
-from kernels.complex_pointwise import rotate
+from kernels.complex_rotary import rotate
 from muse.layers import rotary_table, rotate_pairs
 from muse.planar import to_complex
 

@@ -9,8 +9,8 @@ from padding import padded
 from rounding import assert_as_accurate
 
 import kernels.complex_linear as implementation
+from kernels.complex_activation import complex_activation
 from kernels.complex_linear import PARAMETERS, PINNED, complex_linear, complex_linear_activated
-from kernels.complex_pointwise import complex_activation
 from kernels.launch import eager
 from kernels.planar import modulus, modulus_floor, upcast
 
@@ -50,8 +50,8 @@ def launched(monkeypatch):
         names.append(kernel.__name__)
         implementation_launch(kernel, *arguments, **options)
 
-    implementation_launch = implementation.launch
-    monkeypatch.setattr(implementation, "launch", launch)
+    implementation_launch = implementation.triton_code.launch
+    monkeypatch.setattr(implementation.triton_code, "launch", launch)
     return names
 
 
@@ -223,7 +223,7 @@ def test_many_rows_are_split(activation, dtype, device, monkeypatch):
     t = tensors((4 * block + 1, 17, 33), dtype, device)
     used = {name: t[name] for name in ("x", "weight", "bias", "residual", *PARAMETERS[activation])}
     # Few programs, so that each has several blocks of rows.
-    monkeypatch.setattr(implementation, "PROGRAMS", 4)
+    monkeypatch.setattr(implementation.triton_code, "PROGRAMS", 4)
     splits = []
 
     def launch(kernel, grid, *arguments, **options):
@@ -231,8 +231,8 @@ def test_many_rows_are_split(activation, dtype, device, monkeypatch):
             splits.append(grid[1])
         implementation_launch(kernel, grid, *arguments, **options)
 
-    implementation_launch = implementation.launch
-    monkeypatch.setattr(implementation, "launch", launch)
+    implementation_launch = implementation.triton_code.launch
+    monkeypatch.setattr(implementation.triton_code, "launch", launch)
 
     function, plain = activated(activation)
     cotangents = [t["grad"], t["grad_hidden"]]

@@ -6,15 +6,9 @@ from dtypes import DTYPES, in_each_half
 from rounding import assert_as_accurate
 
 from kernels import launch
-from kernels.complex_pointwise import (
-    ACTIVATIONS,
-    add_complex_rms_norm,
-    complex_activation,
-    complex_layer_norm,
-    complex_rms_norm,
-    rotate,
-    split_heads,
-)
+from kernels.complex_activation import ACTIVATIONS, complex_activation
+from kernels.complex_norm import add_complex_rms_norm, complex_layer_norm, complex_rms_norm
+from kernels.complex_rotary import rotate, split_heads
 
 NORMS = ["rms_norm", "add_rms_norm", "layer_norm"]
 OPERATIONS = [*NORMS, *ACTIVATIONS, "rotate", "rotate_back", "split_heads"]

@@ -1,0 +1,211 @@
+"""Complex attention in PyTorch: by SDPA, with all scores held, and by blocks of queries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.planar import modulus_floor, upcast
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """The score kind ``real`` as torch's attention of head dimension 2d on concatenated planes."""
+    queries, keys = q.shape[2], k.shape[2]
+    mask = None
+    if causal and 1 < queries < keys:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    out = F.scaled_dot_product_attention(
+        q.flatten(-2),
+        k.flatten(-2),
+        v.flatten(-2),
+        attn_mask=mask,
+        is_causal=causal and queries == keys,
+        scale=q.shape[-1] ** -0.5,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.unflatten(-1, v.shape[-2:])
+
+
+# So few keys are cheaper to hold all scores of than to compute these again in the backward pass.
+HELD_KEYS = 256
+
+
+def _held(q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool) -> Tensor:
+    """Attention that keeps its scores, by plain autograd."""
+    queries, heads = q.shape[2], k.shape[1]
+    group = (q.shape[1] // heads, queries)
+    rows = (q * q.shape[-1] ** -0.5).flatten(-2).unflatten(1, (heads, group[0])).flatten(2, 3)
+    flat_k, flat_v = k.flatten(-2), v.flatten(-2)
+    s_re = rows @ flat_k.mT
+    size = s_re
+    if score != "real":
+        s_re, s_im = upcast(s_re), upcast(_minus_i(rows) @ flat_k.mT)
+        size = (s_re.square() + s_im.square() + modulus_floor(q.dtype) ** 2).sqrt()
+    logits = size
+    if causal:
+        future = torch.ones(queries, k.shape[2], dtype=torch.bool, device=q.device)
+        future = future.triu_(1 + k.shape[2] - queries)
+        logits = size.unflatten(2, group).masked_fill(future, -math.inf).flatten(2, 3)
+    weight = logits.softmax(-1)
+    if score == "phase":
+        weight = weight / size
+        real, imag = (weight * s_re).to(v.dtype) @ flat_v, (weight * s_im).to(v.dtype) @ flat_v
+        # i times the part of Im s.
+        re, im = imag.chunk(2, dim=-1)
+        out = real + torch.cat((-im, re), dim=-1)
+    else:
+        out = weight.to(v.dtype) @ flat_v
+    return out.unflatten(2, group).flatten(1, 2).unflatten(-1, v.shape[-2:])
+
+
+# Scores held at a time, and queries a block: few see fewer keys if causal, many make larger products.
+BLOCK_SCORES = 1 << 21
+BLOCK_QUERIES = (64, 256)
+
+
+def _forward_eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: str,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> Tensor:
+    out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
+    for part in _parts(q, cu_seqlens, max_seqlen):
+        for queries, keys in _blocks(q[:, :, part], k[:, :, part], causal):
+            rows = _grouped_rows(q[:, :, part], k, queries).mul_(q.shape[-1] ** -0.5)
+            flat_k, flat_v = (x[:, :, part][:, :, keys].flatten(-2) for x in (k, v))
+            s_re, s_im, size = _scores(rows, flat_k, score, causal, queries)
+            weight = size.softmax(-1)
+            if score == "phase":
+                weight.div_(size)
+                result = (weight * s_re).to(v.dtype) @ flat_v
+                _add_i(result, (weight * s_im).to(v.dtype) @ flat_v)
+            else:
+                result = weight.to(v.dtype) @ flat_v
+            _put(result, out[:, :, part], queries)
+    return out
+
+
+def _backward_eager(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale = q.shape[-1] ** -0.5
+    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # Sums over the blocks of queries.
+    grad_k, grad_v = (upcast(x).new_zeros(x.shape) for x in (k, v))
+    for part in _parts(q, cu_seqlens):
+        for queries, keys in _blocks(q[:, :, part], k[:, :, part], causal):
+            rows = _grouped_rows(q[:, :, part], k, queries).mul_(scale)
+            grad_rows = _grouped_rows(grad[:, :, part], k, queries).to(v.dtype)
+            flat_k, flat_v = (x[:, :, part][:, :, keys].flatten(-2) for x in (k, v))
+            to_k, to_v = (x[:, :, part][:, :, keys].flatten(-2) for x in (grad_k, grad_v))
+            s_re, s_im, size = _scores(rows, flat_k, score, causal, queries)
+            weight = size.softmax(-1)
+            c_re = grad_rows @ flat_v.mT
+            if score == "real":
+                ds_re = torch.ops.aten._softmax_backward_data(c_re, weight, -1, weight.dtype)
+                to_v += weight.mT @ grad_rows
+                to_k += ds_re.mT @ rows
+                _put((ds_re @ flat_k).mul_(scale), grad_q[:, :, part], queries)
+                continue
+            c_re = upcast(c_re)
+            if score == "magnitude":
+                to_v += weight.to(v.dtype).mT @ grad_rows
+                slope = torch.ops.aten._softmax_backward_data(c_re, weight, -1, weight.dtype).div_(size)
+                ds_re, ds_im = s_re.mul_(slope), s_im.mul_(slope)
+            else:
+                turned = _minus_i(grad_rows)
+                c_im = upcast(turned @ flat_v.mT)
+                s_re.div_(size)
+                s_im.div_(size)
+                to_v += (weight * s_re).to(v.dtype).mT @ grad_rows
+                to_v += (weight * s_im).to(v.dtype).mT @ turned
+                along = (c_re * s_re).addcmul_(c_im, s_im)
+                slope = torch.ops.aten._softmax_backward_data(along, weight, -1, weight.dtype)
+                weight.div_(size)
+                slope.sub_(along.mul_(weight))
+                ds_re = s_re.mul_(slope).addcmul_(c_re, weight)
+                ds_im = s_im.mul_(slope).addcmul_(c_im, weight)
+            ds_re, ds_im = ds_re.to(k.dtype), ds_im.to(k.dtype)
+            to_k += ds_re.mT @ rows
+            to_k += ds_im.mT @ _minus_i(rows)
+            result = ds_re @ flat_k
+            _add_i(result, ds_im @ flat_k)
+            _put(result.mul_(scale), grad_q[:, :, part], queries)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def _parts(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None = None) -> list[slice]:
+    """The sequences packed along the positions."""
+    if cu_seqlens is None:
+        return [slice(None)]
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != q.shape[2] or sorted(bounds) != bounds:
+        raise ValueError(f"cu_seqlens must rise from 0 to the {q.shape[2]} packed tokens, not {bounds}")
+    parts = [slice(a, b) for a, b in pairwise(bounds)]
+    longest = max(part.stop - part.start for part in parts)
+    if max_seqlen is not None and longest > max_seqlen:
+        raise ValueError(f"max_seqlen={max_seqlen} is too small; a packed sequence has {longest} tokens")
+    return parts
+
+
+def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
+    """Blocks of queries, and the keys that each sees."""
+    batch, heads, count = q.shape[:3]
+    step = BLOCK_SCORES // max(1, batch * heads * k.shape[2])
+    step = min(max(step, BLOCK_QUERIES[0]), BLOCK_QUERIES[1])
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        yield slice(first, last), slice(0, last + k.shape[2] - count if causal else k.shape[2])
+
+
+def _grouped_rows(x: Tensor, k: Tensor, queries: slice) -> Tensor:
+    """A copy of some positions as (B, H_kv, rows, 2d): heads that share keys are rows of one matrix."""
+    block = x[:, :, queries].clone(memory_format=torch.contiguous_format)
+    batch, heads, length, _, channels = block.shape
+    return block.view(batch, k.shape[1], heads // k.shape[1] * length, 2 * channels)
+
+
+def _put(rows: Tensor, x: Tensor, queries: slice) -> None:
+    block = x[:, :, queries]
+    block.copy_(rows.view(block.shape))
+
+
+def _minus_i(rows: Tensor) -> Tensor:
+    """-i z = [im | -re] of z = [re | im]."""
+    re, im = rows.chunk(2, dim=-1)
+    return torch.cat((im, -re), dim=-1)
+
+
+def _add_i(rows: Tensor, other: Tensor) -> None:
+    """Add i times ``other`` in place."""
+    re, im = other.chunk(2, dim=-1)
+    width = re.shape[-1]
+    rows[..., :width].sub_(im)
+    rows[..., width:].add_(re)
+
+
+def _scores(
+    rows: Tensor, k: Tensor, score: str, causal: bool, queries: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Re s, Im s and the logits, Re s or |s|, which are -inf where a key is in the future."""
+    s_re = rows @ k.mT
+    if score == "real":
+        s_im = size = s_re
+    else:
+        s_re, s_im = upcast(s_re), upcast(_minus_i(rows) @ k.mT)
+        size = s_re.square().addcmul_(s_im, s_im).add_(modulus_floor(rows.dtype) ** 2).sqrt_()
+    if causal:
+        count = queries.stop - queries.start
+        future = torch.ones(count, count, dtype=torch.bool, device=k.device).triu_(1)
+        square = size[..., size.shape[-1] - count :]
+        square.unflatten(2, (-1, count)).masked_fill_(future, -math.inf)
+    return s_re, s_im, size

@@ -1,0 +1,70 @@
+"""The planar product in PyTorch, as one real product or as Gauss's three."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.planar import upcast
+
+
+def real_form(weight: Tensor) -> Tensor:
+    """[[W_r, -W_i], [W_i, W_r]], (2 out, 2 in): acts on [re | im] as the weight (2, out, in) acts on z."""
+    real, imag = weight
+    out_features, in_features = real.shape
+    form = weight.new_empty(2, out_features, 2, in_features)
+    form[0, :, 0] = real
+    form[1, :, 1] = real
+    form[1, :, 0] = imag
+    torch.neg(imag, out=form[0, :, 1])
+    return form.view(2 * out_features, 2 * in_features)
+
+
+def _flat(z: Tensor) -> Tensor:
+    """(..., 2, D) as [re | im], (rows, 2 D)."""
+    return z.reshape(z.shape[:-2].numel(), 2 * z.shape[-1])
+
+
+def _product_eager(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, products: int, adjoint: bool
+) -> Tensor:
+    shape = (*x.shape[:-1], weight.shape[2 if adjoint else 1])
+    if products == 3:
+        y = _three_products(x, weight.mT if adjoint else weight, adjoint)
+        y = y if bias is None else y.add_(bias)
+    elif adjoint:
+        y = _flat(x) @ real_form(weight)
+    else:
+        y = F.linear(_flat(x), real_form(weight), None if bias is None else bias.reshape(-1))
+    return _plus(y.view(shape), residual)
+
+
+def _plus(y: Tensor, residual: Tensor | None) -> Tensor:
+    """The sum, in the memory of y if it has the dtype."""
+    if residual is None:
+        return y
+    return y.add_(residual) if residual.dtype == y.dtype else y + residual
+
+
+def _three_products(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
+    """Gauss's product (rows, 2, out); half precision is summed in float32 between the products."""
+    re, im = x.reshape(x.shape[:-2].numel(), *x.shape[-2:]).unbind(-2)
+    w_re, w_im = weight
+    w_sum = w_re - w_im if conjugate else w_re + w_im
+    first, second, third = upcast(re @ w_re.t()), upcast(im @ w_im.t()), upcast((re + im) @ w_sum.t())
+    if conjugate:
+        second = -second
+    y = x.new_empty(re.shape[0], 2, w_re.shape[0])
+    y[:, 0] = first - second
+    y[:, 1] = third.sub_(first).sub_(second)
+    return y
+
+
+def _weight_gradient_eager(grad: Tensor, x: Tensor) -> Tensor:
+    features = grad.shape[-1], x.shape[-1]
+    form = (_flat(grad).t() @ _flat(x)).view(2, features[0], 2, features[1])
+    folded = form.new_empty(2, *features)
+    torch.add(form[0, :, 0], form[1, :, 1], out=folded[0])
+    torch.sub(form[1, :, 0], form[0, :, 1], out=folded[1])
+    return folded
