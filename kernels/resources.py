@@ -188,12 +188,12 @@ def _registers_and_spills(compiled: Any, target: Target) -> tuple[int, int]:
 
 def operations() -> dict[str, Callable[[], dict[str, Callable[[], object]]]]:
     """The launches to compile, by operation."""
-    from kernels import symplectic
     from kernels.complex_activation import triton_code as complex_activation
     from kernels.complex_attention import triton_code as complex_attention
     from kernels.complex_linear import triton_code as complex_linear
     from kernels.complex_norm import triton_code as complex_norm
     from kernels.complex_rotary import triton_code as complex_rotary
+    from kernels.symplectic import triton_code as symplectic
 
     files = (
         complex_attention,

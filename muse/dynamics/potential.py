@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import symplectic
+from kernels.symplectic.plain import slope_of
 from muse.dynamics.integrators import Stages
 
 # The lowest value of phi, from which V is measured: energies are then no differences of large numbers, and
@@ -216,7 +217,7 @@ class MLPPotential(Potential):
         def force(q: Tensor) -> Tensor:
             shared = b1.dim() == 1
             hidden = F.linear(q.to(w1.dtype), w1, b1 if shared else None)
-            pull = (_slope(hidden if shared else hidden + b1, self.phi) @ outward).to(q.dtype)
+            pull = (slope_of(hidden if shared else hidden + b1, self.phi) @ outward).to(q.dtype)
             return pull.sub(q, alpha=self.confinement) if self.confinement else pull
 
         return force
@@ -307,22 +308,6 @@ def _joined(parts: tuple[Tensor, ...], like: Tensor) -> Tensor:
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The precision in which gradients are summed."""
     return dtype if dtype == torch.float64 else torch.float32
-
-
-def _slope(a: Tensor, phi: str) -> Tensor:
-    """phi'(a)."""
-    match phi:
-        case "gelu_integral":
-            return F.gelu(a)
-        case "silu":
-            sigmoid = torch.sigmoid(a)
-            return sigmoid * (1 + a * (1 - sigmoid))
-        case "gelu":
-            return (
-                0.5 * (1 + torch.erf(a * 0.5**0.5)) + a * torch.exp(-0.5 * a.square()) / (2 * math.pi) ** 0.5
-            )
-        case _:
-            return torch.sigmoid(a)
 
 
 class DuffingPotential(Potential):

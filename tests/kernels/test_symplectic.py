@@ -7,6 +7,7 @@ import pytest
 import rounding
 import torch
 import torch.nn.functional as F
+from support.flows import force, held_flow, leapfrog, reconstruct
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -15,11 +16,14 @@ from kernels.launch import TARGETS
 from kernels.symplectic import (
     POTENTIALS,
     advance,
+    eager,
     fixed_point,
     potential,
     symplectic_flow,
+    triton_code,
     undo,
 )
+from kernels.symplectic.scheme import Scheme, Weights
 from kernels.triton_import import triton
 
 SCALE = 2.0**20
@@ -29,11 +33,7 @@ NAMES = ("q", "p", "w1", "b1", "w2")
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """So that a test has several without many tokens."""
-    monkeypatch.setattr(symplectic, "CHUNK", 512)
-
-
-def leapfrog(steps: int, dt: float) -> tuple[list[float], list[float]]:
-    return [dt / 2, *[dt] * (steps - 1), dt / 2], [*[dt] * steps, 0.0]
+    monkeypatch.setattr(eager, "CHUNK", 512)
 
 
 def make(
@@ -47,42 +47,12 @@ def make(
     return [q, p, *(x.to(weights or dtype) for x in (w1, b1, w2))]
 
 
-def force(q, w1, b1, w2, phi="gelu_integral", confinement=0.0) -> Tensor:
-    """A kick of 1 to tokens at rest."""
-    kick = symplectic_flow(q, torch.zeros_like(q), w1, b1, w2, [1.0], [0.0], phi=phi, confinement=confinement)
-    return kick[1]
-
-
-def reconstruct(q, p, w1, b1, w2, kicks, drifts, **options) -> tuple[Tensor, Tensor]:
-    """The state before all stages from that after them: the stages with the other sign, last one first."""
-    kicks, drifts = [0.0, *(-kick for kick in kicks[::-1])], [*(-drift for drift in drifts[::-1]), 0.0]
-    return advance(q, p, w1, b1, w2, kicks, drifts, **options)[:2]
-
-
 def plain_force(q, w1, b1, w2, phi="gelu_integral", confinement=0.0) -> Tensor:
     """By autograd, so that the closed form is tested, too."""
     with torch.enable_grad():
         q = q if q.requires_grad else q.detach().requires_grad_()
         value = potential(q, w1, b1, w2, phi, confinement).sum()
         return -torch.autograd.grad(value, q, create_graph=True)[0]
-
-
-def plain_flow(q, p, w1, b1, w2, kicks, drifts, phi="gelu_integral", confinement=0.0, scale=0.0):
-    """The loop in plain PyTorch, with closed-form GELU forces in the dtype of the weights."""
-
-    def held(x):
-        return rounding.fixed_point(x, scale) if scale and x.dtype != torch.float64 else x
-
-    q, p = held(q), held(p)
-    for kick, drift in zip(kicks, drifts, strict=True):
-        if kick:
-            if phi == "gelu_integral":
-                g = F.gelu(F.linear(q.to(w1.dtype), w1) + b1) * w2
-                p = p + held(-kick * ((g @ w1).to(p.dtype) + confinement * q))
-            else:
-                p = p + held(kick * plain_force(q, w1, b1, w2, phi, confinement))
-        q = q + held(drift * p)
-    return q, p
 
 
 def gradients(run, tensors, seed=1):
@@ -142,7 +112,7 @@ def test_gradients_against_double_precision(phi, scale, tokens, by_token, spring
     tensors, scheme = make(tokens, 40, 72, by_token=by_token), leapfrog(10, 0.1)
     doubles = [x.double() for x in tensors]
     options = {"phi": phi, "confinement": spring}
-    exact = gradients(lambda *x: plain_flow(*x, *scheme, **options), doubles)
+    exact = gradients(lambda *x: held_flow(*x, *scheme, **options), doubles)
     found = gradients(lambda *x: symplectic_flow(*x, *scheme, **options, scale=scale), tensors)
     for name, x, y in zip(NAMES, found, exact, strict=True):
         assert relative_error(x, y) <= 1e-5, name
@@ -165,7 +135,7 @@ def test_gradients_against_double_precision(phi, scale, tokens, by_token, spring
     ],
 )
 def test_as_accurate_as_plain_pytorch(monkeypatch, phi, dtype, scale, form):
-    monkeypatch.setattr(symplectic, "CHUNK", 40)
+    monkeypatch.setattr(eager, "CHUNK", 40)
     by_token, spring = form
     tensors, scheme = make(65, 12, 40, weights=dtype, by_token=by_token), ([0.1, 0.2], [0.2, 0.1])
 
@@ -173,7 +143,7 @@ def test_as_accurate_as_plain_pytorch(monkeypatch, phi, dtype, scale, form):
         return symplectic_flow(*x, *scheme, phi=phi, confinement=spring, scale=scale)[:2]
 
     def plain(*x):
-        return plain_flow(*x, *scheme, phi, spring, scale)
+        return held_flow(*x, *scheme, phi, spring, scale)
 
     def both(function, x):
         return [*function(*x), *gradients(function, x)]
@@ -212,13 +182,13 @@ def test_exact_reconstruction_in_double_precision():
 def test_backward_meets_the_states_of_the_forward_pass(monkeypatch):
     """Every force of the backward pass comes from the same bits as in the forward pass, and is the same."""
     seen: list[tuple[Tensor, Tensor]] = []
-    activate = symplectic._activate
+    activate = eager._activate
 
     def record(q, field, unit, rows):
         activate(q, field, unit, rows)
         seen.append((q.clone(), rows.slope.clone()))
 
-    monkeypatch.setattr(symplectic, "_activate", record)
+    monkeypatch.setattr(eager, "_activate", record)
     for dtype in (torch.float32, torch.bfloat16):
         seen.clear()
         tensors = make(70, 48, 80, weights=dtype, by_token=True)
@@ -236,7 +206,7 @@ def test_a_gpu_undoes_a_flow_by_the_kernel_that_made_it(target):
     """Compiled for other blocks, warps or stages, its forces could have other bits."""
     from kernels.resources import fingerprint, launches
 
-    found = launches(target, symplectic.compile_cases())
+    found = launches(target, triton_code.compile_cases())
     flows = [own for name, own in found.items() if name.endswith(" flow_kernel")]
     assert sum(len(own) > 1 for own in flows) > 20
     for own in flows:
@@ -308,8 +278,8 @@ def test_energy_is_kept():
 
 def test_coefficients_of_zero_evaluate_no_force(monkeypatch):
     forces = []
-    activate = symplectic._activate
-    monkeypatch.setattr(symplectic, "_activate", lambda *x: (forces.append(1), activate(*x)))
+    activate = eager._activate
+    monkeypatch.setattr(eager, "_activate", lambda *x: (forces.append(1), activate(*x)))
     q, p, *weights = make(4, 8)
     end_q, end_p, _ = symplectic_flow(q, p, *weights, [0.0, 0.1, 0.0], [0.5, 0.0, 0.5])
     assert len(forces) == 1
@@ -448,7 +418,7 @@ def test_gradient_of_one_output():
     tensors = [x.requires_grad_() for x in make(20, 8, dtype=torch.float64)]
     symplectic_flow(*tensors, *leapfrog(3, 0.1))[1].square().sum().backward()
     others = [x.detach().clone().requires_grad_() for x in tensors]
-    plain_flow(*others, *leapfrog(3, 0.1))[1].square().sum().backward()
+    held_flow(*others, *leapfrog(3, 0.1))[1].square().sum().backward()
     for x, y in zip(tensors, others, strict=True):
         torch.testing.assert_close(x.grad, y.grad)
 
@@ -479,18 +449,18 @@ def test_never_holds_the_hidden_state():
     tensors = make(4096, 16, 64)
     q, p, *weights = tensors
     with Watch():
-        ends = symplectic._flow_eager(
+        ends = eager._flow_eager(
             q,
             p,
-            symplectic._Weights(*weights, "gelu_integral", 0.0),
-            symplectic._Scheme(*leapfrog(2, 0.1), SCALE),
+            Weights(*weights, "gelu_integral", 0.0),
+            Scheme(*leapfrog(2, 0.1), SCALE),
         )
-        symplectic._flow_backward_eager(
+        eager._flow_backward_eager(
             q,
             p,
             *ends[:2],
-            symplectic._Weights(*weights, "gelu_integral", 0.0),
-            symplectic._Scheme(*leapfrog(2, 0.1), SCALE),
+            Weights(*weights, "gelu_integral", 0.0),
+            Scheme(*leapfrog(2, 0.1), SCALE),
             True,
         )
     assert 0 < largest < 4096 * 64 / 2

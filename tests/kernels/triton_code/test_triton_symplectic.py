@@ -11,22 +11,19 @@ import math
 import pytest
 import rounding
 import torch
-import torch.nn.functional as F
 from dtypes import in_each_half
+from support.flows import force, held_flow, leapfrog, reconstruct
 from torch import Tensor
 
-from kernels import symplectic
 from kernels.launch import eager
-from kernels.symplectic import POTENTIALS, advance, fixed_point, symplectic_flow
+from kernels.symplectic import POTENTIALS, advance, fixed_point, symplectic_flow, triton_code
+from kernels.symplectic.plain import plain_force
+from kernels.symplectic.scheme import Scheme, reversed_scheme
 
 SCALE = 2.0**20
 SPRINGS = (0.0, 0.7)
 SINGLE_AND_HALF = (torch.float32, torch.float16)
 STAGES = ([0.05, 0.0, 0.1, 0.05], [0.1, 0.1, 0.1, 0.0])
-
-
-def leapfrog(steps: int, dt: float) -> tuple[list[float], list[float]]:
-    return [dt / 2, *[dt] * (steps - 1), dt / 2], [*[dt] * steps, 0.0]
 
 
 def make(tokens, width, hidden, dtype, device, by_token=False) -> list[Tensor]:
@@ -35,46 +32,6 @@ def make(tokens, width, hidden, dtype, device, by_token=False) -> list[Tensor]:
     b1 = torch.randn(tokens, hidden) if by_token else torch.randn(hidden) * 0.2
     w2 = torch.randn(hidden) * (0.5 / hidden**0.5)
     return [x.to(device) for x in (q, p, *(w.to(dtype) for w in (w1, b1, w2)))]
-
-
-def slope(a: Tensor, phi: str) -> Tensor:
-    match phi:
-        case "gelu_integral":
-            return F.gelu(a)
-        case "silu":
-            return torch.sigmoid(a) * (1 + a * (1 - torch.sigmoid(a)))
-        case "gelu":
-            cdf = 0.5 * (1 + torch.erf(a * 0.5**0.5))
-            return cdf + a * torch.exp(-0.5 * a.square()) / (2 * math.pi) ** 0.5
-        case _:
-            return torch.sigmoid(a)
-
-
-def force(q, w1, b1, w2, phi="gelu_integral", confinement=0.0) -> Tensor:
-    """A kick of 1 to tokens at rest."""
-    kick = symplectic_flow(q, torch.zeros_like(q), w1, b1, w2, [1.0], [0.0], phi=phi, confinement=confinement)
-    return kick[1]
-
-
-def reconstruct(q, p, w1, b1, w2, kicks, drifts, **options) -> tuple[Tensor, Tensor]:
-    """The state before all stages from that after them: the stages with the other sign, last one first."""
-    kicks, drifts = [0.0, *(-kick for kick in kicks[::-1])], [*(-drift for drift in drifts[::-1]), 0.0]
-    return advance(q, p, w1, b1, w2, kicks, drifts, **options)[:2]
-
-
-def plain_force(q, w1, b1, w2, phi, confinement=0.0) -> Tensor:
-    return -((slope(F.linear(q.to(w1.dtype), w1) + b1, phi) * w2) @ w1).to(q.dtype) - confinement * q
-
-
-def plain_flow(q, p, w1, b1, w2, kicks, drifts, phi, confinement, scale=0.0):
-    def held(x):
-        return rounding.fixed_point(x, scale) if scale and x.dtype != torch.float64 else x
-
-    q, p = held(q), held(p)
-    for kick, drift in zip(kicks, drifts, strict=True):
-        p = p + held(kick * plain_force(q, w1, b1, w2, phi, confinement))
-        q = q + held(drift * p)
-    return q, p
 
 
 def run(function, tensors):
@@ -96,7 +53,7 @@ def compare(function, plain, tensors):
 def compare_flow(tensors, phi="gelu_integral", scale=0.0, stages=STAGES, spring=0.0):
     compare(
         lambda *x: symplectic_flow(*x, *stages, phi=phi, confinement=spring, scale=scale)[:2],
-        lambda *x: plain_flow(*x, *stages, phi, spring, scale),
+        lambda *x: held_flow(*x, *stages, phi, spring, scale),
         tensors,
     )
 
@@ -130,8 +87,8 @@ def test_flow_of_one_token(device):
 def test_sums_over_several_blocks_of_tokens(width, by_token, device, monkeypatch):
     """A program sums over two blocks, the last one of a single token."""
     tensors = make(1, width, 40, torch.float32, device)
-    options = symplectic._options("parameters", tensors[2])
-    monkeypatch.setattr(symplectic, "PROGRAMS", 2 * -(-40 // options["BLOCK_H"]))
+    options = triton_code._options("parameters", tensors[2])
+    monkeypatch.setattr(triton_code, "PROGRAMS", 2 * -(-40 // options["BLOCK_H"]))
     tokens = 3 * options["BLOCK_M"] + 1
     compare_flow(make(tokens, width, 40, torch.float32, device, by_token), scale=SCALE)
 
@@ -181,7 +138,7 @@ def test_exact_reconstruction(width, dtype, by_token, spring, device):
         start_q, start_p = reconstruct(end_q, end_p, *weights, *stages, **options)
         assert torch.equal(start_q, fixed_point(q, SCALE))
         assert torch.equal(start_p, fixed_point(p, SCALE))
-        undo = symplectic._reversed(symplectic._Scheme(*stages, SCALE))
+        undo = reversed_scheme(Scheme(*stages, SCALE))
         for kick, drift in zip(undo.kicks, undo.drifts, strict=True):
             end_q, end_p, _ = advance(end_q, end_p, *weights, [kick], [drift], **options)
         assert torch.equal(end_q, start_q)
@@ -191,13 +148,13 @@ def test_exact_reconstruction(width, dtype, by_token, spring, device):
 @pytest.mark.parametrize("width", [20, 100])
 def test_backward_meets_the_states_of_the_forward_pass(monkeypatch, device, width):
     seen: list[Tensor] = []
-    adjoint = symplectic._launch_adjoint
+    adjoint = triton_code._launch_adjoint
 
     def record(q, *rest):
         seen.append(q.clone())
         adjoint(q, *rest)
 
-    monkeypatch.setattr(symplectic, "_launch_adjoint", record)
+    monkeypatch.setattr(triton_code, "_launch_adjoint", record)
     tensors = make(33, width, 40, torch.float32, device, by_token=True)
     run(lambda *x: symplectic_flow(*x, *STAGES, confinement=0.5, scale=SCALE)[:2], tensors)
     kicked = [stage for stage, kick in enumerate(STAGES[0]) if kick]
