@@ -26,10 +26,10 @@ def reconstruct(q, p, w1, b1, w2, kicks, drifts, **options) -> tuple[Tensor, Ten
     return advance(q, p, w1, b1, w2, kicks, drifts, **options)[:2]
 
 
-def held_flow(*arguments, scale=0.0, **options):
+def held_flow(*tensors_and_stages, phi="gelu_integral", confinement=0.0, scale=0.0):
     """``plain_flow`` of a state in fixed point; in float64 of one that is not rounded."""
 
     def held(x):
         return rounding.fixed_point(x, scale) if scale and x.dtype != torch.float64 else x
 
-    return plain_flow(*arguments, **options, held=held)
+    return plain_flow(*tensors_and_stages, phi, confinement, held)

@@ -53,7 +53,7 @@ def compare(function, plain, tensors):
 def compare_flow(tensors, phi="gelu_integral", scale=0.0, stages=STAGES, spring=0.0):
     compare(
         lambda *x: symplectic_flow(*x, *stages, phi=phi, confinement=spring, scale=scale)[:2],
-        lambda *x: held_flow(*x, *stages, phi, spring, scale),
+        lambda *x: held_flow(*x, *stages, phi=phi, confinement=spring, scale=scale),
         tensors,
     )
 
