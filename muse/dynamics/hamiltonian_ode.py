@@ -1,4 +1,4 @@
-"""HamiltonianNeuralODE: a symplectic flow of every token, with four ways to its gradient."""
+"""HamiltonianNeuralODE: a symplectic flow of every token, with four gradient modes."""
 
 from __future__ import annotations
 
