@@ -9,7 +9,7 @@ from muse.scaling.counts import numbers, shapes, step_flops
 from muse.scaling.memory import Memory, element_bytes, memory
 from muse.scaling.ranks import padded, traffic
 
-# What a force costs on a GPU (kernels/symplectic.py): each float32 product is three in TF32, and the backward
+# What a force costs on a GPU (kernels/symplectic): each float32 product is three in TF32, and the backward
 # pass computes W1 q and W1 y again for the parameters' gradients, 11 products in all instead of 8.
 TF32_PRODUCTS = 3
 GPU_FORCE = 11 / 8
