@@ -36,7 +36,7 @@ class NotFinite(RunError):
 
 @dataclass(frozen=True)
 class TakenStep:
-    """What a step found, the same on all ranks.
+    """What all ranks found in a step.
 
     Attributes:
         loss: mean over the windows of all ranks.
@@ -96,11 +96,11 @@ class TrainingStep:
         """
         random = random_state() if self.flows else None
         with deferred_checks(self.model):
-            taken = self._differentiate(batches, signal)
+            taken = self.agree(self.gradients(batches), signal)
         if random is not None and not math.isfinite(taken.loss):
             restore_random_state(random)
-            taken = self._differentiate(batches, signal)
-        self._update(number, taken)
+            taken = self.agree(self.gradients(batches), signal)
+        self.update(number, taken)
         return taken
 
     def gradients(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -120,8 +120,13 @@ class TrainingStep:
             total += loss.detach()
         return total
 
-    def _differentiate(self, batches: Sequence[tuple[Tensor, Tensor]], signal: int | None) -> TakenStep:
-        loss = self.gradients(batches)
+    def agree(self, loss: Tensor, signal: int | None = None) -> TakenStep:
+        """What all ranks found in a step whose gradients are there; the host waits for it.
+
+        Args:
+            loss: of this rank, as ``gradients`` returns it.
+            signal: that this rank was sent.
+        """
         self.optimizer.attach_gradients()
         norm = gradient_norm(self.model)
         error = take_reconstruction_error(self.model)
@@ -146,7 +151,8 @@ class TrainingStep:
             signal=int(max(signals)) or None,
         )
 
-    def _update(self, number: int, taken: TakenStep) -> None:
+    def update(self, number: int, taken: TakenStep) -> None:
+        """Clip the gradients and update the parameters; see ``take``."""
         if self.scaler.is_enabled():
             for inner in self.optimizer.optimizers:
                 self.scaler.unscale_(inner)

@@ -60,7 +60,7 @@ MOMENTS: dict[str, tuple[Any, str, bool, Callable[..., bool]]] = {
     "loading": (trainer, "load_tensors", BEFORE, first_time),
     "computing": (TrainingStep, "gradients", BEFORE, second_time),
     "agreeing": (training_step, "summed", BEFORE, second_time),
-    "having agreed": (TrainingStep, "_differentiate", AFTER, second_time),
+    "having agreed": (TrainingStep, "agree", AFTER, second_time),
     "evaluating": (trainer, "evaluate", BEFORE, first_time),
     "saving": (CheckpointWriter, "save", BEFORE, second_time),
     "having written": (FileSystemWriter, "write_data", AFTER, second_time),
