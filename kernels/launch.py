@@ -263,3 +263,8 @@ def ceil_div(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """x in the order of its axes, if it is there."""
+    return None if x is None else x.contiguous()

@@ -13,7 +13,7 @@ from kernels.launch import Options, Pinned, ceil_div, next_power_of_2
 ANY_WIDTH = 1
 
 
-def _by_tiles(
+def by_tiles(
     pinned: Pinned,
     kernel: str,
     z: Tensor,
@@ -40,7 +40,3 @@ def _by_tiles(
         return run((programs, columns), {"ROWS": rows, "BLOCK_D": block, **options})
 
     return run_with(pinned.choose(kernel, z, ANY_WIDTH, run_with, tokens, width, *more))
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()

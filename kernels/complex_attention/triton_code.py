@@ -17,11 +17,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.launch import Options, ceil_div, launch, next_power_of_2, pinned_beside
+from kernels.complex_attention.eager import SCORES, Mask
+from kernels.launch import Options, ceil_div, contiguous, launch, next_power_of_2, pinned_beside
 from kernels.planar import modulus_floor
 from kernels.triton_import import jit, jit_unspecialised, tl
 
-SCORES = ("real", "magnitude", "phase")
 PINNED = pinned_beside(__file__)
 
 # One argument a line would hide the kernels.
@@ -409,64 +409,47 @@ def _key_gradient_kernel(
         _store(dv, dv_re, dv_im, key, 2 * WIDTH, k_length, WIDTH, BLOCK_D)
 
 # fmt: on
-def _forward_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    score: str,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-) -> tuple[Tensor, Tensor]:
-    q, k, v = (_inner_contiguous(x) for x in (q, k, v))
+def forward(q: Tensor, k: Tensor, v: Tensor, score: str, mask: Mask) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp of the scores, unscaled, float32 (B, H, S)."""
+    q, k, v, mask = *map(_inner_contiguous, (q, k, v)), mask._replace(cu_seqlens=contiguous(mask.cu_seqlens))
     out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.contiguous()
-        _assert_bounds(q, cu_seqlens, max_seqlen)
-    sequences, longest, _ = _extent(q, k, cu_seqlens, max_seqlen)
+    if mask.cu_seqlens is not None:
+        _assert_bounds(q, mask.cu_seqlens, mask.max_seqlen)
+    sequences, longest, _ = _extent(q, k, mask)
 
     def run(options: Options) -> None:
         launch(
             _forward_kernel,
             (ceil_div(longest, options["BLOCK_M"]) * sequences * q.shape[1],),
-            *(q, k, v, out, lse, cu_seqlens, *_strides(q, k, v)),
+            *(q, k, v, out, lse, mask.cu_seqlens, *_strides(q, k, v)),
             *(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], longest, *_scale_and_floor(q)),
-            **_constants(q, score, causal, cu_seqlens),
+            **_constants(q, score, mask),
             **options,
         )
 
-    run(PINNED.choose(f"{score} forward", q, q.shape[-1], run, *_deciding(q, k, causal, cu_seqlens)))
+    run(PINNED.choose(f"{score} forward", q, q.shape[-1], run, *_deciding(q, k, mask)))
     return out, lse
 
 
-def _backward_triton(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    score: str,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: str, mask: Mask
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, grad = (_inner_contiguous(x) for x in (q, k, v, grad))
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    """Gradients of queries, keys and values."""
+    q, k, v, grad = map(_inner_contiguous, (q, k, v, grad))
+    mask = mask._replace(cu_seqlens=contiguous(mask.cu_seqlens))
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    sequences, q_longest, k_longest = _extent(q, k, cu_seqlens, max_seqlen)
+    sequences, q_longest, k_longest = _extent(q, k, mask)
     group = q.shape[1] // k.shape[1]
-    constants = _constants(q, score, causal, cu_seqlens)
 
     def run_queries(options: Options) -> None:
         launch(
             _query_gradient_kernel,
             (ceil_div(q_longest, options["BLOCK_M"]) * sequences * q.shape[1],),
-            *(q, k, v, grad, out, lse, delta, dq, cu_seqlens, *_strides(q, k, v, grad)),
+            *(q, k, v, grad, out, lse, delta, grad_q, mask.cu_seqlens, *_strides(q, k, v, grad)),
             *(q.shape[1], group, q.shape[2], k.shape[2], q_longest, *_scale_and_floor(q)),
-            **constants,
+            **_constants(q, score, mask),
             **options,
         )
 
@@ -474,16 +457,16 @@ def _backward_triton(
         launch(
             _key_gradient_kernel,
             (ceil_div(k_longest, options["BLOCK_N"]) * sequences * k.shape[1],),
-            *(q, k, v, grad, lse, delta, dk, dv, cu_seqlens, *_strides(q, k, v, grad)),
+            *(q, k, v, grad, lse, delta, grad_k, grad_v, mask.cu_seqlens, *_strides(q, k, v, grad)),
             *(k.shape[1], group, q.shape[2], k.shape[2], k_longest, *_scale_and_floor(q)),
-            **constants,
+            **_constants(q, score, mask),
             **options,
         )
 
-    deciding = _deciding(q, k, causal, cu_seqlens)
+    deciding = _deciding(q, k, mask)
     run_queries(PINNED.choose(f"{score} query gradient", q, q.shape[-1], run_queries, *deciding))
     run_keys(PINNED.choose(f"{score} key gradient", q, q.shape[-1], run_keys, *deciding))
-    return dq, dk, dv
+    return grad_q, grad_k, grad_v
 
 
 def _inner_contiguous(x: Tensor) -> Tensor:
@@ -491,12 +474,12 @@ def _inner_contiguous(x: Tensor) -> Tensor:
     return x if x.stride()[-2:] == (x.shape[-1], 1) else x.contiguous()
 
 
-def _extent(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, int, int]:
+def _extent(q: Tensor, k: Tensor, mask: Mask) -> tuple[int, int, int]:
     """Sequences, and the largest numbers of queries and keys of one."""
-    if cu_seqlens is None:
+    if mask.cu_seqlens is None:
         return q.shape[0], q.shape[2], k.shape[2]
-    longest = q.shape[2] if max_seqlen is None else min(max_seqlen, q.shape[2])
-    return cu_seqlens.shape[0] - 1, longest, longest
+    longest = q.shape[2] if mask.max_seqlen is None else min(mask.max_seqlen, q.shape[2])
+    return mask.cu_seqlens.shape[0] - 1, longest, longest
 
 
 def _assert_bounds(q: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> None:
@@ -509,9 +492,9 @@ def _assert_bounds(q: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Non
         torch._assert_async(shorter, f"max_seqlen={max_seqlen} is less than the longest packed sequence")
 
 
-def _deciding(q: Tensor, k: Tensor, causal: bool, cu_seqlens: Tensor | None) -> tuple[object, ...]:
+def _deciding(q: Tensor, k: Tensor, mask: Mask) -> tuple[object, ...]:
     """What decides about the time of a kernel, beside the head size."""
-    return (*q.shape[:3], *k.shape[1:3], causal, cu_seqlens is not None)
+    return (*q.shape[:3], *k.shape[1:3], mask.causal, mask.cu_seqlens is not None)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -523,12 +506,12 @@ def _scale_and_floor(q: Tensor) -> tuple[float, float]:
     return scale, (modulus_floor(q.dtype) / scale) ** 2
 
 
-def _constants(q: Tensor, score: str, causal: bool, cu_seqlens: Tensor | None) -> dict[str, object]:
+def _constants(q: Tensor, score: str, mask: Mask) -> dict[str, object]:
     width = q.shape[-1]
     return {
         "SCORE": score,
-        "CAUSAL": causal,
-        "VARIABLE": cu_seqlens is not None,
+        "CAUSAL": mask.causal,
+        "VARIABLE": mask.cu_seqlens is not None,
         "WIDTH": width,
         "BLOCK_D": max(16, next_power_of_2(width)),
     }
@@ -564,5 +547,6 @@ def _launch_all(
     q = torch.empty(batch, 4, 1024, 2, width, dtype=dtype)
     k, v = torch.empty(2, batch, 2, 1024, 2, width, dtype=dtype)
     bounds = torch.empty(3, dtype=torch.int32) if packed else None
-    out, lse = _forward_triton(q, k, v, score, causal, bounds, None)
-    _backward_triton(q, q, k, v, out, lse, score, causal, bounds, None)
+    mask = Mask(causal, bounds)
+    out, lse = forward(q, k, v, score, mask)
+    backward(q, q, k, v, out, lse, score, mask)

@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kernels.complex_rotary.eager import empty_heads, empty_projection
 from kernels.launch import Options, launch, pinned_beside
-from kernels.tiles import _by_tiles
+from kernels.tiles import by_tiles
 from kernels.triton_import import jit, tl
 
 PINNED = pinned_beside(__file__)
@@ -82,7 +83,7 @@ def _turn_head(joined, apart, angle, mask, plane, D, BACKWARD: tl.constexpr):
         tl.store(apart + D, re * sin + im * cos, mask=mask)
 
 
-def _rotate_triton(z: Tensor, table: Tensor, inverse: bool) -> Tensor:
+def rotate(z: Tensor, table: Tensor, inverse: bool) -> Tensor:
     """Reads z and writes out, 4 T D e bytes, and the table, 8 S D. 6 FLOPs a channel."""
     z = z.contiguous()
     out, tokens = torch.empty_like(z), z.shape[:-2].numel()
@@ -97,7 +98,7 @@ def _rotate_triton(z: Tensor, table: Tensor, inverse: bool) -> Tensor:
             **options,
         )
 
-    _by_tiles(PINNED, "rotate", z, tokens, run)
+    by_tiles(PINNED, "rotate", z, tokens, run)
     return out
 
 
@@ -117,21 +118,21 @@ def _launch_split_heads(
             **options,
         )
 
-    _by_tiles(PINNED, "split_heads", projection, tokens, run, heads, kv_heads, backward)
+    by_tiles(PINNED, "split_heads", projection, tokens, run, heads, kv_heads, backward)
 
 
-def _split_heads_triton(
+def split_heads(
     projection: Tensor, table: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, _, _, width = projection.shape
-    q, k, v = (projection.new_empty(batch, count, length, 2, width) for count in (heads, kv_heads, kv_heads))
+    """As ``complex_rotary.split_heads``."""
+    q, k, v = empty_heads(projection, heads, kv_heads)
     _launch_split_heads(projection.contiguous(), q, k, v, table, backward=False)
     return q, k, v
 
 
-def _split_heads_backward_triton(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, table: Tensor) -> Tensor:
-    batch, heads, length, _, width = grad_q.shape
-    grad = grad_q.new_empty(batch, length, 2, heads + 2 * grad_k.shape[1], width)
+def split_heads_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, table: Tensor) -> Tensor:
+    """The gradient of the projection."""
+    grad = empty_projection(grad_q, grad_k)
     q, k, v = grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()
     _launch_split_heads(grad, q, k, v, table, backward=True)
     return grad
@@ -147,6 +148,6 @@ def compile_cases() -> dict[str, Callable[[], object]]:
 
 def _compile_rotation(dtype: torch.dtype) -> None:
     projection, table = torch.empty(2, 16, 2, 8, 64, dtype=dtype), torch.empty(16, 2, 64)
-    q, k, v = _split_heads_triton(projection, table, 4, 2)
-    _split_heads_backward_triton(q, k, v, table)
-    _rotate_triton(q, table, inverse=False)
+    q, k, v = split_heads(projection, table, 4, 2)
+    split_heads_backward(q, k, v, table)
+    rotate(q, table, inverse=False)
