@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.complex_activation.eager import ACTIVATIONS, activation_floor
-from kernels.launch import Options, contiguous, launch, pinned_beside
+from kernels.launch import contiguous, pinned_beside
 from kernels.tiles import by_tiles
 from kernels.triton_import import jit, tl
 
@@ -147,18 +148,8 @@ def _activation_backward_kernel(
 def activation(z: Tensor, kind: str, offset: Tensor | None, slope: Tensor | None) -> Tensor:
     """Reads z and writes out, 4 T D e bytes. 2 (z_relu) to 30 (split_gelu) FLOPs a channel."""
     z = z.contiguous()
-    out, tokens, width = torch.empty_like(z), z.shape[:-2].numel(), z.shape[-1]
-
-    def run(grid: tuple[int, int], options: Options) -> None:
-        launch(
-            _activation_forward_kernel,
-            grid,
-            *(z, contiguous(offset), contiguous(slope), out, tokens, width, activation_floor(z, kind)),
-            KIND=kind,
-            **options,
-        )
-
-    by_tiles(PINNED, "activation_forward", z, tokens, run, kind)
+    out = torch.empty_like(z)
+    _launch(_activation_forward_kernel, z, (z, contiguous(offset), contiguous(slope), out), kind)
     return out
 
 
@@ -167,22 +158,17 @@ def activation_backward(
 ) -> tuple[Tensor, Tensor]:
     """Reads z and the gradient, writes one, 6 T D e bytes. 2 (z_relu) to 50 (split_gelu) FLOPs a channel."""
     z, grad = z.contiguous(), grad.contiguous()
-    grad_z, tokens, width = torch.empty_like(z), z.shape[:-2].numel(), z.shape[-1]
-
-    def run(grid: tuple[int, int], options: Options) -> Tensor:
-        partials = z.new_empty(grid[0], ACTIVATIONS[kind], width, dtype=torch.float32)
-        launch(
-            _activation_backward_kernel,
-            grid,
-            *(grad, z, contiguous(offset), contiguous(slope), grad_z, partials, tokens, width),
-            activation_floor(z, kind),
-            KIND=kind,
-            **options,
-        )
-        return partials
-
-    partials = by_tiles(PINNED, "activation_backward", z, tokens, run, kind, sums=ACTIVATIONS[kind] > 0)
+    grad_z = torch.empty_like(z)
+    tensors = (grad, z, contiguous(offset), contiguous(slope), grad_z)
+    partials = _launch(_activation_backward_kernel, z, tensors, kind, sums=ACTIVATIONS[kind])
     return grad_z, partials.sum(0)
+
+
+def _launch(
+    kernel: Any, z: Tensor, tensors: tuple[Tensor | None, ...], kind: str, sums: int | None = None
+) -> Any:
+    tokens, numbers = z.shape[:-2].numel(), (z.shape[-1], activation_floor(z, kind))
+    return by_tiles(PINNED, kernel, z, tokens, tensors, numbers, kind, sums=sums, KIND=kind)
 
 
 def compile_cases() -> dict[str, Callable[[], object]]:

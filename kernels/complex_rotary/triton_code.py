@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.complex_rotary.eager import empty_heads, empty_projection
-from kernels.launch import Options, launch, pinned_beside
+from kernels.launch import pinned_beside
 from kernels.tiles import by_tiles
 from kernels.triton_import import jit, tl
 
@@ -85,20 +85,10 @@ def _turn_head(joined, apart, angle, mask, plane, D, BACKWARD: tl.constexpr):
 
 def rotate(z: Tensor, table: Tensor, inverse: bool) -> Tensor:
     """Reads z and writes out, 4 T D e bytes, and the table, 8 S D. 6 FLOPs a channel."""
-    z = z.contiguous()
-    out, tokens = torch.empty_like(z), z.shape[:-2].numel()
-    table = table.float().contiguous()
-
-    def run(grid: tuple[int, int], options: Options) -> None:
-        launch(
-            _rotate_kernel,
-            grid,
-            *(z, table, out, tokens, z.shape[-3], z.shape[-1]),
-            INVERSE=inverse,
-            **options,
-        )
-
-    by_tiles(PINNED, "rotate", z, tokens, run)
+    z, table = z.contiguous(), table.float().contiguous()
+    out = torch.empty_like(z)
+    numbers = z.shape[-3], z.shape[-1]
+    by_tiles(PINNED, _rotate_kernel, z, z.shape[:-2].numel(), (z, table, out), numbers, INVERSE=inverse)
     return out
 
 
@@ -106,19 +96,14 @@ def _launch_split_heads(
     projection: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, backward: bool
 ) -> None:
     """Reads and writes the projection's size once, and the table. 6 FLOPs a channel of queries and keys."""
-    batch, heads, length, _, width = q.shape
-    kv_heads, tokens, table = k.shape[1], batch * length, table.float().contiguous()
-
-    def run(grid: tuple[int, int], options: Options) -> None:
-        launch(
-            _split_heads_kernel,
-            (grid[0], heads + 2 * kv_heads, grid[1]),
-            *(projection, q, k, v, table, tokens, length, heads, kv_heads, width),
-            BACKWARD=backward,
-            **options,
-        )
-
-    by_tiles(PINNED, "split_heads", projection, tokens, run, heads, kv_heads, backward)
+    (batch, heads, length, _, width), kv_heads = q.shape, k.shape[1]
+    tensors, numbers = (projection, q, k, v, table.float().contiguous()), (length, heads, kv_heads, width)
+    by_tiles(
+        *(PINNED, _split_heads_kernel, projection, batch * length, tensors, numbers),
+        *(heads, kv_heads, backward),
+        heads=(heads + 2 * kv_heads,),
+        BACKWARD=backward,
+    )
 
 
 def split_heads(
