@@ -120,13 +120,13 @@ def _cuda_target(device: int) -> str:
 
 @dataclass(frozen=True)
 class Pinned:
-    """The pinned launch configurations beside a kernel file: kernel, target, bits of the dtype, width.
+    """The pinned launch configurations of an operation: kernel, target, bits of the dtype, width.
 
     A width is what decides about registers and shared memory: the head size, or the number of channels. The
     smallest pinned width that is not less than the wanted one is taken.
 
     Attributes:
-        name: of the kernel file.
+        name: of the operation.
         table: what the JSON file holds.
     """
 

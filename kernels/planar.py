@@ -1,4 +1,4 @@
-"""What the kernel files share about planar tensors (..., 2, D): plane 0 real parts, plane 1 imaginary."""
+"""What the operations share about planar tensors (..., 2, D): plane 0 real parts, plane 1 imaginary."""
 
 from __future__ import annotations
 

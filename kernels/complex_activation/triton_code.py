@@ -1,4 +1,7 @@
-"""The activations in Triton."""
+"""The activations in Triton, bound by memory.
+
+Traffic is given for T tokens of D channels and e bytes an element, so that one tensor is 2 T D e bytes.
+"""
 
 from __future__ import annotations
 

@@ -218,7 +218,13 @@ _complex_weight_gradient.register_fake(lambda grad, x: x.new_empty(2, grad.shape
 
 def _keep_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, residual, ctx.products, ctx.adjoint = inputs
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+    _keep_factors(ctx, x, weight, residual)
+
+
+def _keep_factors(ctx: Any, x: Tensor, weight: Tensor, residual: Tensor | None, *more: Any) -> None:
+    """Those whose gradients ask for them."""
+    for_weight, for_x = x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
+    ctx.save_for_backward(for_weight, for_x, *more)
     ctx.dtype = x.dtype
     ctx.residual_dtype = None if residual is None else residual.dtype
 
@@ -259,43 +265,27 @@ def _differentiate_weight_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | Non
 def _keep_activated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, offset, slope, residual, ctx.activation = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        x if ctx.needs_input_grad[1] else None,
-        weight if ctx.needs_input_grad[0] else None,
-        output[1],
-        offset,
-        slope,
-    )
-    ctx.dtype = x.dtype
-    ctx.residual_dtype = None if residual is None else residual.dtype
+    _keep_factors(ctx, x, weight, residual, output[1], offset, slope)
 
 
 def _differentiate_activated(
     ctx: Any, grad_active: Tensor | None, grad_hidden: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    x, weight, hidden, offset, slope = ctx.saved_tensors
-    grad, grad_offset, grad_slope, grad_residual = grad_hidden, None, None, None
+    x, weight, hidden, *parameters = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    grad, grad_parameters, grad_residual = grad_hidden, [None, None], None
     if grad_active is not None:
-        if ctx.needs_input_grad[5]:
+        if needed[5]:
             grad_residual = grad_active.to(ctx.residual_dtype)
-        if any(ctx.needs_input_grad[:5]):
-            grad, sums = complex_activation_backward(
-                grad_active.to(hidden.dtype), hidden, ctx.activation, offset, slope
-            )
-            grad_offset, grad_slope = (
-                None if t is None else sums[k].to(t.dtype) for k, t in enumerate((offset, slope))
-            )
+        if any(needed[:5]):
+            grad_active = grad_active.to(hidden.dtype)
+            grad, sums = complex_activation_backward(grad_active, hidden, ctx.activation, *parameters)
+            grad_parameters = [sums[k].to(parameters[k].dtype) if needed[3 + k] else None for k in range(2)]
             grad = grad if grad_hidden is None else grad + grad_hidden
     gradients: tuple[Tensor | None, ...] = (None, None, None)
     if grad is not None:
-        gradients = _gradients(ctx.needs_input_grad, grad.to(ctx.dtype), x, weight, 4, False)
-    return (
-        *gradients,
-        grad_offset if ctx.needs_input_grad[3] else None,
-        grad_slope if ctx.needs_input_grad[4] else None,
-        grad_residual,
-        None,
-    )
+        gradients = _gradients(needed, grad.to(ctx.dtype), x, weight, 4, False)
+    return (*gradients, *grad_parameters, grad_residual, None)
 
 
 _complex_product.register_autograd(_differentiate_product, setup_context=_keep_product)

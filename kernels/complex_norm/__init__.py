@@ -1,14 +1,8 @@
-"""Norms of planar complex tensors: one pass over memory each way.
+"""Norms of planar complex tensors (..., 2, D): one pass over memory each way.
 
-A planar tensor is (..., 2, D): plane 0 real, plane 1 imaginary, float32, bfloat16 or float16 (float64 runs
-the eager implementation only). Maths is float32 for all of these; a result is rounded once, when written.
-What is kept for the backward pass is the input, which exists anyway, and a few numbers a token.
-
-Traffic is given for T tokens of D channels and e bytes an element, so that one tensor is 2 T D e bytes. All
-operations are bound by memory: 2 to 54 FLOPs a channel.
-
-backward pass runs a pinned number of programs, each over many tiles, that sum the parameters' gradients in
-registers and write one partial row each, so that the order of summation does not depend on the card.
+Maths is float32, and float64 for float64, which only the eager implementation takes; a result is rounded
+once, when written. What is kept for the backward pass is the input, which exists anyway, and a few
+numbers a token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,11 @@
-"""The norms in Triton."""
+"""The norms in Triton, bound by memory.
+
+Traffic is given for T tokens of D channels and e bytes an element, so that one tensor is 2 T D e bytes.
+
+The kernels hold whole rows of both planes in registers: a program takes a tile of a few tokens. Their
+backward pass runs a pinned number of programs, each over many tiles, that sum the parameters' gradients in
+registers and write one partial row each, so that the order of summation does not depend on the card.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Rotary positions of planar complex tensors, alone and on the way from a projection to heads."""
+"""Rotary positions of planar complex tensors, alone and on the way from a projection to heads.
+
+Maths is float32, and float64 for float64, which only the eager implementation takes; a result is rounded
+once, when written. What is kept for the backward pass is the table.
+"""
 
 from __future__ import annotations
 
