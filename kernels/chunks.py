@@ -15,48 +15,48 @@ from torch import Tensor
 CHUNK = 2**20
 
 
-def _like(z: Tensor) -> Tensor:
+def like(z: Tensor) -> Tensor:
     """A new contiguous tensor of z's shape and dtype."""
     return torch.empty(z.shape, dtype=z.dtype, device=z.device)
 
 
-def _planes(z: Tensor) -> Tensor:
+def planes(z: Tensor) -> Tensor:
     """z (..., 2, D) seen as (2, T, D), of the same memory where that is possible."""
     return z.reshape(z.shape[:-2].numel(), *z.shape[-2:]).transpose(0, 1)
 
 
-def _step(x: Tensor, numbers: int) -> int:
+def chunk_length(x: Tensor, numbers: int) -> int:
     """How many slices of so many numbers to work on at a time."""
     return max(1, CHUNK // max(1, numbers)) if x.device.type == "cpu" else 2**62
 
 
-def _chunks(x: Tensor, buffers: int) -> Iterator[tuple[slice, Tensor]]:
+def chunks(x: Tensor, buffers: int) -> Iterator[tuple[slice, Tensor]]:
     """Slices of tokens of x (2, T, D), and for each buffers (count, 2, T', D) in the dtype of the maths."""
     planes, tokens, width = x.shape
-    step = max(1, min(tokens, _step(x, planes * width)))
-    work = torch.empty(buffers, planes * step * width, dtype=_precise(x), device=x.device)
+    step = max(1, min(tokens, chunk_length(x, planes * width)))
+    work = torch.empty(buffers, planes * step * width, dtype=precise(x), device=x.device)
     for start in range(0, tokens, step):
         count = min(step, tokens - start)
         own = work[:, : planes * count * width].view(buffers, count, planes, width)
         yield slice(start, start + count), own.transpose(1, 2)
 
 
-def _precise(x: Tensor) -> torch.dtype:
+def precise(x: Tensor) -> torch.dtype:
     """The dtype of the maths."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _read(x: Tensor, buffer: Tensor) -> Tensor:
+def read(x: Tensor, buffer: Tensor) -> Tensor:
     """x in the dtype of the buffer, which is filled only where that differs."""
     return x if x.dtype == buffer.dtype else buffer.copy_(x)
 
 
-def _to_write(out: Tensor, buffer: Tensor) -> Tensor:
+def to_write(out: Tensor, buffer: Tensor) -> Tensor:
     """Where to compute what becomes ``out``: there, if the dtype is right."""
     return out if out.dtype == buffer.dtype else buffer
 
 
-def _write(out: Tensor, computed: Tensor) -> None:
+def write(out: Tensor, computed: Tensor) -> None:
     """Round into ``out`` what was not computed there."""
     if out.dtype != computed.dtype:
         out.copy_(computed)

@@ -120,13 +120,13 @@ def _cuda_target(device: int) -> str:
 
 @dataclass(frozen=True)
 class Pinned:
-    """The pinned launch configurations beside a kernel file: kernel, target, bits of the dtype, width.
+    """The pinned launch configurations of an operation: kernel, target, bits of the dtype, width.
 
     A width is what decides about registers and shared memory: the head size, or the number of channels. The
     smallest pinned width that is not less than the wanted one is taken.
 
     Attributes:
-        name: of the kernel file.
+        name: of the operation.
         table: what the JSON file holds.
     """
 
@@ -263,3 +263,8 @@ def ceil_div(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """x in the order of its axes, if it is there."""
+    return None if x is None else x.contiguous()

@@ -1,4 +1,4 @@
-"""What the kernel files share about planar tensors (..., 2, D): plane 0 real parts, plane 1 imaginary."""
+"""What the operations share about planar tensors (..., 2, D): plane 0 real parts, plane 1 imaginary."""
 
 from __future__ import annotations
 
@@ -21,12 +21,26 @@ def modulus(z: Tensor, floor: float = MODULUS_FLOOR) -> Tensor:
     return re.square().addcmul_(im, im).add_(floor**2).sqrt_()
 
 
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Elementwise complex product of planar tensors that broadcast to each other."""
+    a_re, a_im = a.unbind(-2)
+    b_re, b_im = b.unbind(-2)
+    return torch.stack((a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re), dim=-2)
+
+
+def conjugate(z: Tensor) -> Tensor:
+    """Complex conjugate of a planar tensor."""
+    re, im = z.unbind(-2)
+    return torch.stack((re, -im), dim=-2)
+
+
 def upcast(z: Tensor) -> Tensor:
     """The dtype of pointwise maths: float32 for half precision, unchanged otherwise."""
     return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
 
 
-def _check(z: Tensor, **parameters: tuple[Tensor, int]) -> None:
+def check_planar(z: Tensor, **parameters: tuple[Tensor, int]) -> None:
+    """Refuse what is not planar (..., 2, D), and named parameters that are not so many rows of D."""
     if z.ndim < 2 or z.shape[-2] != 2:
         raise ValueError(f"a planar tensor (..., 2, D) is needed, not one of shape {tuple(z.shape)}")
     for name, (parameter, rows) in parameters.items():

@@ -19,6 +19,7 @@ import tempfile
 import tokenize
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,22 +189,9 @@ def _registers_and_spills(compiled: Any, target: Target) -> tuple[int, int]:
 
 def operations() -> dict[str, Callable[[], dict[str, Callable[[], object]]]]:
     """The launches to compile, by operation."""
-    from kernels.complex_activation import triton_code as complex_activation
-    from kernels.complex_attention import triton_code as complex_attention
-    from kernels.complex_linear import triton_code as complex_linear
-    from kernels.complex_norm import triton_code as complex_norm
-    from kernels.complex_rotary import triton_code as complex_rotary
-    from kernels.symplectic import triton_code as symplectic
-
-    files = (
-        complex_attention,
-        complex_linear,
-        complex_norm,
-        complex_activation,
-        complex_rotary,
-        symplectic,
-    )
-    return {module.__name__.split(".")[1]: module.compile_cases for module in files}
+    names = sorted(path.parent.name for path in TABLE.parent.glob("*/triton_code.py"))
+    files = {name: import_module(f"kernels.{name}.triton_code") for name in names}
+    return {name: file.compile_cases for name, file in files.items()}
 
 
 def main(everything: bool) -> None:

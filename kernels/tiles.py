@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from kernels.launch import Options, Pinned, ceil_div, next_power_of_2
+from kernels.launch import Options, Pinned, ceil_div, launch, next_power_of_2
 
 # Kernels whose configuration does not depend on the number of channels are pinned under this width.
 ANY_WIDTH = 1
 
 
-def _by_tiles(
+def by_tiles(
     pinned: Pinned,
-    kernel: str,
+    kernel: Any,
     z: Tensor,
     tokens: int,
-    run: Callable[[tuple[int, int], Options], Any],
-    *more: object,
-    sums: bool = False,
-) -> Any:
-    """Call ``run`` with a grid over tokens and channels, and the constants, of a kernel without whole rows.
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[float, ...],
+    *deciding: object,
+    heads: tuple[int, ...] = (),
+    sums: int | None = None,
+    **constants: object,
+) -> Tensor | None:
+    """Launch a kernel without whole rows on ``tensors``, the tokens and ``numbers``.
 
-    A kernel that sums over tokens runs the pinned number of programs in all, others one a tile. ``more`` is
-    what else decides about the time.
+    Args:
+        pinned: the configurations of its operation.
+        kernel: one whose programs stand for tokens, ``heads`` and channels.
+        z: whose last axis are the channels.
+        tokens: how many.
+        tensors: the first arguments.
+        numbers: the last arguments.
+        deciding: what else decides about the time.
+        heads: the axis of the grid between tokens and channels, if there is one.
+        sums: how many numbers a channel the kernel sums over tokens, if it takes room for them behind
+            ``tensors``; those that do sum run the pinned number of programs in all, others one a tile.
+        constants: of the kernel.
+
+    Returns:
+        The sums of each program along the tokens, float32 (programs, sums, D).
     """
     width = z.shape[-1]
 
-    def run_with(chosen: Options) -> Any:
+    def run(chosen: Options) -> Tensor | None:
         options = dict(chosen)
         block = min(next_power_of_2(width), options.pop("COLUMNS"))
         rows = options.pop("TILE") // block
@@ -37,10 +53,11 @@ def _by_tiles(
         most = options.pop("PROGRAMS", 0)
         if sums:
             programs = min(programs, ceil_div(most, columns))
-        return run((programs, columns), {"ROWS": rows, "BLOCK_D": block, **options})
+        partials = None if sums is None else z.new_empty(programs, sums, width, dtype=torch.float32)
+        arguments = tensors if partials is None else (*tensors, partials)
+        grid = (programs, *heads, columns)
+        launch(kernel, grid, *arguments, tokens, *numbers, **constants, ROWS=rows, BLOCK_D=block, **options)
+        return partials
 
-    return run_with(pinned.choose(kernel, z, ANY_WIDTH, run_with, tokens, width, *more))
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+    name = kernel.__name__.strip("_").removesuffix("_kernel")
+    return run(pinned.choose(name, z, ANY_WIDTH, run, tokens, width, *deciding))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.planar import MODULUS_FLOOR, modulus, modulus_floor, upcast
+from kernels.planar import MODULUS_FLOOR, conjugate, modulus, modulus_floor, multiply, upcast
 
 __all__ = [
     "MODULUS_FLOOR",
@@ -34,16 +34,3 @@ def to_complex(z: Tensor) -> Tensor:
     if z.dtype != torch.float64:
         z = z.float()
     return torch.complex(z[..., 0, :], z[..., 1, :])
-
-
-def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """Elementwise complex product of planar tensors that broadcast to each other."""
-    a_re, a_im = a.unbind(-2)
-    b_re, b_im = b.unbind(-2)
-    return torch.stack((a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re), dim=-2)
-
-
-def conjugate(z: Tensor) -> Tensor:
-    """Complex conjugate of a planar tensor."""
-    re, im = z.unbind(-2)
-    return torch.stack((re, -im), dim=-2)

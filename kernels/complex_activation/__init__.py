@@ -1,4 +1,8 @@
-"""Activations of planar complex tensors: one pass over memory each way."""
+"""Activations of planar complex tensors (..., 2, D): one pass over memory each way.
+
+Maths is float32, and float64 for float64, which only the eager implementation takes; a result is rounded
+once, when written. What is kept for the backward pass is the input, which exists anyway.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.chunks import _like, _precise
-from kernels.complex_activation.eager import ACTIVATIONS, _activation_backward_eager, activation_eager
-from kernels.complex_activation.triton_code import _activation_backward_triton, _activation_triton
+from kernels.chunks import like, precise
+from kernels.complex_activation import eager, triton_code
+from kernels.complex_activation.eager import ACTIVATIONS
 from kernels.launch import use_triton
 from kernels.operator import operator
-from kernels.planar import _check
+from kernels.planar import check_planar
+
+__all__ = ["ACTIVATIONS", "complex_activation", "complex_activation_backward"]
 
 
 def complex_activation(
@@ -42,7 +48,7 @@ def complex_activation(
     if (offset is not None, slope is not None) != (ACTIVATIONS[kind] > 0, ACTIVATIONS[kind] > 1):
         wanted = ("no parameters", "offset only", "offset and slope")[ACTIVATIONS[kind]]
         raise ValueError(f"{kind} takes {wanted}")
-    _check(z)
+    check_planar(z)
     for name, parameter in (("offset", offset), ("slope", slope)):
         if parameter is not None and parameter.shape != z.shape[-1:]:
             raise ValueError(f"{name} has shape {tuple(parameter.shape)}, not ({z.shape[-1]},)")
@@ -53,8 +59,8 @@ def complex_activation(
 
 @operator
 def _complex_activation(z: Tensor, kind: str, offset: Tensor | None, slope: Tensor | None) -> Tensor:
-    run = _activation_triton if use_triton(z) else activation_eager
-    return run(z, kind, offset, slope)
+    code = triton_code if use_triton(z) else eager
+    return code.activation(z, kind, offset, slope)
 
 
 @operator
@@ -62,20 +68,16 @@ def complex_activation_backward(
     grad: Tensor, z: Tensor, kind: str, offset: Tensor | None, slope: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of z and, as rows, of the parameters in float32."""
-    run = _activation_backward_triton if use_triton(z) else _activation_backward_eager
-    return run(grad, z, kind, offset, slope)
+    code = triton_code if use_triton(z) else eager
+    return code.activation_backward(grad, z, kind, offset, slope)
 
 
-@_complex_activation.register_fake
-def _(z: Tensor, kind: str, offset: Tensor | None, slope: Tensor | None) -> Tensor:
-    return _like(z)
+_complex_activation.register_fake(lambda z, *_: like(z))
 
 
 @complex_activation_backward.register_fake
-def _(
-    grad: Tensor, z: Tensor, kind: str, offset: Tensor | None, slope: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return _like(z), z.new_empty(ACTIVATIONS[kind], z.shape[-1], dtype=_precise(z))
+def _(grad: Tensor, z: Tensor, kind: str, *_: Any) -> tuple[Tensor, Tensor]:
+    return like(z), z.new_empty(ACTIVATIONS[kind], z.shape[-1], dtype=precise(z))
 
 
 def _keep_activation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

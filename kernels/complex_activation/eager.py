@@ -1,4 +1,7 @@
-"""The activations in PyTorch."""
+"""The activations in PyTorch.
+
+With r = |z| and d = Re(conj(z) y) for a gradient y, a gate h(r) z has the gradient h y + h'(r) d z / r.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.chunks import _chunks, _like, _planes, _precise, _read, _step, _to_write, _write
+from kernels.chunks import chunk_length, chunks, like, planes, precise, read, to_write, write
 from kernels.planar import MODULUS_FLOOR, modulus_floor
 
 # The kinds of activation, and how many parameters a channel each of them has.
@@ -16,31 +19,28 @@ threshold_backward = torch.ops.aten.threshold_backward
 sigmoid_backward = torch.ops.aten.sigmoid_backward
 gelu_backward = torch.ops.aten.gelu_backward
 
-# Activations. With r = |z| and d = Re(conj(z) y) for a gradient y, a gate h(r) z has the gradient
-# h y + h'(r) d z / r.
 
-
-def activation_eager(z: Tensor, kind: str, offset: Tensor | None, slope: Tensor | None) -> Tensor:
+def activation(z: Tensor, kind: str, offset: Tensor | None, slope: Tensor | None) -> Tensor:
     """The eager implementation of an activation, see ``complex_activation``."""
     if kind == "split_gelu":
         return F.gelu(z).contiguous()
-    out = _like(z)
-    x, results = _planes(z), _planes(out)
+    out = like(z)
+    x, results = planes(z), planes(out)
     if kind == "z_relu":
         _first_quadrant(x, x, results)
         return out
     parameters = _parameters(z, offset, slope)
-    for rows, (a, b) in _chunks(x, 2):
-        part = _read(x[:, rows], a)
+    for rows, (a, b) in chunks(x, 2):
+        part = read(x[:, rows], a)
         _, gate = _gate(part, kind, parameters, activation_floor(z, kind), b)
-        y = _to_write(results[:, rows], a)
+        y = to_write(results[:, rows], a)
         torch.mul(part, gate, out=y)
-        _write(results[:, rows], y)
+        write(results[:, rows], y)
     return out
 
 
 def _parameters(z: Tensor, *parameters: Tensor | None) -> list[Tensor]:
-    return [p.to(_precise(z)) for p in parameters if p is not None]
+    return [p.to(precise(z)) for p in parameters if p is not None]
 
 
 def activation_floor(z: Tensor, kind: str) -> float:
@@ -69,31 +69,32 @@ def _halves(buffer: Tensor) -> Tensor:
 
 def _first_quadrant(values: Tensor, x: Tensor, out: Tensor) -> None:
     """Write ``values`` (2, T, D) where both planes of x are positive, else 0, into ``out``."""
-    step = _step(x, x.shape[0] * x.shape[2])
+    step = chunk_length(x, x.shape[0] * x.shape[2])
     for start in range(0, x.shape[1], step):
         rows = slice(start, start + step)
         least = torch.minimum(*x[:, rows])
         threshold_backward.grad_input(values[:, rows], least, 0, grad_input=out[:, rows])
 
 
-def _activation_backward_eager(
+def activation_backward(
     grad: Tensor, z: Tensor, kind: str, offset: Tensor | None, slope: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    sums = torch.zeros(ACTIVATIONS[kind], z.shape[-1], dtype=_precise(z), device=z.device)
+    """Gradients of z and, as rows, of the parameters."""
+    sums = torch.zeros(ACTIVATIONS[kind], z.shape[-1], dtype=precise(z), device=z.device)
     if kind == "split_gelu":
         return gelu_backward(grad, z).contiguous(), sums
-    grad_z = _like(z)
-    x, grad_y, results = _planes(z), _planes(grad), _planes(grad_z)
+    grad_z = like(z)
+    x, grad_y, results = planes(z), planes(grad), planes(grad_z)
     if kind == "z_relu":
         _first_quadrant(grad_y, x, results)
         return grad_z, sums
     parameters = _parameters(z, offset, slope)
-    for rows, (a, b, c, d) in _chunks(x, 4):
-        part, y = _read(x[:, rows], a), _read(grad_y[:, rows], b)
+    for rows, (a, b, c, d) in chunks(x, 4):
+        part, y = read(x[:, rows], a), read(grad_y[:, rows], b)
         size, gate = _gate(part, kind, parameters, activation_floor(z, kind), c)
         dot, turn = _halves(d)
         torch.mul(part[0], y[0], out=dot).addcmul_(part[1], y[1])
-        dz = _to_write(results[:, rows], b)
+        dz = to_write(results[:, rows], b)
         if kind == "mod_relu":
             dot.div_(size)
             threshold_backward.grad_input(dot, gate, 0, grad_input=dot)
@@ -116,5 +117,5 @@ def _activation_backward_eager(
             dot.mul_(cos)
             dz[0].addcmul_(dot, cos, value=-1)
             dz[1].addcmul_(dot, torch.div(part[1], size, out=turn), value=-1)
-        _write(results[:, rows], dz)
+        write(results[:, rows], dz)
     return grad_z, sums

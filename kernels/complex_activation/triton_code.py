@@ -1,16 +1,20 @@
-"""The activations in Triton."""
+"""The activations in Triton, bound by memory.
+
+Traffic is given for T tokens of D channels and e bytes an element, so that one tensor is 2 T D e bytes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.complex_activation.eager import ACTIVATIONS, activation_floor
-from kernels.launch import Options, launch, pinned_beside
-from kernels.tiles import _by_tiles, _contiguous
+from kernels.launch import contiguous, pinned_beside
+from kernels.tiles import by_tiles
 from kernels.triton_import import jit, tl
 
 PINNED = pinned_beside(__file__)
@@ -144,45 +148,30 @@ def _activation_backward_kernel(
         tl.store(own + D, tl.sum(grad_slope, 0), mask=inside)
 
 
-def _activation_triton(z: Tensor, kind: str, offset: Tensor | None, slope: Tensor | None) -> Tensor:
+def activation(z: Tensor, kind: str, offset: Tensor | None, slope: Tensor | None) -> Tensor:
     """Reads z and writes out, 4 T D e bytes. 2 (z_relu) to 30 (split_gelu) FLOPs a channel."""
     z = z.contiguous()
-    out, tokens, width = torch.empty_like(z), z.shape[:-2].numel(), z.shape[-1]
-
-    def run(grid: tuple[int, int], options: Options) -> None:
-        launch(
-            _activation_forward_kernel,
-            grid,
-            *(z, _contiguous(offset), _contiguous(slope), out, tokens, width, activation_floor(z, kind)),
-            KIND=kind,
-            **options,
-        )
-
-    _by_tiles(PINNED, "activation_forward", z, tokens, run, kind)
+    out = torch.empty_like(z)
+    _launch(_activation_forward_kernel, z, (z, contiguous(offset), contiguous(slope), out), kind)
     return out
 
 
-def _activation_backward_triton(
+def activation_backward(
     grad: Tensor, z: Tensor, kind: str, offset: Tensor | None, slope: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Reads z and the gradient, writes one, 6 T D e bytes. 2 (z_relu) to 50 (split_gelu) FLOPs a channel."""
     z, grad = z.contiguous(), grad.contiguous()
-    grad_z, tokens, width = torch.empty_like(z), z.shape[:-2].numel(), z.shape[-1]
-
-    def run(grid: tuple[int, int], options: Options) -> Tensor:
-        partials = z.new_empty(grid[0], ACTIVATIONS[kind], width, dtype=torch.float32)
-        launch(
-            _activation_backward_kernel,
-            grid,
-            *(grad, z, _contiguous(offset), _contiguous(slope), grad_z, partials, tokens, width),
-            activation_floor(z, kind),
-            KIND=kind,
-            **options,
-        )
-        return partials
-
-    partials = _by_tiles(PINNED, "activation_backward", z, tokens, run, kind, sums=ACTIVATIONS[kind] > 0)
+    grad_z = torch.empty_like(z)
+    tensors = (grad, z, contiguous(offset), contiguous(slope), grad_z)
+    partials = _launch(_activation_backward_kernel, z, tensors, kind, sums=ACTIVATIONS[kind])
     return grad_z, partials.sum(0)
+
+
+def _launch(
+    kernel: Any, z: Tensor, tensors: tuple[Tensor | None, ...], kind: str, sums: int | None = None
+) -> Any:
+    tokens, numbers = z.shape[:-2].numel(), (z.shape[-1], activation_floor(z, kind))
+    return by_tiles(PINNED, kernel, z, tokens, tensors, numbers, kind, sums=sums, KIND=kind)
 
 
 def compile_cases() -> dict[str, Callable[[], object]]:
@@ -197,5 +186,5 @@ def compile_cases() -> dict[str, Callable[[], object]]:
 def _compile_activation(dtype: torch.dtype, kind: str) -> None:
     z = torch.empty(4, 2, 2048, dtype=dtype)
     offset, slope = (z[0, 0] if ACTIVATIONS[kind] > count else None for count in range(2))
-    _activation_triton(z, kind, offset, slope)
-    _activation_backward_triton(z, z, kind, offset, slope)
+    activation(z, kind, offset, slope)
+    activation_backward(z, z, kind, offset, slope)

@@ -26,12 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.complex_attention.eager import HELD_KEYS, _backward_eager, _forward_eager, _held, _sdpa
-from kernels.complex_attention.triton_code import PINNED, _backward_triton, _forward_triton
+from kernels.complex_attention import eager, triton_code
+from kernels.complex_attention.eager import SCORES, Mask
+from kernels.complex_attention.triton_code import PINNED
 from kernels.launch import fastest, target_name, tuning, use_triton
 from kernels.operator import operator
 
-SCORES = ("real", "magnitude", "phase")
+__all__ = ["SCORES", "complex_attention", "complex_attention_backward", "complex_attention_forward"]
+
+# So few keys are cheaper to hold all scores of than to compute these again in the backward pass.
+HELD_KEYS = 256
 
 
 def complex_attention(
@@ -73,9 +77,9 @@ def complex_attention(
     """
     _check(q, k, v, score, causal, cu_seqlens)
     if score == "real" and cu_seqlens is None and _takes_sdpa(q, k, v, causal):
-        return _sdpa(q, k, v, causal)
+        return eager.sdpa(q, k, v, causal)
     if cu_seqlens is None and k.shape[2] <= HELD_KEYS and not use_triton(q):
-        return _held(q, k, v, score, causal)
+        return eager.held(q, k, v, score, causal)
     out, _ = complex_attention_forward(q, k, v, score, causal, cu_seqlens, max_seqlen)
     return out
 
@@ -134,7 +138,7 @@ def _takes_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
 
     key = ("complex_attention real", *q.shape, *k.shape[1:3], q.dtype, causal)
     candidates = {
-        "sdpa": lambda: train(lambda q, k, v: _sdpa(q, k, v, causal)),
+        "sdpa": lambda: train(lambda q, k, v: eager.sdpa(q, k, v, causal)),
         "triton": lambda: train(lambda q, k, v: complex_attention_forward(q, k, v, "real", causal)[0]),
     }
     return fastest(key, candidates) == "sdpa"
@@ -151,22 +155,14 @@ def complex_attention_forward(
     max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and what the Triton kernels keep of the softmax, float32 (B, H, S); nothing in eager."""
+    mask = Mask(causal, cu_seqlens, max_seqlen)
     if use_triton(q):
-        return _forward_triton(q, k, v, score, causal, cu_seqlens, max_seqlen)
-    out = _forward_eager(q, k, v, score, causal, cu_seqlens, max_seqlen)
-    return out, q.new_empty(0, dtype=torch.float32)
+        return triton_code.forward(q, k, v, score, mask)
+    return eager.forward(q, k, v, score, mask), q.new_empty(0, dtype=torch.float32)
 
 
 @complex_attention_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    score: str,
-    causal: bool,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     kept = q.shape[:3] if use_triton(q) else (0,)
     return q.new_empty(q.shape, dtype=v.dtype), q.new_empty(kept, dtype=torch.float32)
 
@@ -185,28 +181,18 @@ def complex_attention_backward(
     max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
+    mask = Mask(causal, cu_seqlens, max_seqlen)
     if out is not None:
-        return _backward_triton(grad, q, k, v, out, lse, score, causal, cu_seqlens, max_seqlen)
-    return _backward_eager(grad, q, k, v, score, causal, cu_seqlens)
+        return triton_code.backward(grad, q, k, v, out, lse, score, mask)
+    return eager.backward(grad, q, k, v, score, mask)
 
 
 @complex_attention_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor | None,
-    lse: Tensor,
-    score: str,
-    causal: bool,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ctx.score, ctx.causal, cu_seqlens, ctx.max_seqlen = inputs
     out, lse = output
     # The eager backward pass does without the output.
@@ -214,7 +200,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate_attention(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 7
     *kept, cu_seqlens = ctx.saved_tensors
@@ -222,4 +208,4 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor 
     return (*grads, None, None, None, None)
 
 
-complex_attention_forward.register_autograd(_gradients, setup_context=_keep)
+complex_attention_forward.register_autograd(_differentiate_attention, setup_context=_keep_attention)

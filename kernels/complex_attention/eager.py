@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,18 @@ from torch import Tensor
 
 from kernels.planar import modulus_floor, upcast
 
+SCORES = ("real", "magnitude", "phase")
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+
+class Mask(NamedTuple):
+    """Which keys a query sees, see ``complex_attention``."""
+
+    causal: bool
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """The score kind ``real`` as torch's attention of head dimension 2d on concatenated planes."""
     queries, keys = q.shape[2], k.shape[2]
     mask = None
@@ -31,11 +42,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return out.unflatten(-1, v.shape[-2:])
 
 
-# So few keys are cheaper to hold all scores of than to compute these again in the backward pass.
-HELD_KEYS = 256
-
-
-def _held(q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool) -> Tensor:
+def held(q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool) -> Tensor:
     """Attention that keeps its scores, by plain autograd."""
     queries, heads = q.shape[2], k.shape[1]
     group = (q.shape[1] // heads, queries)
@@ -68,21 +75,14 @@ BLOCK_SCORES = 1 << 21
 BLOCK_QUERIES = (64, 256)
 
 
-def _forward_eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    score: str,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-) -> Tensor:
+def forward(q: Tensor, k: Tensor, v: Tensor, score: str, mask: Mask) -> Tensor:
+    """Attention by blocks of queries."""
     out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
-    for part in _parts(q, cu_seqlens, max_seqlen):
-        for queries, keys in _blocks(q[:, :, part], k[:, :, part], causal):
+    for part in _parts(q, mask):
+        for queries, keys in _blocks(q[:, :, part], k[:, :, part], mask.causal):
             rows = _grouped_rows(q[:, :, part], k, queries).mul_(q.shape[-1] ** -0.5)
             flat_k, flat_v = (x[:, :, part][:, :, keys].flatten(-2) for x in (k, v))
-            s_re, s_im, size = _scores(rows, flat_k, score, causal, queries)
+            s_re, s_im, size = _scores(rows, flat_k, score, mask.causal, queries)
             weight = size.softmax(-1)
             if score == "phase":
                 weight.div_(size)
@@ -94,20 +94,21 @@ def _forward_eager(
     return out
 
 
-def _backward_eager(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool, cu_seqlens: Tensor | None
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, score: str, mask: Mask
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values."""
     scale = q.shape[-1] ** -0.5
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Sums over the blocks of queries.
     grad_k, grad_v = (upcast(x).new_zeros(x.shape) for x in (k, v))
-    for part in _parts(q, cu_seqlens):
-        for queries, keys in _blocks(q[:, :, part], k[:, :, part], causal):
+    for part in _parts(q, mask):
+        for queries, keys in _blocks(q[:, :, part], k[:, :, part], mask.causal):
             rows = _grouped_rows(q[:, :, part], k, queries).mul_(scale)
             grad_rows = _grouped_rows(grad[:, :, part], k, queries).to(v.dtype)
             flat_k, flat_v = (x[:, :, part][:, :, keys].flatten(-2) for x in (k, v))
             to_k, to_v = (x[:, :, part][:, :, keys].flatten(-2) for x in (grad_k, grad_v))
-            s_re, s_im, size = _scores(rows, flat_k, score, causal, queries)
+            s_re, s_im, size = _scores(rows, flat_k, score, mask.causal, queries)
             weight = size.softmax(-1)
             c_re = grad_rows @ flat_v.mT
             if score == "real":
@@ -143,17 +144,17 @@ def _backward_eager(
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def _parts(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None = None) -> list[slice]:
+def _parts(q: Tensor, mask: Mask) -> list[slice]:
     """The sequences packed along the positions."""
-    if cu_seqlens is None:
+    if mask.cu_seqlens is None:
         return [slice(None)]
-    bounds = cu_seqlens.tolist()
+    bounds = mask.cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != q.shape[2] or sorted(bounds) != bounds:
         raise ValueError(f"cu_seqlens must rise from 0 to the {q.shape[2]} packed tokens, not {bounds}")
     parts = [slice(a, b) for a, b in pairwise(bounds)]
     longest = max(part.stop - part.start for part in parts)
-    if max_seqlen is not None and longest > max_seqlen:
-        raise ValueError(f"max_seqlen={max_seqlen} is too small; a packed sequence has {longest} tokens")
+    if mask.max_seqlen is not None and longest > mask.max_seqlen:
+        raise ValueError(f"max_seqlen={mask.max_seqlen} is too small; a packed sequence has {longest} tokens")
     return parts
 
 

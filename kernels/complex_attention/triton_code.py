@@ -13,15 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.launch import Options, ceil_div, launch, next_power_of_2, pinned_beside
+from kernels.complex_attention.eager import SCORES, Mask
+from kernels.launch import Options, ceil_div, contiguous, launch, next_power_of_2, pinned_beside
 from kernels.planar import modulus_floor
 from kernels.triton_import import jit, jit_unspecialised, tl
 
-SCORES = ("real", "magnitude", "phase")
 PINNED = pinned_beside(__file__)
 
 # One argument a line would hide the kernels.
@@ -408,82 +409,69 @@ def _key_gradient_kernel(
         _store(dk, dk_re * scale, dk_im * scale, key, 2 * WIDTH, k_length, WIDTH, BLOCK_D)
         _store(dv, dv_re, dv_im, key, 2 * WIDTH, k_length, WIDTH, BLOCK_D)
 
+
 # fmt: on
-def _forward_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    score: str,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-) -> tuple[Tensor, Tensor]:
-    q, k, v = (_inner_contiguous(x) for x in (q, k, v))
+def forward(q: Tensor, k: Tensor, v: Tensor, score: str, mask: Mask) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp of the scores, unscaled, float32 (B, H, S)."""
+    q, k, v, mask = *map(_inner_contiguous, (q, k, v)), mask._replace(cu_seqlens=contiguous(mask.cu_seqlens))
     out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.contiguous()
-        _assert_bounds(q, cu_seqlens, max_seqlen)
-    sequences, longest, _ = _extent(q, k, cu_seqlens, max_seqlen)
-
-    def run(options: Options) -> None:
-        launch(
-            _forward_kernel,
-            (ceil_div(longest, options["BLOCK_M"]) * sequences * q.shape[1],),
-            *(q, k, v, out, lse, cu_seqlens, *_strides(q, k, v)),
-            *(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], longest, *_scale_and_floor(q)),
-            **_constants(q, score, causal, cu_seqlens),
-            **options,
-        )
-
-    run(PINNED.choose(f"{score} forward", q, q.shape[-1], run, *_deciding(q, k, causal, cu_seqlens)))
+    if mask.cu_seqlens is not None:
+        _assert_bounds(q, mask.cu_seqlens, mask.max_seqlen)
+    _launch(_forward_kernel, f"{score} forward", (q, k, v), (out, lse), score, mask)
     return out, lse
 
 
-def _backward_triton(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    score: str,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: str, mask: Mask
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, grad = (_inner_contiguous(x) for x in (q, k, v, grad))
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    """Gradients of queries, keys and values."""
+    q, k, v, grad = map(_inner_contiguous, (q, k, v, grad))
+    mask = mask._replace(cu_seqlens=contiguous(mask.cu_seqlens))
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    sequences, q_longest, k_longest = _extent(q, k, cu_seqlens, max_seqlen)
-    group = q.shape[1] // k.shape[1]
-    constants = _constants(q, score, causal, cu_seqlens)
+    strided, by_query, by_key = (q, k, v, grad), (out, lse, delta, grad_q), (lse, delta, grad_k, grad_v)
+    _launch(_query_gradient_kernel, f"{score} query gradient", strided, by_query, score, mask)
+    _launch(_key_gradient_kernel, f"{score} key gradient", strided, by_key, score, mask, by_keys=True)
+    return grad_q, grad_k, grad_v
 
-    def run_queries(options: Options) -> None:
+
+def _launch(
+    kernel: Any,
+    name: str,
+    strided: tuple[Tensor, ...],
+    others: tuple[Tensor, ...],
+    score: str,
+    mask: Mask,
+    by_keys: bool = False,
+) -> None:
+    """Launch a kernel on tensors that come with their strides, q, k, v first, and on others, contiguous.
+
+    Its programs hold blocks of queries, or of keys.
+    """
+    q, k, *_ = strided
+    sequences, queries, keys = _extent(q, k, mask)
+    heads, longest, block = (k.shape[1], keys, "BLOCK_N") if by_keys else (q.shape[1], queries, "BLOCK_M")
+    scale = q.shape[-1] ** -0.5
+
+    def run(options: Options) -> None:
         launch(
-            _query_gradient_kernel,
-            (ceil_div(q_longest, options["BLOCK_M"]) * sequences * q.shape[1],),
-            *(q, k, v, grad, out, lse, delta, dq, cu_seqlens, *_strides(q, k, v, grad)),
-            *(q.shape[1], group, q.shape[2], k.shape[2], q_longest, *_scale_and_floor(q)),
-            **constants,
+            kernel,
+            (ceil_div(longest, options[block]) * sequences * heads,),
+            *(*strided, *others, mask.cu_seqlens, *(n for x in strided for n in x.stride()[:3])),
+            *(heads, q.shape[1] // k.shape[1], q.shape[2], k.shape[2], longest),
+            *(scale, (modulus_floor(q.dtype) / scale) ** 2),
+            SCORE=score,
+            CAUSAL=mask.causal,
+            VARIABLE=mask.cu_seqlens is not None,
+            WIDTH=q.shape[-1],
+            BLOCK_D=max(16, next_power_of_2(q.shape[-1])),
             **options,
         )
 
-    def run_keys(options: Options) -> None:
-        launch(
-            _key_gradient_kernel,
-            (ceil_div(k_longest, options["BLOCK_N"]) * sequences * k.shape[1],),
-            *(q, k, v, grad, lse, delta, dk, dv, cu_seqlens, *_strides(q, k, v, grad)),
-            *(k.shape[1], group, q.shape[2], k.shape[2], k_longest, *_scale_and_floor(q)),
-            **constants,
-            **options,
-        )
-
-    deciding = _deciding(q, k, causal, cu_seqlens)
-    run_queries(PINNED.choose(f"{score} query gradient", q, q.shape[-1], run_queries, *deciding))
-    run_keys(PINNED.choose(f"{score} key gradient", q, q.shape[-1], run_keys, *deciding))
-    return dq, dk, dv
+    # What decides about the time, beside the head size.
+    deciding = (*q.shape[:3], *k.shape[1:3], mask.causal, mask.cu_seqlens is not None)
+    run(PINNED.choose(name, q, q.shape[-1], run, *deciding))
 
 
 def _inner_contiguous(x: Tensor) -> Tensor:
@@ -491,12 +479,12 @@ def _inner_contiguous(x: Tensor) -> Tensor:
     return x if x.stride()[-2:] == (x.shape[-1], 1) else x.contiguous()
 
 
-def _extent(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, int, int]:
+def _extent(q: Tensor, k: Tensor, mask: Mask) -> tuple[int, int, int]:
     """Sequences, and the largest numbers of queries and keys of one."""
-    if cu_seqlens is None:
+    if mask.cu_seqlens is None:
         return q.shape[0], q.shape[2], k.shape[2]
-    longest = q.shape[2] if max_seqlen is None else min(max_seqlen, q.shape[2])
-    return cu_seqlens.shape[0] - 1, longest, longest
+    longest = q.shape[2] if mask.max_seqlen is None else min(mask.max_seqlen, q.shape[2])
+    return mask.cu_seqlens.shape[0] - 1, longest, longest
 
 
 def _assert_bounds(q: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> None:
@@ -507,31 +495,6 @@ def _assert_bounds(q: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Non
     if max_seqlen is not None:
         shorter = (lengths <= max_seqlen).all()
         torch._assert_async(shorter, f"max_seqlen={max_seqlen} is less than the longest packed sequence")
-
-
-def _deciding(q: Tensor, k: Tensor, causal: bool, cu_seqlens: Tensor | None) -> tuple[object, ...]:
-    """What decides about the time of a kernel, beside the head size."""
-    return (*q.shape[:3], *k.shape[1:3], causal, cu_seqlens is not None)
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-def _scale_and_floor(q: Tensor) -> tuple[float, float]:
-    scale = q.shape[-1] ** -0.5
-    return scale, (modulus_floor(q.dtype) / scale) ** 2
-
-
-def _constants(q: Tensor, score: str, causal: bool, cu_seqlens: Tensor | None) -> dict[str, object]:
-    width = q.shape[-1]
-    return {
-        "SCORE": score,
-        "CAUSAL": causal,
-        "VARIABLE": cu_seqlens is not None,
-        "WIDTH": width,
-        "BLOCK_D": max(16, next_power_of_2(width)),
-    }
 
 
 # The head size that leaves the fewest registers, by bits; the larger one of 32 bits spills in any variant.
@@ -564,5 +527,6 @@ def _launch_all(
     q = torch.empty(batch, 4, 1024, 2, width, dtype=dtype)
     k, v = torch.empty(2, batch, 2, 1024, 2, width, dtype=dtype)
     bounds = torch.empty(3, dtype=torch.int32) if packed else None
-    out, lse = _forward_triton(q, k, v, score, causal, bounds, None)
-    _backward_triton(q, q, k, v, out, lse, score, causal, bounds, None)
+    mask = Mask(causal, bounds)
+    out, lse = forward(q, k, v, score, mask)
+    backward(q, q, k, v, out, lse, score, mask)

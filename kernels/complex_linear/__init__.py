@@ -19,15 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.complex_activation import activation_eager, complex_activation, complex_activation_backward
-from kernels.complex_linear.eager import _plus, _product_eager, _weight_gradient_eager
-from kernels.complex_linear.triton_code import (
-    PINNED,
-    _activated_triton,
-    _product_like,
-    _product_triton,
-    _weight_gradient_triton,
-)
+from kernels.complex_activation import complex_activation, complex_activation_backward
+from kernels.complex_linear import eager, triton_code
+from kernels.complex_linear.triton_code import PINNED
 from kernels.launch import fastest, target_name, tuning, use_triton
 from kernels.operator import operator
 from kernels.triton_import import INTERPRETED
@@ -36,180 +30,6 @@ from kernels.triton_import import INTERPRETED
 ALIGNED = 16
 # The learned parameters of each activation.
 PARAMETERS = {"mod_relu": ("offset",), "mod_swish": ("offset", "slope"), "split_gelu": ()}
-
-
-def _runs_triton(
-    operation: str, x: Tensor, weight_shape: tuple[int, ...], run: Callable[[bool], object]
-) -> bool:
-    """Whether the Triton kernel runs for an operation, else the library's product.
-
-    With MUSE_TUNE_KERNELS=1 on a GPU the faster one of ``run(True)``, Triton, and ``run(False)``, measured
-    once and kept for the rest of the process.
-    """
-    if not use_triton(x):
-        return False
-    if not INTERPRETED and any(features % ALIGNED for features in weight_shape[1:]):
-        return False
-    if tuning(x):
-        run(True)  # Chooses the launch options, which is not to be measured.
-        key = (f"complex_linear {operation}", x.dtype, x.shape[:-2].numel(), *weight_shape)
-        return fastest(key, {"library": partial(run, False), "triton": partial(run, True)}) == "triton"
-    dispatch: Any = PINNED.table["dispatch"]
-    return bool(dispatch[target_name(x)][str(8 * x.element_size())][operation] == "triton")
-
-
-@operator
-def _complex_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, products: int, adjoint: bool
-) -> Tensor:
-    def run(by_triton: bool) -> Tensor:
-        implementation = _product_triton if by_triton else _product_eager
-        return implementation(x, weight, bias, residual, products, adjoint)
-
-    operation = "three_products" if products == 3 else "product"
-    return run(_runs_triton(operation, x, tuple(weight.shape), run))
-
-
-@_complex_product.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, products: int, adjoint: bool
-) -> Tensor:
-    return _product_like(x, weight, residual, adjoint)
-
-
-@operator
-def _complex_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    def run(by_triton: bool) -> Tensor:
-        return _weight_gradient_triton(grad, x) if by_triton else _weight_gradient_eager(grad, x)
-
-    return run(_runs_triton("weight_gradient", x, (2, grad.shape[-1], x.shape[-1]), run))
-
-
-@_complex_weight_gradient.register_fake
-def _(grad: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(2, grad.shape[-1], x.shape[-1])
-
-
-@operator
-def _complex_product_activated(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    offset: Tensor | None,
-    slope: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    if use_triton(x):
-        return _activated_triton(x, weight, bias, offset, slope, residual, activation)
-    hidden = _product_eager(x, weight, bias, None, 4, False)
-    active = activation_eager(hidden, activation, offset, slope)
-    return _plus(active, residual), hidden
-
-
-@_complex_product_activated.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    offset: Tensor | None,
-    slope: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    return _product_like(x, weight, residual), _product_like(x, weight)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Gradients. The product, the product with the conjugate weight and the weight's gradient are each other's
-# gradients, so complex_linear has gradients of any order.
-
-
-def _product_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, residual, ctx.products, ctx.adjoint = inputs
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
-    ctx.dtype = x.dtype
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    grad_residual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None
-    gradients = _gradients(ctx.needs_input_grad, grad.to(ctx.dtype), x, weight, ctx.products, ctx.adjoint)
-    return (*gradients, grad_residual, None, None)
-
-
-def _gradients(
-    needed: tuple[bool, ...], grad: Tensor, x: Tensor, weight: Tensor, products: int, adjoint: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of x, weight and bias."""
-    grad_x = grad_weight = grad_bias = None
-    if needed[0]:
-        grad_x = _complex_product(grad, weight, None, None, products, not adjoint)
-    if needed[1]:
-        grad_weight = _complex_weight_gradient(x, grad) if adjoint else _complex_weight_gradient(grad, x)
-    if needed[2]:
-        grad_bias = grad.reshape(grad.shape[:-2].numel(), *grad.shape[-2:]).sum(0)
-    return grad_x, grad_weight, grad_bias
-
-
-def _weight_gradient_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _weight_gradient_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    rows, x = ctx.saved_tensors
-    return (
-        _complex_product(x, grad, None, None, 4, False) if ctx.needs_input_grad[0] else None,
-        _complex_product(rows, grad, None, None, 4, True) if ctx.needs_input_grad[1] else None,
-    )
-
-
-def _activated_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, offset, slope, residual, ctx.activation = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        x if ctx.needs_input_grad[1] else None,
-        weight if ctx.needs_input_grad[0] else None,
-        output[1],
-        offset,
-        slope,
-    )
-    ctx.dtype = x.dtype
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _activated_backward(
-    ctx: Any, grad_active: Tensor | None, grad_hidden: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    x, weight, hidden, offset, slope = ctx.saved_tensors
-    grad, grad_offset, grad_slope, grad_residual = grad_hidden, None, None, None
-    if grad_active is not None:
-        if ctx.needs_input_grad[5]:
-            grad_residual = grad_active.to(ctx.residual_dtype)
-        if any(ctx.needs_input_grad[:5]):
-            grad, sums = complex_activation_backward(
-                grad_active.to(hidden.dtype), hidden, ctx.activation, offset, slope
-            )
-            grad_offset, grad_slope = (
-                None if t is None else sums[k].to(t.dtype) for k, t in enumerate((offset, slope))
-            )
-            grad = grad if grad_hidden is None else grad + grad_hidden
-    gradients: tuple[Tensor | None, ...] = (None, None, None)
-    if grad is not None:
-        gradients = _gradients(ctx.needs_input_grad, grad.to(ctx.dtype), x, weight, 4, False)
-    return (
-        *gradients,
-        grad_offset if ctx.needs_input_grad[3] else None,
-        grad_slope if ctx.needs_input_grad[4] else None,
-        grad_residual,
-        None,
-    )
-
-
-_complex_product.register_autograd(_product_backward, setup_context=_product_setup)
-_complex_weight_gradient.register_autograd(_weight_gradient_backward, setup_context=_weight_gradient_setup)
-_complex_product_activated.register_autograd(_activated_backward, setup_context=_activated_setup)
 
 
 def complex_linear(
@@ -322,3 +142,154 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
         raise ValueError(f"bias {tuple(bias.shape)} must be (2, {out_features})")
     if residual is not None and residual.shape != (*x.shape[:-1], out_features):
         raise ValueError(f"residual {tuple(residual.shape)} must be {(*x.shape[:-1], out_features)}")
+
+
+def _runs_triton(
+    operation: str, x: Tensor, weight_shape: tuple[int, ...], run: Callable[[bool], object]
+) -> bool:
+    """Whether the Triton kernel runs for an operation, else the library's product.
+
+    With MUSE_TUNE_KERNELS=1 on a GPU the faster one of ``run(True)``, Triton, and ``run(False)``, measured
+    once and kept for the rest of the process.
+    """
+    if not use_triton(x):
+        return False
+    if not INTERPRETED and any(features % ALIGNED for features in weight_shape[1:]):
+        return False
+    if tuning(x):
+        run(True)  # Chooses the launch options, which is not to be measured.
+        key = (f"complex_linear {operation}", x.dtype, x.shape[:-2].numel(), *weight_shape)
+        return fastest(key, {"library": partial(run, False), "triton": partial(run, True)}) == "triton"
+    dispatch: Any = PINNED.table["dispatch"]
+    return bool(dispatch[target_name(x)][str(8 * x.element_size())][operation] == "triton")
+
+
+@operator
+def _complex_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, products: int, adjoint: bool
+) -> Tensor:
+    def run(by_triton: bool) -> Tensor:
+        code = triton_code if by_triton else eager
+        return code.product(x, weight, bias, residual, products, adjoint)
+
+    operation = "three_products" if products == 3 else "product"
+    return run(_runs_triton(operation, x, tuple(weight.shape), run))
+
+
+@operator
+def _complex_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    def run(by_triton: bool) -> Tensor:
+        code = triton_code if by_triton else eager
+        return code.weight_gradient(grad, x)
+
+    return run(_runs_triton("weight_gradient", x, (2, grad.shape[-1], x.shape[-1]), run))
+
+
+@operator
+def _complex_product_activated(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offset: Tensor | None,
+    slope: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    code = triton_code if use_triton(x) else eager
+    return code.product_activated(x, weight, bias, offset, slope, residual, activation)
+
+
+@_complex_product.register_fake
+def _(x: Tensor, weight: Tensor, bias: Any, residual: Tensor | None, products: int, adjoint: bool) -> Tensor:
+    return eager.empty_product(x, weight, residual, adjoint)
+
+
+@_complex_product_activated.register_fake
+def _(x: Tensor, weight: Tensor, bias: Any, offset: Any, slope: Any, residual: Tensor | None, _: str) -> Any:
+    return eager.empty_product(x, weight, residual), eager.empty_product(x, weight)
+
+
+_complex_weight_gradient.register_fake(lambda grad, x: x.new_empty(2, grad.shape[-1], x.shape[-1]))
+
+
+# The product, the product with the conjugate weight and the weight's gradient are each other's
+# gradients, so complex_linear has gradients of any order.
+
+
+def _keep_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, residual, ctx.products, ctx.adjoint = inputs
+    _keep_factors(ctx, x, weight, residual)
+
+
+def _keep_factors(ctx: Any, x: Tensor, weight: Tensor, residual: Tensor | None, *more: Any) -> None:
+    """Those whose gradients ask for them."""
+    for_weight, for_x = x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
+    ctx.save_for_backward(for_weight, for_x, *more)
+    ctx.dtype = x.dtype
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _differentiate_product(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    grad_residual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None
+    gradients = _gradients(ctx.needs_input_grad, grad.to(ctx.dtype), x, weight, ctx.products, ctx.adjoint)
+    return (*gradients, grad_residual, None, None)
+
+
+def _gradients(
+    needed: tuple[bool, ...], grad: Tensor, x: Tensor, weight: Tensor, products: int, adjoint: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, weight and bias."""
+    grad_x = grad_weight = grad_bias = None
+    if needed[0]:
+        grad_x = _complex_product(grad, weight, None, None, products, not adjoint)
+    if needed[1]:
+        grad_weight = _complex_weight_gradient(x, grad) if adjoint else _complex_weight_gradient(grad, x)
+    if needed[2]:
+        grad_bias = grad.reshape(grad.shape[:-2].numel(), *grad.shape[-2:]).sum(0)
+    return grad_x, grad_weight, grad_bias
+
+
+def _keep_weight_gradient(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_weight_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    rows, x = ctx.saved_tensors
+    return (
+        _complex_product(x, grad, None, None, 4, False) if ctx.needs_input_grad[0] else None,
+        _complex_product(rows, grad, None, None, 4, True) if ctx.needs_input_grad[1] else None,
+    )
+
+
+def _keep_activated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, offset, slope, residual, ctx.activation = inputs
+    ctx.set_materialize_grads(False)
+    _keep_factors(ctx, x, weight, residual, output[1], offset, slope)
+
+
+def _differentiate_activated(
+    ctx: Any, grad_active: Tensor | None, grad_hidden: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, weight, hidden, *parameters = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    grad, grad_parameters, grad_residual = grad_hidden, [None, None], None
+    if grad_active is not None:
+        if needed[5]:
+            grad_residual = grad_active.to(ctx.residual_dtype)
+        if any(needed[:5]):
+            grad_active = grad_active.to(hidden.dtype)
+            grad, sums = complex_activation_backward(grad_active, hidden, ctx.activation, *parameters)
+            grad_parameters = [sums[k].to(parameters[k].dtype) if needed[3 + k] else None for k in range(2)]
+            grad = grad if grad_hidden is None else grad + grad_hidden
+    gradients: tuple[Tensor | None, ...] = (None, None, None)
+    if grad is not None:
+        gradients = _gradients(needed, grad.to(ctx.dtype), x, weight, 4, False)
+    return (*gradients, *grad_parameters, grad_residual, None)
+
+
+_complex_product.register_autograd(_differentiate_product, setup_context=_keep_product)
+_complex_weight_gradient.register_autograd(
+    _differentiate_weight_gradient, setup_context=_keep_weight_gradient
+)
+_complex_product_activated.register_autograd(_differentiate_activated, setup_context=_keep_activated)

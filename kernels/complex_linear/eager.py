@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.complex_activation.eager import activation as activate
 from kernels.planar import upcast
 
 
@@ -26,9 +27,10 @@ def _flat(z: Tensor) -> Tensor:
     return z.reshape(z.shape[:-2].numel(), 2 * z.shape[-1])
 
 
-def _product_eager(
+def product(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, products: int, adjoint: bool
 ) -> Tensor:
+    """x W^T + b, or x conj(W)^T + b, plus a residual."""
     shape = (*x.shape[:-1], weight.shape[2 if adjoint else 1])
     if products == 3:
         y = _three_products(x, weight.mT if adjoint else weight, adjoint)
@@ -38,6 +40,20 @@ def _product_eager(
     else:
         y = F.linear(_flat(x), real_form(weight), None if bias is None else bias.reshape(-1))
     return _plus(y.view(shape), residual)
+
+
+def product_activated(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offset: Tensor | None,
+    slope: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Active and hidden, as of ``complex_linear_activated``."""
+    hidden = product(x, weight, bias, None, 4, False)
+    return _plus(activate(hidden, activation, offset, slope), residual), hidden
 
 
 def _plus(y: Tensor, residual: Tensor | None) -> Tensor:
@@ -61,10 +77,17 @@ def _three_products(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
     return y
 
 
-def _weight_gradient_eager(grad: Tensor, x: Tensor) -> Tensor:
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """dW of y = x W^T from the gradient of y."""
     features = grad.shape[-1], x.shape[-1]
     form = (_flat(grad).t() @ _flat(x)).view(2, features[0], 2, features[1])
     folded = form.new_empty(2, *features)
     torch.add(form[0, :, 0], form[1, :, 1], out=folded[0])
     torch.sub(form[1, :, 0], form[0, :, 1], out=folded[1])
     return folded
+
+
+def empty_product(x: Tensor, weight: Tensor, residual: Tensor | None = None, adjoint: bool = False) -> Tensor:
+    """Room for a product, with a residual in the dtype of the sum."""
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return x.new_empty((*x.shape[:-1], weight.shape[2 if adjoint else 1]), dtype=dtype)

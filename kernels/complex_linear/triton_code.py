@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kernels.complex_activation.eager import activation_floor
 from kernels.complex_activation.triton_code import activated
-from kernels.launch import Options, ceil_div, launch, pinned_beside
+from kernels.complex_linear.eager import empty_product
+from kernels.launch import Options, ceil_div, contiguous, launch, pinned_beside
 from kernels.triton_import import jit, tl
 
 PINNED = pinned_beside(__file__)
@@ -191,8 +192,8 @@ def _launch_product(
     bias: Tensor | None,
     hidden: Tensor | None,
     active: Tensor | None,
-    *,
     residual: Tensor | None = None,
+    *,
     products: int = 4,
     adjoint: bool = False,
     activation: str = "none",
@@ -202,7 +203,7 @@ def _launch_product(
     """Fill ``hidden``, ``active`` or both."""
     x = _as_rows(x)
     residual = None if residual is None else _as_rows(residual)
-    bias, offset, slope = (None if t is None else t.contiguous() for t in (bias, offset, slope))
+    bias, offset, slope = map(contiguous, (bias, offset, slope))
     if adjoint:
         weight = weight.mT
     (rows, _, depth), columns = x.shape, weight.shape[1]
@@ -229,16 +230,17 @@ def _launch_product(
     run(PINNED.choose(kernel, x, min(columns, WIDEST), run, rows, columns, depth, activation))
 
 
-def _product_triton(
+def product(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, products: int, adjoint: bool
 ) -> Tensor:
-    y = _product_like(x, weight, residual, adjoint)
+    """x W^T + b, or x conj(W)^T + b, plus a residual."""
+    y = empty_product(x, weight, residual, adjoint)
     hidden, active = (y, None) if residual is None else (None, y)
-    _launch_product(x, weight, bias, hidden, active, residual=residual, products=products, adjoint=adjoint)
+    _launch_product(x, weight, bias, hidden, active, residual, products=products, adjoint=adjoint)
     return y
 
 
-def _activated_triton(
+def product_activated(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -247,25 +249,19 @@ def _activated_triton(
     residual: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    active, hidden = _product_like(x, weight, residual), _product_like(x, weight)
+    """Active and hidden, as of ``complex_linear_activated``."""
+    active, hidden = empty_product(x, weight, residual), empty_product(x, weight)
     _launch_product(
-        x,
-        weight,
-        bias,
-        hidden,
-        active,
-        residual=residual,
-        activation=activation,
-        offset=offset,
-        slope=slope,
+        x, weight, bias, hidden, active, residual, activation=activation, offset=offset, slope=slope
     )
     return active, hidden
 
 
-def _weight_gradient_triton(grad: Tensor, x: Tensor) -> Tensor:
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """dW of y = x W^T from the gradient of y."""
     grad, x = _as_rows(grad), _as_rows(x)
     (rows, _, columns), depth = grad.shape, x.shape[2]
-    weight_gradient = x.new_empty(2, columns, depth)
+    folded = x.new_empty(2, columns, depth)
 
     def run(options: Options) -> None:
         tiles = ceil_div(columns, options["BLOCK_N"]) * ceil_div(depth, options["BLOCK_K"])
@@ -274,7 +270,7 @@ def _weight_gradient_triton(grad: Tensor, x: Tensor) -> Tensor:
         split_rows = options["BLOCK_M"] * ceil_div(ceil_div(rows, splits), options["BLOCK_M"])
         splits = max(1, ceil_div(rows, split_rows)) if rows else 1
         sizes = ((rows, "BLOCK_M"), (columns, "BLOCK_N"), (depth, "BLOCK_K"))
-        partial = weight_gradient
+        partial = folded
         if splits > 1:
             partial = x.new_empty(splits, 2, columns, depth, dtype=torch.float32)
         launch(
@@ -288,86 +284,56 @@ def _weight_gradient_triton(grad: Tensor, x: Tensor) -> Tensor:
             **options,
         )
         if splits > 1:
-            weight_gradient.copy_(partial.sum(0))
+            folded.copy_(partial.sum(0))
 
     run(PINNED.choose("weight_gradient", x, min(columns, WIDEST), run, rows, columns, depth))
-    return weight_gradient
-
-
-def _product_like(x: Tensor, weight: Tensor, residual: Tensor | None = None, adjoint: bool = False) -> Tensor:
-    """An empty tensor for a product, with a residual in the dtype of the sum."""
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return x.new_empty((*x.shape[:-1], weight.shape[2 if adjoint else 1]), dtype=dtype)
+    return folded
 
 
 def compile_cases() -> dict[str, Callable[[], object]]:
     """The launches to compile ahead of time: each pinned configuration, and each variant that matters."""
-    cases: dict[str, Callable[[], object]] = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        # Narrow tiles are pinned for half precision only.
-        for width in (64, 256) if dtype == torch.bfloat16 else (256,):
-            cases |= _compile_cases(dtype, width)
-    return cases
+    # Narrow tiles are pinned for half precision only.
+    kinds = ((torch.bfloat16, 64), (torch.bfloat16, 256), (torch.float32, 256))
+    return {
+        f"{str(dtype).removeprefix('torch.')} {width} {label}": run
+        for dtype, width in kinds
+        for label, run in _compile_cases(dtype, width).items()
+    }
 
 
 def _compile_cases(dtype: torch.dtype, width: int) -> dict[str, Callable[[], object]]:
     def case(
-        sizes: tuple[int, int, int], run: Callable[..., object], *parameters: str
+        run: Callable[..., object], rows: int = 4096, columns: int = width, depth: int = 512
     ) -> Callable[[], object]:
-        rows, columns, depth = sizes
+        """``run`` of x, a weight, a bias, a gradient and a parameter of an activation."""
 
         def call() -> object:
-            tensors = {
-                "x": torch.empty(rows, 2, depth, dtype=dtype),
-                "weight": torch.empty(2, columns, depth, dtype=dtype),
-                "bias": torch.empty(2, columns, dtype=dtype),
-                "grad": torch.empty(rows, 2, columns, dtype=dtype),
-                "offset": torch.empty(columns),
-                "slope": torch.empty(columns),
-            }
-            return run(*(tensors[name] for name in parameters))
+            x, grad = (torch.empty(rows, 2, features, dtype=dtype) for features in (depth, columns))
+            weight, bias = torch.empty(2, columns, depth, dtype=dtype), torch.empty(2, columns, dtype=dtype)
+            return run(x, weight, bias, grad, torch.empty(columns))
 
         return call
 
-    even, uneven = (4096, width, 512), (4095, width - 16, 496)
-    # Few rows: a weight gradient without splits.
-    few = (64, width, 512)
-    linear = ("x", "weight", "bias")
-    runs: dict[str, Callable[[], object]] = {
-        "forward": case(even, lambda x, w, b: _product_triton(x, w, b, None, 4, False), *linear),
-        "forward uneven": case(uneven, lambda x, w, b: _product_triton(x, w, b, None, 4, False), *linear),
-        "backward x": case(even, lambda g, w: _product_triton(g, w, None, None, 4, True), "grad", "weight"),
-        "backward weight": case(even, _weight_gradient_triton, "grad", "x"),
-        "backward weight uneven": case(uneven, _weight_gradient_triton, "grad", "x"),
-        "mod_swish": case(
-            even,
-            lambda x, w, b, o, s, r: _activated_triton(x, w, b, o, s, r, "mod_swish"),
-            *linear,
-            "offset",
-            "slope",
-            "grad",
-        ),
+    uneven = (4095, width - 16, 496)
+    runs = {
+        "forward": case(lambda x, w, b, *_: product(x, w, b, None, 4, False)),
+        "forward uneven": case(lambda x, w, b, *_: product(x, w, b, None, 4, False), *uneven),
+        "backward x": case(lambda x, w, b, grad, _: product(grad, w, None, None, 4, True)),
+        "backward weight": case(lambda x, w, b, grad, _: weight_gradient(grad, x)),
+        "backward weight uneven": case(lambda x, w, b, grad, _: weight_gradient(grad, x), *uneven),
+        "mod_swish": case(lambda x, w, b, grad, row: product_activated(x, w, b, row, row, grad, "mod_swish")),
     }
     if width > WIDEST:
         runs |= {
-            "residual": case(
-                even, lambda x, w, r: _product_triton(x, w, None, r, 4, False), "x", "weight", "grad"
-            ),
-            "three products": case(
-                even, lambda x, w: _product_triton(x, w, None, None, 3, False), "x", "weight"
-            ),
-            "backward weight few": case(few, _weight_gradient_triton, "grad", "x"),
+            "residual": case(lambda x, w, b, grad, _: product(x, w, None, grad, 4, False)),
+            "three products": case(lambda x, w, *_: product(x, w, None, None, 3, False)),
+            # Few rows: a weight gradient without splits.
+            "backward weight few": case(lambda x, w, b, grad, _: weight_gradient(grad, x), 64),
             "mod_relu": case(
-                even,
-                lambda x, w, o: _activated_triton(x, w, None, o, None, None, "mod_relu"),
-                *("x", "weight", "offset"),
+                lambda x, w, b, grad, row: product_activated(x, w, None, row, None, None, "mod_relu")
             ),
             "split_gelu": case(
-                even,
-                lambda x, w: _activated_triton(x, w, None, None, None, None, "split_gelu"),
-                "x",
-                "weight",
+                lambda x, w, *_: product_activated(x, w, None, None, None, None, "split_gelu")
             ),
         }
-    name = str(dtype).removeprefix("torch.")
-    return {f"{name} {width} {label}": run for label, run in runs.items()}
+    return runs

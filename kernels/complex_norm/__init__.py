@@ -1,14 +1,8 @@
-"""Norms of planar complex tensors: one pass over memory each way.
+"""Norms of planar complex tensors (..., 2, D): one pass over memory each way.
 
-A planar tensor is (..., 2, D): plane 0 real, plane 1 imaginary, float32, bfloat16 or float16 (float64 runs
-the eager implementation only). Maths is float32 for all of these; a result is rounded once, when written.
-What is kept for the backward pass is the input, which exists anyway, and a few numbers a token.
-
-Traffic is given for T tokens of D channels and e bytes an element, so that one tensor is 2 T D e bytes. All
-operations are bound by memory: 2 to 54 FLOPs a channel.
-
-backward pass runs a pinned number of programs, each over many tiles, that sum the parameters' gradients in
-registers and write one partial row each, so that the order of summation does not depend on the card.
+Maths is float32, and float64 for float64, which only the eager implementation takes; a result is rounded
+once, when written. What is kept for the backward pass is the input, which exists anyway, and a few
+numbers a token.
 """
 
 from __future__ import annotations
@@ -17,22 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.chunks import _like, _precise
-from kernels.complex_norm.eager import (
-    _layer_norm_backward_eager,
-    _layer_norm_eager,
-    _rms_norm_backward_eager,
-    _rms_norm_eager,
-)
-from kernels.complex_norm.triton_code import (
-    _layer_norm_backward_triton,
-    _layer_norm_triton,
-    _rms_norm_backward_triton,
-    _rms_norm_triton,
-)
+from kernels.chunks import like, precise
+from kernels.complex_norm import eager, triton_code
 from kernels.launch import use_triton
 from kernels.operator import operator
-from kernels.planar import _check
+from kernels.planar import check_planar
 
 
 def complex_rms_norm(z: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:
@@ -49,7 +32,7 @@ def complex_rms_norm(z: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:
     Raises:
         ValueError: shapes that do not fit, or more channels than the kernels are configured for.
     """
-    _check(z, gain=(gain, 2))
+    check_planar(z, gain=(gain, 2))
     return _complex_rms_norm(z, gain, eps)[0]
 
 
@@ -68,7 +51,7 @@ def add_complex_rms_norm(z: Tensor, branch: Tensor, gain: Tensor, eps: float = 1
     Raises:
         ValueError: shapes or dtypes that do not fit, or more channels than the kernels are configured for.
     """
-    _check(z, gain=(gain, 2))
+    check_planar(z, gain=(gain, 2))
     if branch.shape != z.shape or branch.dtype != z.dtype:
         raise ValueError(
             f"branch has shape {tuple(branch.shape)} and {branch.dtype}, z {tuple(z.shape)} and {z.dtype}"
@@ -95,14 +78,14 @@ def complex_layer_norm(z: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-6
     Raises:
         ValueError: shapes that do not fit, or more channels than the kernels are configured for.
     """
-    _check(z, gamma=(gamma, 3), beta=(beta, 2))
+    check_planar(z, gamma=(gamma, 3), beta=(beta, 2))
     return _complex_layer_norm(z, gamma, beta, eps)[0]
 
 
 @operator
 def _complex_rms_norm(z: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    run = _rms_norm_triton if use_triton(z) else _rms_norm_eager
-    out, rstd = run(z, None, gain, eps)
+    code = triton_code if use_triton(z) else eager
+    out, rstd = code.rms_norm(z, None, gain, eps)
     return out, rstd
 
 
@@ -110,8 +93,8 @@ def _complex_rms_norm(z: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tens
 def _add_complex_rms_norm(
     z: Tensor, branch: Tensor, gain: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = _rms_norm_triton if use_triton(z) else _rms_norm_eager
-    total, out, rstd = run(z, branch, gain, eps)
+    code = triton_code if use_triton(z) else eager
+    total, out, rstd = code.rms_norm(z, branch, gain, eps)
     return total, out, rstd
 
 
@@ -119,25 +102,17 @@ def _add_complex_rms_norm(
 def _complex_rms_norm_backward(
     grad: Tensor, z: Tensor, gain: Tensor, rstd: Tensor, grad_total: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    run = _rms_norm_backward_triton if use_triton(z) else _rms_norm_backward_eager
-    return run(grad, z, gain, rstd, grad_total)
+    code = triton_code if use_triton(z) else eager
+    return code.rms_norm_backward(grad, z, gain, rstd, grad_total)
 
 
-@_complex_rms_norm.register_fake
-def _(z: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _like(z), z.new_empty(z.shape[:-2], dtype=_precise(z))
+def _rstd_like(z: Tensor) -> Tensor:
+    return z.new_empty(z.shape[:-2], dtype=precise(z))
 
 
-@_add_complex_rms_norm.register_fake
-def _(z: Tensor, branch: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(z), _like(z), z.new_empty(z.shape[:-2], dtype=_precise(z))
-
-
-@_complex_rms_norm_backward.register_fake
-def _(
-    grad: Tensor, z: Tensor, gain: Tensor, rstd: Tensor, grad_total: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return _like(z), _like(gain)
+_complex_rms_norm.register_fake(lambda z, *_: (like(z), _rstd_like(z)))
+_add_complex_rms_norm.register_fake(lambda z, *_: (like(z), like(z), _rstd_like(z)))
+_complex_rms_norm_backward.register_fake(lambda grad, z, gain, *_: (like(z), like(gain)))
 
 
 def _keep_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -169,29 +144,27 @@ _add_complex_rms_norm.register_autograd(_differentiate_add_rms_norm, setup_conte
 
 @operator
 def _complex_layer_norm(z: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    run = _layer_norm_triton if use_triton(z) else _layer_norm_eager
-    return run(z, gamma, beta, eps)
+    code = triton_code if use_triton(z) else eager
+    return code.layer_norm(z, gamma, beta, eps)
 
 
 @operator
 def _complex_layer_norm_backward(
     grad: Tensor, z: Tensor, gamma: Tensor, statistics: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = _layer_norm_backward_triton if use_triton(z) else _layer_norm_backward_eager
-    return run(grad, z, gamma, statistics, eps)
+    code = triton_code if use_triton(z) else eager
+    return code.layer_norm_backward(grad, z, gamma, statistics, eps)
 
 
 @_complex_layer_norm.register_fake
-def _(z: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _like(z), z.new_empty(5, z.shape[:-2].numel(), dtype=_precise(z))
+def _(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return like(z), z.new_empty(5, z.shape[:-2].numel(), dtype=precise(z))
 
 
 @_complex_layer_norm_backward.register_fake
-def _(
-    grad: Tensor, z: Tensor, gamma: Tensor, statistics: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, z: Tensor, gamma: Tensor, statistics: Tensor, eps: float) -> tuple[Tensor, ...]:
     width = z.shape[-1]
-    return _like(z), statistics.new_empty(3, width), statistics.new_empty(2, width)
+    return like(z), statistics.new_empty(3, width), statistics.new_empty(2, width)
 
 
 def _keep_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

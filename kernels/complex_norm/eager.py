@@ -5,54 +5,56 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.chunks import _chunks, _like, _planes, _precise, _read, _to_write, _write
+from kernels.chunks import chunks, like, planes, precise, read, to_write, write
 
 
-def _rms_norm_eager(z: Tensor, branch: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, ...]:
-    out = _like(z)
-    total = _like(z) if branch is not None else z
-    rstd = torch.empty(z.shape[:-2], dtype=_precise(z), device=z.device)
+def rms_norm(z: Tensor, branch: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """The sum, if there is a branch, then the norm and what it multiplied each token by."""
+    out = like(z)
+    total = like(z) if branch is not None else z
+    rstd = torch.empty(z.shape[:-2], dtype=precise(z), device=z.device)
     g_re, g_im = gain.to(rstd.dtype)
-    x, summed, results, flat = _planes(z), _planes(total), _planes(out), rstd.view(-1)
-    added = None if branch is None else _planes(branch)
-    for rows, (a, b) in _chunks(x, 2):
+    x, summed, results, flat = planes(z), planes(total), planes(out), rstd.view(-1)
+    added = None if branch is None else planes(branch)
+    for rows, (a, b) in chunks(x, 2):
         if added is not None:
             torch.add(x[:, rows], added[:, rows], out=summed[:, rows])
-        part = _read(summed[:, rows], a)
+        part = read(summed[:, rows], a)
         length = torch.linalg.vector_norm(part.transpose(0, 1).flatten(1), dim=-1, out=flat[rows])
         scale = length.square_().div_(z.shape[-1]).add_(eps).rsqrt_()[:, None]
         re, im = torch.mul(part, scale, out=a)
-        y = _to_write(results[:, rows], b)
+        y = to_write(results[:, rows], b)
         torch.mul(re, g_re, out=y[0]).addcmul_(im, g_im, value=-1)
         torch.mul(re, g_im, out=y[1]).addcmul_(im, g_re)
-        _write(results[:, rows], y)
+        write(results[:, rows], y)
     return (out, rstd) if branch is None else (total, out, rstd)
 
 
-def _rms_norm_backward_eager(
+def rms_norm_backward(
     grad: Tensor, z: Tensor, gain: Tensor, rstd: Tensor, grad_total: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    grad_z = _like(z)
-    x, grad_y, results, flat = _planes(z), _planes(grad), _planes(grad_z), rstd.view(-1)
-    passed = None if grad_total is None else _planes(grad_total)
+    """Gradients of z, to which that of the sum is added, and of the gain."""
+    grad_z = like(z)
+    x, grad_y, results, flat = planes(z), planes(grad), planes(grad_z), rstd.view(-1)
+    passed = None if grad_total is None else planes(grad_total)
     g_re, g_im = gain.to(rstd.dtype)
     grad_gain = rstd.new_zeros(gain.shape)
-    for rows, (a, b, c) in _chunks(x, 3):
+    for rows, (a, b, c) in chunks(x, 3):
         scale = flat[rows, None]
-        n_re, n_im = torch.mul(_read(x[:, rows], a), scale, out=a)
-        y_re, y_im = _read(grad_y[:, rows], b)
+        n_re, n_im = torch.mul(read(x[:, rows], a), scale, out=a)
+        y_re, y_im = read(grad_y[:, rows], b)
         # conj(n) y holds what both the gain's gradient and the mean are made of.
         torch.mul(n_re, y_re, out=c[0]).addcmul_(n_im, y_im)
         torch.mul(n_re, y_im, out=c[1]).addcmul_(n_im, y_re, value=-1)
         grad_gain += c.sum(1)
         mean = torch.mv(c[0], g_re).addmv_(c[1], g_im).div_(-z.shape[-1])[:, None]
-        dz = _to_write(results[:, rows], c)
+        dz = to_write(results[:, rows], c)
         torch.mul(y_re, g_re, out=dz[0]).addcmul_(y_im, g_im)
         torch.mul(y_im, g_re, out=dz[1]).addcmul_(y_re, g_im, value=-1)
         dz.addcmul_(a, mean).mul_(scale)
         if passed is not None:
-            dz.add_(_read(passed[:, rows], b))
-        _write(results[:, rows], dz)
+            dz.add_(read(passed[:, rows], b))
+        write(results[:, rows], dz)
     return grad_z, grad_gain.to(gain.dtype)
 
 
@@ -63,14 +65,15 @@ def _rms_norm_backward_eager(
 TINY = 1e-30  # Added to V_rr, which may be zero, when it divides.
 
 
-def _layer_norm_eager(z: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    out = _like(z)
-    x, results = _planes(z), _planes(out)
-    statistics = torch.empty(5, x.shape[1], dtype=_precise(z), device=z.device)
+def layer_norm(z: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm and the statistics of each token."""
+    out = like(z)
+    x, results = planes(z), planes(out)
+    statistics = torch.empty(5, x.shape[1], dtype=precise(z), device=z.device)
     g_rr, g_ii, g_ri = gamma.to(statistics.dtype)
     b_re, b_im = beta.to(statistics.dtype)
-    for rows, (a, b) in _chunks(x, 2):
-        part = _read(x[:, rows], a)
+    for rows, (a, b) in chunks(x, 2):
+        part = read(x[:, rows], a)
         mean = part.mean(-1)
         re, im = torch.sub(part, mean[..., None], out=a)
         statistics[:2, rows] = mean
@@ -82,10 +85,10 @@ def _layer_norm_eager(z: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tup
         m_rr, m_ii, m_ri = _whitening(statistics[:, rows, None], eps)[0]
         white_re = torch.mul(re, m_rr, out=b[0]).addcmul_(im, m_ri)
         white_im = torch.mul(im, m_ii, out=b[1]).addcmul_(re, m_ri)
-        y = _to_write(results[:, rows], a)
+        y = to_write(results[:, rows], a)
         torch.addcmul(b_re, white_re, g_rr, out=y[0]).addcmul_(white_im, g_ri)
         torch.addcmul(b_im, white_im, g_ii, out=y[1]).addcmul_(white_re, g_ri)
-        _write(results[:, rows], y)
+        write(results[:, rows], y)
     return out, statistics
 
 
@@ -102,20 +105,21 @@ def _whitening(statistics: Tensor, eps: float) -> tuple[tuple[Tensor, ...], tupl
     return matrix, (s, trace, scale, v_ii, v_rr, -2 * v_ri)
 
 
-def _layer_norm_backward_eager(
+def layer_norm_backward(
     grad: Tensor, z: Tensor, gamma: Tensor, statistics: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_z = _like(z)
-    x, grad_y, results = _planes(z), _planes(grad), _planes(grad_z)
+    """Gradients of z, gamma and beta."""
+    grad_z = like(z)
+    x, grad_y, results = planes(z), planes(grad), planes(grad_z)
     g_rr, g_ii, g_ri = gamma.to(statistics.dtype)
     width = z.shape[-1]
     grad_gamma, grad_beta = (statistics.new_zeros(count, width) for count in (3, 2))
     columns = statistics[..., None]
     matrix, parts = (torch.stack(numbers) for numbers in _whitening(columns, eps))
-    for rows, (a, b, c, d) in _chunks(x, 4):
+    for rows, (a, b, c, d) in chunks(x, 4):
         m_rr, m_ii, m_ri = matrix[:, rows]
-        re, im = torch.sub(_read(x[:, rows], a), columns[:2, rows], out=a)
-        y = _read(grad_y[:, rows], b)
+        re, im = torch.sub(read(x[:, rows], a), columns[:2, rows], out=a)
+        y = read(grad_y[:, rows], b)
         y_re, y_im = y
         white_re = torch.mul(re, m_rr, out=c[0]).addcmul_(im, m_ri)
         white_im = torch.mul(im, m_ii, out=c[1]).addcmul_(re, m_ri)
@@ -129,12 +133,12 @@ def _layer_norm_backward_eager(
         along_ri = torch.mul(w_re, im, out=d[0]).addcmul_(w_im, re).sum(-1, keepdim=True)
         p_rr, p_ii, p_ri = _covariance_gradient(along_rr, along_ii, along_ri, matrix[:, rows], parts[:, rows])
         c -= c.mean(-1, keepdim=True)
-        dz = _to_write(results[:, rows], d)
+        dz = to_write(results[:, rows], d)
         torch.mul(re, p_rr.div_(width), out=dz[0]).addcmul_(im, p_ri.div_(width))
         dz[0].addcmul_(w_re, m_rr).addcmul_(w_im, m_ri)
         torch.mul(im, p_ii.div_(width), out=dz[1]).addcmul_(re, p_ri)
         dz[1].addcmul_(w_im, m_ii).addcmul_(w_re, m_ri)
-        _write(results[:, rows], dz)
+        write(results[:, rows], dz)
     return grad_z, grad_gamma, grad_beta
 
 

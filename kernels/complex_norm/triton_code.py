@@ -1,4 +1,11 @@
-"""The norms in Triton."""
+"""The norms in Triton, bound by memory.
+
+Traffic is given for T tokens of D channels and e bytes an element, so that one tensor is 2 T D e bytes.
+
+The kernels hold whole rows of both planes in registers: a program takes a tile of a few tokens. Their
+backward pass runs a pinned number of programs, each over many tiles, that sum the parameters' gradients in
+registers and write one partial row each, so that the order of summation does not depend on the card.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.complex_norm.eager import TINY
-from kernels.launch import Options, ceil_div, launch, next_power_of_2, pinned_beside
+from kernels.launch import Options, ceil_div, contiguous, launch, next_power_of_2, pinned_beside
 from kernels.triton_import import jit, tl
 
 PINNED = pinned_beside(__file__)
@@ -82,58 +89,47 @@ def _rms_norm_backward_kernel(
     tl.store(own + D, tl.sum(grad_g_im, 0), mask=inside)
 
 
-def _by_whole_rows(kernel: str, z: Tensor, tokens: int, run: Callable[[int, Options], Any]) -> Any:
-    """Call ``run`` with how many programs a kernel of the norms gets, and the constants of their tiles."""
+def _launch(
+    kernel: Any, z: Tensor, tensors: tuple[Tensor | None, ...], *numbers: float, sums: int = 0
+) -> Tensor:
+    """Launch a kernel on whole rows of z.
 
-    def run_with(pinned: Options) -> Any:
+    Returns:
+        What each of its programs summed over tokens: float32 (programs, sums, D), passed behind ``tensors``.
+    """
+    tokens, width = z.shape[:-2].numel(), z.shape[-1]
+
+    def run(pinned: Options) -> Tensor:
         options = dict(pinned)
-        block = next_power_of_2(z.shape[-1])
+        block = next_power_of_2(width)
         rows = max(1, options.pop("TILE") // block)
         programs = min(options.pop("PROGRAMS", 2**31 - 1), ceil_div(tokens, rows))
-        return run(programs, {"ROWS": rows, "BLOCK_D": block, **options})
+        partials = z.new_empty(programs if sums else 0, sums, width, dtype=torch.float32)
+        arguments = (*tensors, partials) if sums else tensors
+        launch(kernel, (programs,), *arguments, tokens, width, *numbers, ROWS=rows, BLOCK_D=block, **options)
+        return partials
 
-    return run_with(PINNED.choose(kernel, z, z.shape[-1], run_with, tokens))
+    name = kernel.__name__.strip("_").removesuffix("_kernel")
+    return run(PINNED.choose(name, z, width, run, tokens))
 
 
-def _rms_norm_triton(z: Tensor, branch: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, ...]:
+def rms_norm(z: Tensor, branch: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, ...]:
     """Reads z and writes out, 4 T D e bytes; with the sum 8, against 10 in two passes. 11 FLOPs a channel."""
-    z = z.contiguous()
-    branch = None if branch is None else branch.contiguous()
+    z, branch = z.contiguous(), contiguous(branch)
     total = None if branch is None else torch.empty_like(z)
     out, rstd = torch.empty_like(z), z.new_empty(z.shape[:-2], dtype=torch.float32)
-    tokens, width = rstd.numel(), z.shape[-1]
-
-    def run(programs: int, options: Options) -> None:
-        launch(
-            _rms_norm_forward_kernel,
-            (programs,),
-            *(z, branch, gain.contiguous(), total, out, rstd, tokens, width, eps),
-            **options,
-        )
-
-    _by_whole_rows("rms_norm_forward", z, tokens, run)
+    _launch(_rms_norm_forward_kernel, z, (z, branch, gain.contiguous(), total, out, rstd), eps)
     return (out, rstd) if total is None else (total, out, rstd)
 
 
-def _rms_norm_backward_triton(
+def rms_norm_backward(
     grad: Tensor, z: Tensor, gain: Tensor, rstd: Tensor, grad_total: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Reads z and the gradient and writes one, 6 T D e bytes, 8 with the residual's. 24 FLOPs a channel."""
     z, grad = z.contiguous(), grad.contiguous()
-    grad_total = None if grad_total is None else grad_total.contiguous()
-    grad_z, tokens, width = torch.empty_like(z), rstd.numel(), z.shape[-1]
-
-    def run(programs: int, options: Options) -> Tensor:
-        partials = rstd.new_empty(programs, 2, width)
-        launch(
-            _rms_norm_backward_kernel,
-            (programs,),
-            *(grad, grad_total, z, gain.contiguous(), rstd, grad_z, partials, tokens, width),
-            **options,
-        )
-        return partials
-
-    partials = _by_whole_rows("rms_norm_backward", z, tokens, run)
+    grad_z = torch.empty_like(z)
+    tensors = (grad, contiguous(grad_total), z, gain.contiguous(), rstd, grad_z)
+    partials = _launch(_rms_norm_backward_kernel, z, tensors, sums=2)
     return grad_z, partials.sum(0).to(gain.dtype)
 
 
@@ -252,42 +248,23 @@ def _layer_norm_backward_kernel(
     tl.store(own + 4 * D, tl.sum(grad_b_im, 0), mask=inside)
 
 
-def _layer_norm_triton(z: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def layer_norm(z: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Reads z and writes out, 4 T D e bytes, and 20 a token. 23 FLOPs a channel."""
     z = z.contiguous()
-    tokens, width = z.shape[:-2].numel(), z.shape[-1]
-    out, statistics = torch.empty_like(z), z.new_empty(5, tokens, dtype=torch.float32)
-
-    def run(programs: int, options: Options) -> None:
-        launch(
-            _layer_norm_forward_kernel,
-            (programs,),
-            *(z, gamma.contiguous(), beta.contiguous(), out, statistics, tokens, width, eps, TINY),
-            **options,
-        )
-
-    _by_whole_rows("layer_norm_forward", z, tokens, run)
+    out, statistics = torch.empty_like(z), z.new_empty(5, z.shape[:-2].numel(), dtype=torch.float32)
+    tensors = (z, gamma.contiguous(), beta.contiguous(), out, statistics)
+    _launch(_layer_norm_forward_kernel, z, tensors, eps, TINY)
     return out, statistics
 
 
-def _layer_norm_backward_triton(
+def layer_norm_backward(
     grad: Tensor, z: Tensor, gamma: Tensor, statistics: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reads z and the gradient and writes one, 6 T D e bytes. 54 FLOPs a channel."""
     z, grad = z.contiguous(), grad.contiguous()
-    grad_z, tokens, width = torch.empty_like(z), statistics.shape[1], z.shape[-1]
-
-    def run(programs: int, options: Options) -> Tensor:
-        partials = statistics.new_empty(programs, 5, width)
-        launch(
-            _layer_norm_backward_kernel,
-            (programs,),
-            *(grad, z, gamma.contiguous(), statistics, grad_z, partials, tokens, width, eps),
-            **options,
-        )
-        return partials
-
-    partials = _by_whole_rows("layer_norm_backward", z, tokens, run)
+    grad_z = torch.empty_like(z)
+    tensors = (grad, z, gamma.contiguous(), statistics, grad_z)
+    partials = _launch(_layer_norm_backward_kernel, z, tensors, eps, sums=5)
     return grad_z, partials[:, :3].sum(0), partials[:, 3:].sum(0)
 
 
@@ -304,11 +281,11 @@ def compile_cases() -> dict[str, Callable[[], object]]:
 
 def _compile_rms_norm(dtype: torch.dtype = torch.bfloat16, width: int = 512, add: bool = True) -> None:
     z, gain = torch.empty(4, 2, width, dtype=dtype), torch.empty(2, width, dtype=dtype)
-    *_, rstd = _rms_norm_triton(z, z if add else None, gain, 1e-6)
-    _rms_norm_backward_triton(z, z, gain, rstd, z if add else None)
+    *_, rstd = rms_norm(z, z if add else None, gain, 1e-6)
+    rms_norm_backward(z, z, gain, rstd, z if add else None)
 
 
 def _compile_layer_norm(dtype: torch.dtype, width: int) -> None:
     z, gamma = torch.empty(4, 2, width, dtype=dtype), torch.empty(3, width, dtype=dtype)
-    _, statistics = _layer_norm_triton(z, gamma, gamma[:2], 1e-6)
-    _layer_norm_backward_triton(z, z, gamma, statistics, 1e-6)
+    _, statistics = layer_norm(z, gamma, gamma[:2], 1e-6)
+    layer_norm_backward(z, z, gamma, statistics, 1e-6)

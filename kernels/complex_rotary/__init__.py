@@ -1,4 +1,8 @@
-"""Rotary positions of planar complex tensors, alone and on the way from a projection to heads."""
+"""Rotary positions of planar complex tensors, alone and on the way from a projection to heads.
+
+Maths is float32, and float64 for float64, which only the eager implementation takes; a result is rounded
+once, when written. What is kept for the backward pass is the table.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.chunks import _like
-from kernels.complex_rotary.eager import _rotate_eager, _split_heads_backward_eager, _split_heads_eager
-from kernels.complex_rotary.triton_code import (
-    _rotate_triton,
-    _split_heads_backward_triton,
-    _split_heads_triton,
-)
+from kernels.chunks import like
+from kernels.complex_rotary import eager, triton_code
 from kernels.launch import use_triton
 from kernels.operator import operator
 
@@ -69,48 +68,37 @@ def split_heads(
 
 @operator
 def _complex_rotate(z: Tensor, table: Tensor, inverse: bool) -> Tensor:
-    run = _rotate_triton if use_triton(z) else _rotate_eager
-    return run(z, table, inverse)
+    code = triton_code if use_triton(z) else eager
+    return code.rotate(z, table, inverse)
 
 
 @operator
 def _complex_split_heads(
     projection: Tensor, table: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = _split_heads_triton if use_triton(projection) else _split_heads_eager
-    return run(projection, table, heads, kv_heads)
+    code = triton_code if use_triton(projection) else eager
+    return code.split_heads(projection, table, heads, kv_heads)
 
 
 @operator
 def _complex_split_heads_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, table: Tensor) -> Tensor:
-    run = _split_heads_backward_triton if use_triton(grad_q) else _split_heads_backward_eager
-    return run(grad_q, grad_k, grad_v, table)
+    code = triton_code if use_triton(grad_q) else eager
+    return code.split_heads_backward(grad_q, grad_k, grad_v, table)
 
 
-@_complex_rotate.register_fake
-def _(z: Tensor, table: Tensor, inverse: bool) -> Tensor:
-    return _like(z)
+_complex_rotate.register_fake(lambda z, *_: like(z))
+_complex_split_heads.register_fake(
+    lambda projection, table, heads, kv_heads: eager.empty_heads(projection, heads, kv_heads)
+)
+_complex_split_heads_backward.register_fake(lambda q, k, *_: eager.empty_projection(q, k))
 
 
-@_complex_split_heads.register_fake
-def _(projection: Tensor, table: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, _, _, width = projection.shape
-    q, k, v = (projection.new_empty(batch, count, length, 2, width) for count in (heads, kv_heads, kv_heads))
-    return q, k, v
-
-
-@_complex_split_heads_backward.register_fake
-def _(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, table: Tensor) -> Tensor:
-    batch, heads, length, _, width = grad_q.shape
-    return grad_q.new_empty(batch, length, 2, heads + 2 * grad_k.shape[1], width)
-
-
-def _keep_rotation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep_rotate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, table, ctx.inverse = inputs
     ctx.save_for_backward(table)
 
 
-def _differentiate_rotation(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_rotate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _complex_rotate(grad, *ctx.saved_tensors, not ctx.inverse), None, None
 
 
@@ -124,5 +112,5 @@ def _differentiate_split_heads(
     return _complex_split_heads_backward(grad_q, grad_k, grad_v, *ctx.saved_tensors), None, None, None
 
 
-_complex_rotate.register_autograd(_differentiate_rotation, setup_context=_keep_rotation)
+_complex_rotate.register_autograd(_differentiate_rotate, setup_context=_keep_rotate)
 _complex_split_heads.register_autograd(_differentiate_split_heads, setup_context=_keep_split_heads)

@@ -1,4 +1,7 @@
-"""Rotary positions in Triton."""
+"""Rotary positions in Triton, bound by memory.
+
+Traffic is given for T tokens of D channels and e bytes an element, so that one tensor is 2 T D e bytes.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.launch import Options, launch, pinned_beside
-from kernels.tiles import _by_tiles
+from kernels.complex_rotary.eager import empty_heads, empty_projection
+from kernels.launch import pinned_beside
+from kernels.tiles import by_tiles
 from kernels.triton_import import jit, tl
 
 PINNED = pinned_beside(__file__)
@@ -82,22 +86,12 @@ def _turn_head(joined, apart, angle, mask, plane, D, BACKWARD: tl.constexpr):
         tl.store(apart + D, re * sin + im * cos, mask=mask)
 
 
-def _rotate_triton(z: Tensor, table: Tensor, inverse: bool) -> Tensor:
+def rotate(z: Tensor, table: Tensor, inverse: bool) -> Tensor:
     """Reads z and writes out, 4 T D e bytes, and the table, 8 S D. 6 FLOPs a channel."""
-    z = z.contiguous()
-    out, tokens = torch.empty_like(z), z.shape[:-2].numel()
-    table = table.float().contiguous()
-
-    def run(grid: tuple[int, int], options: Options) -> None:
-        launch(
-            _rotate_kernel,
-            grid,
-            *(z, table, out, tokens, z.shape[-3], z.shape[-1]),
-            INVERSE=inverse,
-            **options,
-        )
-
-    _by_tiles(PINNED, "rotate", z, tokens, run)
+    z, table = z.contiguous(), table.float().contiguous()
+    out = torch.empty_like(z)
+    numbers = z.shape[-3], z.shape[-1]
+    by_tiles(PINNED, _rotate_kernel, z, z.shape[:-2].numel(), (z, table, out), numbers, INVERSE=inverse)
     return out
 
 
@@ -105,33 +99,28 @@ def _launch_split_heads(
     projection: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, backward: bool
 ) -> None:
     """Reads and writes the projection's size once, and the table. 6 FLOPs a channel of queries and keys."""
-    batch, heads, length, _, width = q.shape
-    kv_heads, tokens, table = k.shape[1], batch * length, table.float().contiguous()
-
-    def run(grid: tuple[int, int], options: Options) -> None:
-        launch(
-            _split_heads_kernel,
-            (grid[0], heads + 2 * kv_heads, grid[1]),
-            *(projection, q, k, v, table, tokens, length, heads, kv_heads, width),
-            BACKWARD=backward,
-            **options,
-        )
-
-    _by_tiles(PINNED, "split_heads", projection, tokens, run, heads, kv_heads, backward)
+    (batch, heads, length, _, width), kv_heads = q.shape, k.shape[1]
+    tensors, numbers = (projection, q, k, v, table.float().contiguous()), (length, heads, kv_heads, width)
+    by_tiles(
+        *(PINNED, _split_heads_kernel, projection, batch * length, tensors, numbers),
+        *(heads, kv_heads, backward),
+        heads=(heads + 2 * kv_heads,),
+        BACKWARD=backward,
+    )
 
 
-def _split_heads_triton(
+def split_heads(
     projection: Tensor, table: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, _, _, width = projection.shape
-    q, k, v = (projection.new_empty(batch, count, length, 2, width) for count in (heads, kv_heads, kv_heads))
+    """As ``complex_rotary.split_heads``."""
+    q, k, v = empty_heads(projection, heads, kv_heads)
     _launch_split_heads(projection.contiguous(), q, k, v, table, backward=False)
     return q, k, v
 
 
-def _split_heads_backward_triton(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, table: Tensor) -> Tensor:
-    batch, heads, length, _, width = grad_q.shape
-    grad = grad_q.new_empty(batch, length, 2, heads + 2 * grad_k.shape[1], width)
+def split_heads_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, table: Tensor) -> Tensor:
+    """The gradient of the projection."""
+    grad = empty_projection(grad_q, grad_k)
     q, k, v = grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()
     _launch_split_heads(grad, q, k, v, table, backward=True)
     return grad
@@ -147,6 +136,6 @@ def compile_cases() -> dict[str, Callable[[], object]]:
 
 def _compile_rotation(dtype: torch.dtype) -> None:
     projection, table = torch.empty(2, 16, 2, 8, 64, dtype=dtype), torch.empty(16, 2, 64)
-    q, k, v = _split_heads_triton(projection, table, 4, 2)
-    _split_heads_backward_triton(q, k, v, table)
-    _rotate_triton(q, table, inverse=False)
+    q, k, v = split_heads(projection, table, 4, 2)
+    split_heads_backward(q, k, v, table)
+    rotate(q, table, inverse=False)

@@ -21,11 +21,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.complex_activation import ACTIVATIONS, complex_activation
+from kernels.complex_activation.eager import activation_floor
+from kernels.complex_activation.plain import activation as plain_activation
 from kernels.complex_attention import SCORES, complex_attention
+from kernels.complex_attention.plain import attention as plain_attention
+from kernels.complex_attention.plain import future_keys, native
 from kernels.complex_linear import complex_linear, complex_linear_activated
+from kernels.complex_linear.plain import by_real_form, linear, real_form
 from kernels.complex_norm import add_complex_rms_norm, complex_layer_norm, complex_rms_norm
+from kernels.complex_norm.plain import add_rms_norm, layer_norm, rms_norm
 from kernels.complex_rotary import rotate
-from kernels.planar import modulus_floor, upcast
+from kernels.complex_rotary.plain import rotate as plain_rotate
+from kernels.planar import modulus_floor
 from kernels.symplectic import symplectic_flow
 from muse.benchmarks.setting import batch_shape
 from muse.config import BenchConfig
@@ -36,7 +43,6 @@ from muse.measure.peak_memory import peak_memory
 from muse.measure.timing import quantile, seconds_of, times_in_turns
 
 GB = 1e9
-EPS = 1e-6
 # A timing repeats fast functions until it takes about this long.
 TIMING_SECONDS = 5e-3
 MAX_CALLS = 100
@@ -333,13 +339,13 @@ def attention_cases(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> Iterato
     shape = (sizes.batch, sizes.heads, sizes.length, 2, sizes.head_dim)
     for score in SCORES:
         q, k, v = (normal(*shape) for _ in range(3))
-        future = torch.ones(sizes.length, sizes.length, dtype=torch.bool, device=q.device).triu(1)
+        future = future_keys(q, k)
         others: dict[str, tuple[Function, Sequence[Tensor]]] = {}
         if score == "real":
             others["SDPA"] = (sdpa, (q, k, v))
         if dtype == torch.float32:
-            native = partial(native_attention, score=score, future=future)
-            others["complex64"] = (native, [as_complex(x) for x in (q, k, v)])
+            inputs = [as_complex(x) for x in (q, k, v)]
+            others["complex64"] = (partial(native, score=score, future=future), inputs)
         plain = partial(plain_attention, score=score, future=future, floor=modulus_floor(dtype))
         ours = partial(complex_attention, score=score)
         yield Case(f"attention {score}", (q, k, v), ours, plain, others)
@@ -350,32 +356,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v, d = q.flatten(-2), k.flatten(-2), v.flatten(-2), q.shape[-1]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=d**-0.5)
     return out.unflatten(-1, (2, d))
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, score: str, future: Tensor, floor: float) -> Tensor:
-    """Attention that holds all scores; moduli of half precision are computed in float32."""
-    d = q.shape[-1]
-    q, k, v = q.flatten(-2) * d**-0.5, k.flatten(-2), v.flatten(-2)
-    s_re = q @ k.mT
-    if score == "real":
-        return (s_re.masked_fill(future, -math.inf).softmax(-1) @ v).unflatten(-1, (2, d))
-    s_re, s_im = upcast(s_re), upcast(torch.cat((q[..., d:], -q[..., :d]), -1) @ k.mT)
-    size = (s_re.square() + s_im.square() + floor**2).sqrt()
-    weight = size.masked_fill(future, -math.inf).softmax(-1)
-    if score == "magnitude":
-        return (weight.to(v.dtype) @ v).unflatten(-1, (2, d))
-    weight = weight / size
-    along, across = (weight * s_re).to(v.dtype) @ v, (weight * s_im).to(v.dtype) @ v
-    re = along[..., :d] - across[..., d:]
-    return torch.stack((re, along[..., d:] + across[..., :d]), -2)
-
-
-def native_attention(q: Tensor, k: Tensor, v: Tensor, score: str, future: Tensor) -> Tensor:
-    """Attention on torch's complex tensors (B, H, S, d)."""
-    s = (q * q.shape[-1] ** -0.5) @ k.mH
-    size = s.real if score == "real" else s.abs()
-    weight = size.masked_fill(future, -math.inf).softmax(-1)
-    return (weight * s.sgn() if score == "phase" else weight.to(s.dtype)) @ v
 
 
 def as_complex(z: Tensor, plane: int = -2) -> Tensor:
@@ -393,24 +373,29 @@ def linear_cases(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> Iterator[C
     weight = normal(2, sizes.hidden, sizes.width, scale=(2 * sizes.width) ** -0.5)
     bias = normal(2, sizes.hidden, scale=0.1)
     residual = normal(sizes.batch, sizes.length, 2, sizes.hidden)
+    # A weight that is twice as large and not bound to be complex.
     form = real_form(weight).detach().requires_grad_()
-    native = [] if dtype != torch.float32 else [as_complex(x), as_complex(weight, 0)]
 
-    def others(epilogue: Function, *rest: Tensor) -> dict[str, tuple[Function, Sequence[Tensor]]]:
-        found: dict[str, tuple[Function, Sequence[Tensor]]] = {
-            "4 products": (partial(four_products, epilogue=epilogue), (x, weight, *rest)),
-            "bare": (partial(bare_product, epilogue=epilogue), (x, form, *rest)),
+    def case(name: str, ours: Function, epilogue: Function, *rest: Tensor) -> Case:
+        def before(product: Function) -> Function:
+            return lambda x, weight, *rest: epilogue(product(x, weight), *rest)
+
+        others: dict[str, tuple[Function, Sequence[Tensor]]] = {
+            "4 products": (before(linear), (x, weight, *rest)),
+            "bare": (before(by_real_form), (x, form, *rest)),
         }
-        if native:
-            inputs = [*native, *(as_complex(y) for y in rest)]
-            found["complex64"] = (partial(native_linear, epilogue=epilogue), inputs)
-        return found
+        if dtype == torch.float32:
+            inputs = [as_complex(x), as_complex(weight, 0), *(as_complex(y) for y in rest)]
+            others["complex64"] = (before(F.linear), inputs)
+        return Case(name, (x, weight, *rest), ours, before(one_product), others)
 
-    plain = partial(plain_linear, epilogue=nothing)
-    yield Case("linear", (x, weight), complex_linear, plain, others(nothing))
-    plain = partial(plain_linear, epilogue=gelu_and_residual)
-    rest = (bias, residual)
-    yield Case("linear + split_gelu", (x, weight, *rest), activated, plain, others(gelu_and_residual, *rest))
+    yield case("linear", complex_linear, lambda y: y)
+    yield case("linear + split_gelu", activated, gelu_and_residual, bias, residual)
+
+
+def one_product(x: Tensor, weight: Tensor) -> Tensor:
+    """On concatenated planes, the weight's real form built on the way."""
+    return by_real_form(x, real_form(weight))
 
 
 def activated(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
@@ -419,45 +404,11 @@ def activated(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tens
     return active
 
 
-def nothing(y: Tensor) -> Tensor:
-    """No epilogue."""
-    return y
-
-
 def gelu_and_residual(y: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     """Bias, GELU on each plane, residual; of planar tensors or of torch's complex ones."""
     y = y + bias
     active = torch.complex(F.gelu(y.real), F.gelu(y.imag)) if y.is_complex() else F.gelu(y)
     return active + residual
-
-
-def real_form(weight: Tensor) -> Tensor:
-    """(2 out, 2 in): acts on concatenated planes as the weight (2, out, in) on complex numbers."""
-    re, im = weight
-    return torch.cat((torch.cat((re, -im), -1), torch.cat((im, re), -1)))
-
-
-def plain_linear(x: Tensor, weight: Tensor, *rest: Tensor, epilogue: Function) -> Tensor:
-    """One real product on concatenated planes, the weight's real form built on the way."""
-    return bare_product(x, real_form(weight), *rest, epilogue=epilogue)
-
-
-def bare_product(x: Tensor, form: Tensor, *rest: Tensor, epilogue: Function) -> Tensor:
-    """One real product with a weight that is twice as large and not bound to be complex."""
-    return epilogue(F.linear(x.flatten(-2), form).unflatten(-1, (2, -1)), *rest)
-
-
-def four_products(x: Tensor, weight: Tensor, *rest: Tensor, epilogue: Function) -> Tensor:
-    """The definition."""
-    (x_re, x_im), (w_re, w_im) = x.unbind(-2), weight
-    re = F.linear(x_re, w_re) - F.linear(x_im, w_im)
-    im = F.linear(x_re, w_im) + F.linear(x_im, w_re)
-    return epilogue(torch.stack((re, im), -2), *rest)
-
-
-def native_linear(z: Tensor, weight: Tensor, *rest: Tensor, epilogue: Function) -> Tensor:
-    """One product of torch's complex tensors."""
-    return epilogue(F.linear(z, weight), *rest)
 
 
 # --- Norms, activations, rotation ------------------------------------------------------------------------
@@ -468,13 +419,13 @@ def pointwise_cases(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> Iterato
     shape = (sizes.batch, sizes.length, 2, sizes.width)
     z, branch, gain, beta = normal(*shape), normal(*shape), normal(2, sizes.width), normal(2, sizes.width)
     gamma = normal(3, sizes.width)
-    yield Case("rms norm", (z, gain), complex_rms_norm, plain_rms_norm)
-    yield Case("add rms norm", (z, branch, gain), add_complex_rms_norm, plain_add_rms_norm)
-    yield Case("layer norm", (z, gamma, beta), complex_layer_norm, plain_layer_norm)
-    floor = modulus_floor(dtype)
+    yield Case("rms norm", (z, gain), complex_rms_norm, rms_norm)
+    yield Case("add rms norm", (z, branch, gain), add_complex_rms_norm, add_rms_norm)
+    yield Case("layer norm", (z, gamma, beta), complex_layer_norm, layer_norm)
     for kind, count in ACTIVATIONS.items():
         parameters = [normal(sizes.width) for _ in range(count)]
-        ours, plain = partial(our_activation, kind=kind), partial(plain_activation, kind=kind, floor=floor)
+        plain = partial(plain_activation, floor=activation_floor(z, kind))
+        ours, plain = (partial(of_inputs, f, kind) for f in (complex_activation, plain))
         yield Case(kind, (z, *parameters), ours, plain)
     q = normal(sizes.batch, sizes.heads, sizes.length, 2, sizes.head_dim)
     angle = normal(sizes.length, sizes.head_dim, dtype=torch.float32).detach()
@@ -482,68 +433,9 @@ def pointwise_cases(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> Iterato
     yield Case("rotary", (q,), partial(rotate, table=table), partial(plain_rotate, table=table))
 
 
-def our_activation(z: Tensor, *parameters: Tensor, kind: str) -> Tensor:
-    """The operation with its parameters as inputs."""
-    return complex_activation(z, kind, *parameters)
-
-
-def multiply(z: Tensor, w: Tensor) -> Tensor:
-    """The complex product of planar tensors."""
-    (re, im), (w_re, w_im) = z.unbind(-2), w.unbind(-2)
-    return torch.stack((re * w_re - im * w_im, re * w_im + im * w_re), -2)
-
-
-def plain_rms_norm(z: Tensor, gain: Tensor) -> Tensor:
-    """The statistics of half precision are taken in float32."""
-    x = upcast(z)
-    mean = x.square().sum(-2, keepdim=True).mean(-1, keepdim=True)
-    return multiply((x * torch.rsqrt(mean + EPS)).to(z.dtype), gain)
-
-
-def plain_add_rms_norm(z: Tensor, branch: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum and its norm."""
-    total = z + branch
-    return total, plain_rms_norm(total, gain)
-
-
-def plain_layer_norm(z: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """Whitening by the formula of the covariance's inverse square root, in float32 for half precision."""
-    x = upcast(z)
-    re, im = (x - x.mean(-1, keepdim=True)).unbind(-2)
-    v_rr, v_ii = (part.square().mean(-1, keepdim=True) + EPS for part in (re, im))
-    v_ri = (re * im).mean(-1, keepdim=True)
-    s = (v_rr * v_ii - v_ri.square()).sqrt()
-    scale = 1 / (s * (v_rr + v_ii + 2 * s).sqrt())
-    white_re = ((v_ii + s) * scale * re - v_ri * scale * im).to(z.dtype)
-    white_im = ((v_rr + s) * scale * im - v_ri * scale * re).to(z.dtype)
-    g_rr, g_ii, g_ri = gamma
-    y = torch.stack((g_rr * white_re + g_ri * white_im, g_ri * white_re + g_ii * white_im), -2)
-    return y + beta
-
-
-def plain_activation(z: Tensor, *parameters: Tensor, kind: str, floor: float) -> Tensor:
-    """The formulas of ``complex_activation``; gates of half precision are computed in float32, as there."""
-    if kind == "split_gelu":
-        return F.gelu(z)
-    if kind == "z_relu":
-        re, im = z.unbind(-2)
-        return z * ((re > 0) & (im > 0)).unsqueeze(-2)
-    x = upcast(z)
-    re, im = x.unbind(-2)
-    size = (re.square() + im.square() + floor**2).sqrt()
-    if kind == "mod_relu":
-        gate = F.relu(size + parameters[0]) / size
-    elif kind == "mod_swish":
-        gate = torch.sigmoid(parameters[1] * size + parameters[0])
-    else:
-        gate = 0.5 * (1 + re / size)
-    return (x * gate.unsqueeze(-2)).to(z.dtype)
-
-
-def plain_rotate(z: Tensor, table: Tensor) -> Tensor:
-    """The angles stay in float32."""
-    x = upcast(z)
-    return multiply(x, table.to(x.dtype)).to(z.dtype)
+def of_inputs(function: Function, kind: str, z: Tensor, *parameters: Tensor) -> Tensor:
+    """An activation with its parameters behind the state."""
+    return function(z, kind, *parameters)
 
 
 # --- Symplectic flow -------------------------------------------------------------------------------------

@@ -5,16 +5,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_maths import plain
 from rounding import assert_as_accurate
 
-from kernels import complex_attention as complex_attention_file
+from kernels import complex_attention as operation
 from kernels.complex_attention import (
     SCORES,
     complex_attention,
     complex_attention_backward,
     complex_attention_forward,
 )
+from kernels.complex_attention.eager import Mask
+from kernels.complex_attention.plain import flash, future_keys, native
 from kernels.launch import TARGETS, compiling_for
 from muse.planar import conjugate, from_complex, multiply, to_complex
 
@@ -23,18 +24,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def reference(q, k, v, score, causal):
     """The definition, in complex128 with every score held."""
-    q, k, v = (to_complex(x.double()) for x in (q, k, v))
-    groups = q.shape[1] // k.shape[1]
-    heads = [head // groups for head in range(q.shape[1])]
-    s = torch.einsum("bhnd,bhmd->bhnm", q, k[:, heads].conj()) / math.sqrt(q.shape[-1])
-    logits = s.real if score == "real" else s.abs()
-    if causal:
-        future = torch.ones_like(logits, dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2])
-        logits = logits.masked_fill(future, -math.inf)
-    weight = logits.softmax(-1).to(torch.complex128)
-    if score == "phase":
-        weight = weight * torch.sgn(s)
-    return from_complex(weight @ v[:, heads])
+    future = future_keys(q, k) if causal else None
+    return from_complex(native(*(to_complex(x.double()) for x in (q, k, v)), score, future))
 
 
 def operands(length=7, heads=2, kv_heads=2, width=6, dtype=torch.float64, scale=1.0):
@@ -81,6 +72,10 @@ def test_accuracy(score, dtype, sizes):
         return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(kind))]
 
     exact = run(reference, torch.float64)
+
+    def plain(q, k, v, score, causal):
+        return flash(q, k, v, score, future_keys(q, k) if causal else None)
+
     assert_as_accurate(run(complex_attention, dtype), lambda: run(plain, dtype), exact)
 
 
@@ -395,14 +390,12 @@ def test_packed_sequences_compile_without_a_graph_break(score):
 def test_more_heads_than_the_second_axis_of_a_grid_has(monkeypatch):
     """The axes of a grid of CUDA after the first end at 65535."""
     grids = []
-    monkeypatch.setattr(
-        complex_attention_file.triton_code, "launch", lambda _, grid, *a, **o: grids.append(grid)
-    )
+    monkeypatch.setattr(operation.triton_code, "launch", lambda _, grid, *a, **o: grids.append(grid))
     with compiling_for(TARGETS[0], print), torch.device("meta"):
         q = torch.empty(4096, 16, 5, 2, 16)
-        code = complex_attention_file.triton_code
-        out, lse = code._forward_triton(q, q, q, "phase", True, None, None)
-        code._backward_triton(q, q, q, q, out, lse, "phase", True, None, None)
+        code, mask = operation.triton_code, Mask(True)
+        out, lse = code.forward(q, q, q, "phase", mask)
+        code.backward(q, q, q, q, out, lse, "phase", mask)
     assert grids == [(4096 * 16,)] * 3
 
 
@@ -414,9 +407,9 @@ def test_where_real_scores_go_on_a_gpu(queries, keys, width, sdpa, deterministic
     torch.use_deterministic_algorithms(deterministic)
     with compiling_for(TARGETS[0], print):
         q, k = (torch.empty(1, 2, n, 2, width, device="meta").bfloat16() for n in (queries, keys))
-        takes = complex_attention_file._takes_sdpa(q, k, k, True)
+        takes = operation._takes_sdpa(q, k, k, True)
         assert takes == (sdpa and not (deterministic and width <= 128))
-        assert complex_attention_file._takes_sdpa(q, k, k, False) == (not deterministic or width > 128)
+        assert operation._takes_sdpa(q, k, k, False) == (not deterministic or width > 128)
 
 
 def test_double_backward_is_refused():

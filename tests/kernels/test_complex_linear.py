@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from rounding import assert_as_accurate
 
+from kernels.complex_activation.plain import activation as activate
 from kernels.complex_linear import (
     PARAMETERS,
     PINNED,
@@ -15,9 +17,9 @@ from kernels.complex_linear import (
     complex_linear,
     complex_linear_activated,
 )
+from kernels.complex_linear.plain import linear, linear_activated
 from kernels.complex_linear.triton_code import compile_cases
 from kernels.launch import INTERPRETER, TARGETS
-from kernels.planar import modulus, modulus_floor, upcast
 from muse.planar import multiply
 
 ROWS, FAN_IN, FAN_OUT = 3, 4, 5
@@ -41,27 +43,6 @@ def chosen(tensors, activation, *more):
     return {name: tensors[name] for name in names}
 
 
-def product(x, weight, bias=None):
-    """By PyTorch's own complex numbers."""
-    y = torch.complex(*x.unbind(-2)) @ torch.complex(*weight).T
-    y = y if bias is None else y + torch.complex(*bias)
-    return torch.stack((y.real, y.imag), -2)
-
-
-def activate(z, activation, offset=None, slope=None):
-    """As a user would write it."""
-    x = upcast(z)
-    match activation:
-        case "mod_relu":
-            size = modulus(x, modulus_floor(z.dtype))
-            return (x * (torch.relu(size + offset) / size).unsqueeze(-2)).to(z.dtype)
-        case "mod_swish":
-            return (x * torch.sigmoid(slope * modulus(x) + offset).unsqueeze(-2)).to(z.dtype)
-        case "split_gelu":
-            return torch.nn.functional.gelu(z)
-    return z
-
-
 def gradients(outputs, inputs, cotangents):
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None]
     return torch.autograd.grad([o for o, _ in pairs], list(inputs.values()), [c for _, c in pairs])
@@ -73,7 +54,7 @@ def test_product_is_the_complex_product(products, extra):
     t = tensors()
     used = {name: t[name] for name in ("x", "weight", *extra)}
     y = complex_linear(**used, products=products)
-    expected = product(t["x"], t["weight"], used.get("bias")) + used.get("residual", 0)
+    expected = linear(t["x"], t["weight"], used.get("bias")) + used.get("residual", 0)
     torch.testing.assert_close(y, expected)
     cotangent = torch.randn_like(y)
     got = gradients([y], used, [cotangent])
@@ -120,7 +101,7 @@ def test_activated_value(activation, with_residual):
     t = tensors(requires_grad=False)
     used = chosen(t, activation, *(["residual"] if with_residual else []))
     active, hidden = complex_linear_activated(**used, activation=activation)
-    torch.testing.assert_close(hidden, product(t["x"], t["weight"], t["bias"]))
+    torch.testing.assert_close(hidden, linear(t["x"], t["weight"], t["bias"]))
     parameters = [t[name] for name in PARAMETERS[activation]]
     expected = activate(hidden, activation, *parameters) + used.get("residual", 0)
     torch.testing.assert_close(active, expected)
@@ -235,10 +216,7 @@ def test_accuracy(activation, dtype, sizes):
     used = chosen(t, activation, "residual")
     cotangents = [torch.randn(sizes[0], 2, sizes[2]).to(dtype) for _ in range(2)]
 
-    def plain(x, weight, bias, residual, offset=None, slope=None):
-        (x_re, x_im), (w_re, w_im) = x.unbind(-2), weight
-        hidden = torch.stack((x_re @ w_re.T - x_im @ w_im.T, x_re @ w_im.T + x_im @ w_re.T), -2) + bias
-        return activate(hidden, activation, offset, slope) + residual, hidden
+    plain = partial(linear_activated, activation=activation)
 
     def run(function, inputs):
         leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
@@ -252,7 +230,7 @@ def test_accuracy(activation, dtype, sizes):
 
 def test_error_of_three_products():
     t = tensors(torch.bfloat16, 512, 256, 256, requires_grad=False)
-    exact = product(t["x"].double(), t["weight"].double())
+    exact = linear(t["x"].double(), t["weight"].double())
 
     def error(products):
         y = complex_linear(t["x"], t["weight"], products=products).double()

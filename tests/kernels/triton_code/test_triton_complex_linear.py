@@ -11,8 +11,9 @@ from rounding import assert_as_accurate
 import kernels.complex_linear as implementation
 from kernels.complex_activation import complex_activation
 from kernels.complex_linear import PARAMETERS, PINNED, complex_linear, complex_linear_activated
+from kernels.complex_linear.plain import linear, linear_activated
 from kernels.launch import eager
-from kernels.planar import modulus, modulus_floor, upcast
+from kernels.planar import modulus_floor
 
 # Rows, in and out. The interpreter's blocks are 32 up to 64 features out, else 64.
 ONE = (1, 1, 1)
@@ -80,35 +81,9 @@ def run(function, inputs, cotangents):
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, list(leaves.values()), cotangents)]
 
 
-def plain_product(x, weight, bias=None, residual=None, products=4):
-    """As a user would write it."""
-    (x_re, x_im), (w_re, w_im) = x.unbind(-2), weight
-    if products == 3:
-        first, second, third = x_re @ w_re.T, x_im @ w_im.T, (x_re + x_im) @ (w_re + w_im).T
-        y = torch.stack((first - second, third - first - second), -2)
-    else:
-        y = torch.stack((x_re @ w_re.T - x_im @ w_im.T, x_re @ w_im.T + x_im @ w_re.T), -2)
-    y = y if bias is None else y + bias
-    return y if residual is None else y + residual
-
-
-def plain_activated(x, weight, bias=None, residual=None, offset=None, slope=None, *, activation, floor=None):
-    hidden = plain_product(x, weight, bias)
-    z = upcast(hidden)
-    match activation:
-        case "mod_relu":
-            size = modulus(z, floor or modulus_floor(hidden.dtype))
-            active = (z * (torch.relu(size + offset) / size).unsqueeze(-2)).to(hidden.dtype)
-        case "mod_swish":
-            active = (z * torch.sigmoid(slope * modulus(z) + offset).unsqueeze(-2)).to(hidden.dtype)
-        case "split_gelu":
-            active = torch.nn.functional.gelu(hidden)
-    return (active if residual is None else active + residual), hidden
-
-
 def activated(activation):
     """The function and the plain one."""
-    return [partial(f, activation=activation) for f in (complex_linear_activated, plain_activated)]
+    return [partial(f, activation=activation) for f in (complex_linear_activated, linear_activated)]
 
 
 def check(function, plain, inputs, cotangents):
@@ -127,7 +102,7 @@ def alternating(first, second):
 def test_product(sizes, dtype, device, launched):
     t = tensors(sizes, dtype, device)
     used = {name: t[name] for name in ("x", "weight", "bias")}
-    check(complex_linear, plain_product, used, [t["grad"]])
+    check(complex_linear, linear, used, [t["grad"]])
     assert launched == ["_product_kernel", "_product_kernel", "_weight_gradient_kernel"]
 
 
@@ -135,14 +110,14 @@ def test_product(sizes, dtype, device, launched):
 def test_three_products(sizes, dtype, device):
     t = tensors(sizes, dtype, device)
     used = {name: t[name] for name in ("x", "weight", "residual")}
-    functions = [partial(function, products=3) for function in (complex_linear, plain_product)]
+    functions = [partial(function, products=3) for function in (complex_linear, linear)]
     check(*functions, used, [t["grad"]])
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_error_of_three_products(dtype, device):
     t = tensors((128, 64, 128), dtype, device)
-    exact = plain_product(t["x"].double(), t["weight"].double())
+    exact = linear(t["x"].double(), t["weight"].double())
 
     def error(products):
         y = complex_linear(t["x"], t["weight"], products=products).double()
@@ -290,11 +265,11 @@ def test_wide_residual(dtype, device):
         return y, active, hidden
 
     def plain_function(**inputs):
-        return plain_product(**inputs), *plain_activated(**inputs, activation="split_gelu")
+        return linear(**inputs), *linear_activated(**inputs, activation="split_gelu")
 
     cotangents = [torch.randn(33, 2, 34, device=device), torch.randn(33, 2, 34, device=device), t["grad"]]
     results = check(function, plain_function, used, cotangents)
-    exact = plain_product(**{name: value.double() for name, value in used.items()})
+    exact = linear(**{name: value.double() for name, value in used.items()})
     # The sum with the residual is rounded once, in float32.
     assert (results[0] - exact).abs().max() < 1e-4
 

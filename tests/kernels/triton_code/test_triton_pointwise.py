@@ -3,69 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 from dtypes import DTYPES, in_each_half
+from pointwise import NORMS, OPERATIONS, case, results, scattered
 from rounding import assert_as_accurate
 
-from kernels import launch
-from kernels.complex_activation import ACTIVATIONS, complex_activation
-from kernels.complex_norm import add_complex_rms_norm, complex_layer_norm, complex_rms_norm
-from kernels.complex_rotary import rotate, split_heads
-
-NORMS = ["rms_norm", "add_rms_norm", "layer_norm"]
-OPERATIONS = [*NORMS, *ACTIVATIONS, "rotate", "rotate_back", "split_heads"]
-HEADS, KV_HEADS = 4, 2
+from kernels.complex_activation import complex_activation
+from kernels.complex_norm import add_complex_rms_norm, complex_rms_norm
+from kernels.complex_rotary import split_heads
 
 
-def case(name, tokens, width, dtype, device, scale=1.0):
-    """An operation of its leaves, and the leaves: the first one of the states scaled."""
-    z, other = (torch.randn(2, tokens, 2, width, device=device).mul(scale).to(dtype) for _ in range(2))
-    pairs = torch.randn(2, tokens, 2, HEADS + 2 * KV_HEADS, width, device=device).mul(scale).to(dtype)
-    gain, gamma = (torch.randn(rows, width, device=device).to(dtype) for rows in (2, 3))
-    offset, slope = torch.randn(2, width, device=device).mul(0.7).to(dtype)
-    angle = torch.rand(tokens, width, device=device) * 6
-    table = torch.stack((angle.cos(), angle.sin()), dim=-2)
-    match name:
-        case "rms_norm":
-            return complex_rms_norm, [z, gain]
-        case "add_rms_norm":
-            return add_complex_rms_norm, [z, other, gain]
-        case "layer_norm":
-            return complex_layer_norm, [z, gamma, gain]
-        case "rotate":
-            return lambda z: rotate(z, table), [z]
-        case "rotate_back":
-            return lambda z: rotate(z, table, inverse=True), [z]
-        case "split_heads":
-            return lambda x: split_heads(x, table, HEADS, KV_HEADS), [pairs]
-    return lambda z, *p: complex_activation(z, name, *p), [z, offset, slope][: 1 + ACTIVATIONS[name]]
-
-
-def results(function, leaves, dtype=None, spread=False):
-    """Outputs, then the gradients of all leaves for random gradients of all outputs.
-
-    The maths runs in ``dtype``, on leaves and gradients that were rounded to the dtype of the first leaf.
-    """
-    rounded = leaves[0].dtype
-    leaves = [leaf.detach().to(dtype or leaf.dtype).requires_grad_() for leaf in leaves]
-    outputs = function(*leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [
-        torch.randn(x.shape, generator=generator).to(x.device, rounded).to(x.dtype) for x in outputs
-    ]
-    if spread:
-        cotangents = [x.mT.contiguous().mT for x in cotangents]
-    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, cotangents)]
-
-
-def check(function, leaves):
-    """Outputs and gradients against the eager implementation in float64."""
-
-    def eager(dtype=None):
-        with launch.eager():
-            return results(function, leaves, dtype)
-
+def check(function, plain, leaves):
+    """Outputs and gradients against the plain formula in float64."""
     got = results(function, leaves)
-    assert_as_accurate(got, eager, eager(torch.float64))
+    assert_as_accurate(got, lambda: results(plain, leaves), results(plain, leaves, torch.float64))
     return got
 
 
@@ -83,36 +32,30 @@ def alternating(names, variants):
     ("name", "sizes", "dtype"), alternating(OPERATIONS, [(1, 1), (61, 5), (2, 63), (3, 65)])
 )
 def test_value_and_every_gradient(name, sizes, dtype, device):
-    function, leaves = case(name, *sizes, dtype, device)
-    check(function, leaves)
+    check(*case(name, *sizes, dtype, device=device))
 
 
 @pytest.mark.parametrize(("name", "width", "dtype"), alternating([*NORMS, "mod_swish", "rotate"], [1025]))
 def test_wide_tokens(name, width, dtype, device):
-    function, leaves = case(name, 2, width, dtype, device)
-    check(function, leaves)
+    check(*case(name, 2, width, dtype, device=device))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_neither_inputs_nor_gradients_need_be_contiguous(name, device):
-    function, leaves = case(name, 3, 17, torch.float32, device)
-    spread = [
-        leaf.mT.contiguous().mT if leaf.ndim > 1 else leaf[:, None].repeat(1, 2)[:, 0] for leaf in leaves
-    ]
-    assert not any(leaf.is_contiguous() for leaf in spread)
-    assert all(map(torch.equal, results(function, spread, spread=True), results(function, leaves)))
+    function, _, leaves = case(name, 3, 17, torch.float32, device=device)
+    spread = results(function, scattered(leaves), spread=True)
+    assert all(map(torch.equal, spread, results(function, leaves)))
 
 
 @pytest.mark.parametrize(("name", "scale", "dtype"), alternating(OPERATIONS, [0.0, 1e-6, 100.0]))
 def test_zeros_tiny_and_large_values(name, scale, dtype, device):
-    function, leaves = case(name, 3, 9, dtype, device, scale)
-    assert all(x.isfinite().all() for x in check(function, leaves))
+    assert all(x.isfinite().all() for x in check(*case(name, 3, 9, dtype, device=device, scale=scale)))
 
 
 @pytest.mark.parametrize("kind", ["constant", "real", "imaginary", "dependent", "equal"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_norm_of_degenerate_tokens(kind, dtype, device):
-    function, (z, gamma, beta) = case("layer_norm", 3, 33, dtype, device, scale=100.0)
+    function, _, (z, gamma, beta) = case("layer_norm", 3, 33, dtype, device=device, scale=100.0)
     re = z[..., 0, :].clone()
     match kind:
         case "constant":
@@ -132,14 +75,14 @@ def test_layer_norm_of_degenerate_tokens(kind, dtype, device):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_repeated_backward_is_bitwise_equal(name, device):
-    function, leaves = case(name, 30, 9, torch.float32, device)
+    function, _, leaves = case(name, 30, 9, torch.float32, device=device)
     assert all(map(torch.equal, results(function, leaves), results(function, leaves)))
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_are_per_token(name, dtype, device):
-    function, (z, *parameters) = case(name, 20, 9, dtype, device)
+    function, _, (z, *parameters) = case(name, 20, 9, dtype, device=device)
     other = z.clone()
     other[:, -1] = other[:, -1] * 50 + 3
     before, after = (results(lambda z: function(z, *parameters), [x]) for x in (z, other))
@@ -156,19 +99,15 @@ def test_mod_relu_without_offset_is_the_identity(dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_is_that_of_the_rounded_sum(dtype, device):
-    _, (z, branch, gain) = case("add_rms_norm", 20, 33, dtype, device)
+    _, _, (z, branch, gain) = case("add_rms_norm", 20, 33, dtype, device=device)
     total, normal = add_complex_rms_norm(z, branch, gain)
     assert torch.equal(total, z + branch)
     assert torch.equal(normal, complex_rms_norm(total, gain))
 
 
 def test_sum_and_norm_with_only_the_norm_used(device):
-    _, leaves = case("add_rms_norm", 5, 9, torch.float32, device)
-
-    def normal(*leaves):
-        return add_complex_rms_norm(*leaves)[1]
-
-    check(normal, leaves)
+    *functions, leaves = case("add_rms_norm", 5, 9, torch.float32, device=device)
+    check(*(lambda *leaves, f=f: f(*leaves)[1] for f in functions), leaves)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (6, 3), (5, 5)])
@@ -184,21 +123,18 @@ def test_heads_are_split_as_by_torch(heads, device):
 @pytest.mark.parametrize("name", [*NORMS, "mod_relu", "mod_swish"])
 def test_parameters_may_be_float32_for_float16_states(name, device):
     """As under autocast."""
-    function, (z, *parameters) = case(name, 3, 9, torch.float16, device)
+    function, plain, (z, *parameters) = case(name, 3, 9, torch.float16, device=device)
     if name == "add_rms_norm":
         leaves = [z, parameters[0], parameters[1].float()]
     else:
         leaves = [z, *(parameter.float() for parameter in parameters)]
-    for actual, leaf in zip(check(function, leaves)[-len(leaves) :], leaves, strict=True):
+    for actual, leaf in zip(check(function, plain, leaves)[-len(leaves) :], leaves, strict=True):
         assert actual.dtype == leaf.dtype
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_no_tokens(name, device):
-    function, leaves = case(name, 3, 9, torch.float32, device)
-    leaves[: 2 if name == "add_rms_norm" else 1] = [
-        leaf[:0] for leaf in leaves[: 2 if name == "add_rms_norm" else 1]
-    ]
+    function, _, leaves = case(name, 3, 9, torch.float32, batch=0, device=device)
     out, *_ = got = results(function, leaves)
     assert out.numel() == 0
     assert all((gradient == 0).all() for gradient in got[-len(leaves) :])
