@@ -230,10 +230,8 @@ def _agreed(name: str, measure: Callable[[], str]) -> str:
 
 def pinned_beside(file: str) -> Pinned:
     """The table of configurations beside the file of Triton code ``file``, by the name of their folder."""
-    path = Path(file).with_suffix(".json")
-    # An operation that is a single file has its table under the same name.
-    name, path = (path.stem, path) if path.exists() else (path.parent.name, path.with_name("pinned.json"))
-    return Pinned(name, json.loads(path.read_text(encoding="utf-8")))
+    path = Path(file).with_name("pinned.json")
+    return Pinned(path.parent.name, json.loads(path.read_text(encoding="utf-8")))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
