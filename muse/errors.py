@@ -11,18 +11,6 @@ class ConfigError(ValueError):
     everywhere = True
 
 
-class ValueUnknown(ConfigError):
-    """A value that is none of the few an option may have.
-
-    Attributes:
-        allowed: those values.
-    """
-
-    def __init__(self, message: str, allowed: tuple[str, ...] = ()) -> None:
-        super().__init__(message)
-        self.allowed = allowed
-
-
 class RunError(RuntimeError):
     """A run that cannot go on; the message says what happened and what is kept.
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from kernels.symplectic import POTENTIALS
-from muse import config as options
+from muse import config
 from muse.config import (
     BenchConfig,
     BenchmarkConfig,
@@ -29,6 +30,7 @@ from muse.dynamics import INTEGRATORS
 from muse.dynamics.potential import FORCE_DTYPES
 from muse.errors import ConfigError
 from muse.launch.composition import prepare_hydra
+from muse.options import allowed_values, options_of
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 # What is below conf/hydra is about Hydra itself (tests/test_sweep.py).
@@ -144,34 +146,69 @@ def test_a_value_that_cannot_be_used_is_named(kind, values, named):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize(
-    ("kind", "values", "allowed"),
-    [
-        (StageConfig, {"precision": "x"}, options.PRECISIONS),
-        (StageConfig, {"mixer": "x"}, options.MIXERS),
-        (StageConfig, {"score": "x"}, options.SCORES),
-        (StageConfig, {"activation": "x"}, options.ACTIVATIONS),
-        (StageConfig, {"number": "0", "activation": "x"}, options.REAL_ACTIVATIONS),
-        (StageConfig, {"norm": "x"}, options.NORMS),
-        (StageConfig, {"init": "x"}, options.INITS),
-        (StageConfig, {"integrator": "x"}, options.INTEGRATORS),
-        (StageConfig, {"gradient": "x"}, options.GRADIENTS),
-        (StageConfig, {"potential": "x"}, options.POTENTIALS),
-        (StageConfig, {"phi": "x"}, options.PHIS),
-        (StageConfig, {"force_precision": "x"}, options.FORCE_PRECISIONS),
-        (BenchmarkConfig, {"integrator": "x"}, options.INTEGRATORS),
-        (DataConfig, {"name": "x"}, options.CORPORA),
-        (BenchmarkConfig, {"name": "x"}, options.BENCHMARKS),
-    ],
-)
-def test_the_allowed_values_are_listed_and_work(kind, values, allowed):
+DECLARED = [
+    (kind, field.name)
+    for kind in vars(config).values()
+    if dataclasses.is_dataclass(kind) and kind.__module__ == config.__name__
+    for field in dataclasses.fields(kind)
+    if "option" in field.metadata and field.name in kind.__annotations__
+]
+CHOSEN = [
+    (kind, name, group)
+    for kind, name in DECLARED
+    for group in (
+        [StageConfig(number="0", activation="gelu"), StageConfig(number="3a", activation="gelu")]
+        if (kind, name) == (StageConfig, "activation")
+        else []
+    )
+    + [kind()]
+    if allowed_values(group, name)
+]
+BOUNDED = [(kind, name) for kind, name in DECLARED if options_of(kind)[name].bounds]
+
+
+@pytest.mark.parametrize(("kind", "name", "group"), CHOSEN, ids=lambda value: getattr(value, "__name__", ""))
+def test_the_allowed_values_are_listed_and_work(kind, name, group):
+    allowed = allowed_values(group, name)
+    is_list = isinstance(getattr(group, name), list)
     with pytest.raises(ConfigError) as caught:
-        kind(**values)
-    assert str(caught.value).endswith(", ".join(allowed))
-    (option,) = [name for name, value in values.items() if value == "x"]
+        dataclasses.replace(group, **{name: ["x"] if is_list else "x"})
+    assert str(caught.value).endswith(f"=x is not known; choose one of {', '.join(allowed)}")
+    # What goes with some of them.
+    others = {("data", "text"): {"path": "somewhere"}}
+    for number in ("0", "3a"):
+        others["stage", number] = {"activation": "gelu"}
     for value in allowed:
-        path = {"path": "somewhere"} if kind is DataConfig else {}
-        assert getattr(kind(**{**values, **path, option: value}), option) == value
+        own: Any = [value] if is_list else int(value) if options_of(kind)[name].type is int else value
+        also = others.get((options_of(kind)[name].given_as, value), {})
+        assert getattr(dataclasses.replace(group, **{name: own, **also}), name) == own
+
+
+@pytest.mark.parametrize(("kind", "name"), BOUNDED, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_a_bound_is_told_and_holds(kind, name):
+    declared = options_of(kind)[name]
+    group = WidthConfig(1, 1, 1, 1, 1) if kind is WidthConfig else kind()
+    is_list, whole = isinstance(getattr(group, name), list), declared.type in (int, int | None)
+
+    def given(value: float) -> Any:
+        return dataclasses.replace(group, **{name: [value] * len(getattr(group, name)) if is_list else value})
+
+    for bound, side in (
+        *((declared.at_least, -1), (declared.at_most, 1)),
+        *((declared.above, -1), (declared.below, 1)),
+    ):
+        if bound is None:
+            continue
+        beyond = bound + side if whole else math.nextafter(bound, side * math.inf)
+        excluded = bound in (declared.above, declared.below)
+        if not excluded:
+            given(bound)
+        for value in [beyond, *([bound] if excluded else []), *([] if whole else [math.inf, math.nan])]:
+            with pytest.raises(ConfigError) as caught:
+                given(value)
+            told = str(caught.value)
+            assert f"{name}={value} " in told
+            assert declared.bounds in told
 
 
 @pytest.mark.parametrize(
@@ -239,9 +276,10 @@ def test_the_tokenizer_and_the_optimiser_follow_the_model():
 
 
 def test_the_options_of_the_flow_are_those_that_exist():
-    assert set(options.INTEGRATORS) == set(INTEGRATORS)
-    assert set(options.PHIS) == set(POTENTIALS)
-    assert set(options.FORCE_PRECISIONS) == set(FORCE_DTYPES)
+    stage = StageConfig()
+    assert set(allowed_values(stage, "integrator")) == set(INTEGRATORS)
+    assert set(allowed_values(stage, "phi")) == set(POTENTIALS)
+    assert set(allowed_values(stage, "force_precision")) == set(FORCE_DTYPES)
 
 
 @pytest.mark.parametrize("stage", ["0", "1", "2", "3a"])

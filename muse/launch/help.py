@@ -1,10 +1,11 @@
-"""What ``--help`` says of groups and options: the docstrings of muse.config and the comments in conf/."""
+"""What ``--help`` says of groups and options: the declarations of muse.config and the comments in conf/."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import textwrap
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,9 @@ def _detailed(path: str, option: Option, composed: DictConfig, config: Any) -> l
         node, config = node[parent], getattr(config, parent)
     values = allowed_values(config, name)
     may_be = f"one of {', '.join(values)}" if values else type_name(option.type)
+    if option.bounds:
+        each = "each " if typing.get_origin(option.type) is list else ""
+        may_be += f", {each}{option.bounds}"
     if OmegaConf.is_interpolation(node, name):
         written = OmegaConf.to_container(node, resolve=False)
         assert isinstance(written, dict)

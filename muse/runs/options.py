@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 
-from muse.config import RunConfig
+from muse.config import BenchConfig, RunConfig
 from muse.errors import ConfigError
+from muse.options import options_of
 
 C = TypeVar("C", bound=RunConfig)
 # From the value of an option to another one.
@@ -23,10 +24,7 @@ Changes = dict[str, tuple[Any, Any]]
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
 # Options that a choice of a group says; the others below it are what is usual for the choice.
-CHOICE = {
-    "stage": "stage.number",
-    **{group: f"{group}.name" for group in ("model", "data", "tokenizer", "optim")},
-}
+CHOICE = {option.given_as: path for path, option in options_of(BenchConfig).items() if option.given_as}
 # Stands for the value of an option that this version does not have.
 UNKNOWN = "no option of this version"
 # Options that say how a run goes on: resume=<run folder> may give other values than it had so far.
