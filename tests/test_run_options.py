@@ -21,8 +21,8 @@ from muse.config import (
     register_schemas,
 )
 from muse.errors import ConfigError
+from muse.runs.folder import RUN_FILE
 from muse.runs.options import (
-    RUN_FILE,
     differences,
     folder_of_kind,
     may_go_on,

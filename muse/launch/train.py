@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
@@ -15,7 +14,8 @@ from muse.config import RunConfig
 from muse.files import full_disk_told
 from muse.launch.sweep import given_options, record, sweep_folder
 from muse.processes.isolated import run_isolated
-from muse.runs.options import RESULT_FILE, RUN_FILE, may_go_on, with_options_of
+from muse.runs.folder import RUN_FILE, read_result
+from muse.runs.options import may_go_on, with_options_of
 from muse.runs.provenance import UNIDENTIFYING
 
 
@@ -35,7 +35,7 @@ def run_train(config: RunConfig, run: Path) -> int:
     else:
         status = run_isolated(_train, config, run, True)
     if status == 0 and sweep is not None:
-        result = _result(run)
+        result = read_result(run)
         record(_values(result, run, sweep), "reused" if "reused_from" in result else "trained")
     return status
 
@@ -51,7 +51,7 @@ def _with_options_of_run(config: RunConfig) -> RunConfig:
 
 def validation_loss() -> float:
     """Validation loss at the end of the job that Hydra is running; infinite where it did not get there."""
-    loss = (_result(Path(HydraConfig.get().runtime.output_dir)).get("valid") or {}).get("loss")
+    loss = (read_result(Path(HydraConfig.get().runtime.output_dir)).get("valid") or {}).get("loss")
     return math.inf if loss is None else float(loss)
 
 
@@ -61,14 +61,6 @@ def _train(config: RunConfig, run: Path, in_sweep: bool) -> int:
 
     with full_disk_told(run):
         return run_training(config, run, in_sweep)
-
-
-def _result(run: Path) -> dict[str, Any]:
-    try:
-        result: dict[str, Any] = json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return result
 
 
 def _values(result: dict[str, Any], run: Path, sweep: Path) -> dict[str, Any]:

@@ -16,13 +16,12 @@ from safetensors import SafetensorError, safe_open
 from muse.config import BenchConfig, RunConfig
 from muse.errors import ConfigError
 from muse.options import options_of
+from muse.runs.folder import RUN_FILE, read_run
 
 C = TypeVar("C", bound=RunConfig)
 # From the value of an option to another one.
 Changes = dict[str, tuple[Any, Any]]
 
-RUN_FILE = "run.json"
-RESULT_FILE = "result.json"
 # Options that a choice of a group says; the others below it are what is usual for the choice.
 CHOICE = {option.given_as: path for path, option in options_of(BenchConfig).items() if option.given_as}
 # Stands for the value of an option that this version does not have.
@@ -57,14 +56,11 @@ def stored_options(place: Path) -> dict[str, Any]:
     try:
         if place.suffix == ".safetensors":
             with safe_open(place, "pt") as opened:
-                config = json.loads((opened.metadata() or {})["config"])
+                config: dict[str, Any] = json.loads((opened.metadata() or {})["config"])
         else:
             # Also <run>/checkpoints/step_00000200.
-            files = [folder / RUN_FILE for folder in (place, place.parent.parent)]
-            file = next((file for file in files if file.exists()), files[0])
-            config = json.loads(file.read_text(encoding="utf-8"))["config"]
-        if not isinstance(config, dict):
-            raise ValueError("its configuration is no object of JSON")
+            of_checkpoint = (place.parent.parent / RUN_FILE).exists() and not (place / RUN_FILE).exists()
+            config = read_run(place.parent.parent if of_checkpoint else place)["config"]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{place} does not say which options its weights were trained with ({error}); give the "

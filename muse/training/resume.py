@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from muse.files import find_files
 from muse.processes.ranks import ranks
 from muse.report.metrics import read_metrics
 from muse.runs.checkpoints import find_checkpoint
-from muse.runs.options import RESULT_FILE, RUN_FILE, Changes, below, differences, may_go_on, refuse, told
+from muse.runs.folder import RESULT_FILE, RUN_FILE, read_run
+from muse.runs.options import Changes, below, differences, may_go_on, refuse, told
 from muse.runs.provenance import UNIDENTIFYING, UNIDENTIFYING_OPTIONS
 from muse.training.schedule import learning_rate, same_until
 
@@ -125,10 +125,9 @@ def _changes(described: dict[str, Any], config: RunConfig) -> Changes:
 def _described(run: Path) -> dict[str, Any] | None:
     """What a run wrote of itself; None where that cannot be read."""
     try:
-        found = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+        return read_run(run)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("config"), dict) else None
 
 
 def history_of(found: Previous, step: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from muse.report.metrics import MetricsLog, read_metrics
 from muse.report.run_plot import plot_flow, plot_loss_curve
 from muse.report.table import table
 from muse.runs.checkpoints import adopt_checkpoints, find_sound_checkpoint, load_state
-from muse.runs.options import RESULT_FILE, RUN_FILE, told
+from muse.runs.folder import RESULT_FILE, RUN_FILE, SAMPLE_FILE, read_result
+from muse.runs.options import told
 from muse.runs.provenance import provenance
 from muse.training.profile import require_steps
 from muse.training.resume import (
@@ -105,7 +105,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
     failed = True
     try:
         if previous is not None and checkpoint is not None:
-            adopt_checkpoints(previous, checkpoint, run)
+            adopt_checkpoints(previous, checkpoint, run, state is not None and state.best)
         # Last, because a run is continued as soon as this is there: it then has all of the one before.
         write_json(
             run / RUN_FILE,
@@ -133,7 +133,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
         print(_table(result))
         text = _sample(config, model, data)
         if text is not None:
-            write_atomically(run / "sample.txt", text + "\n")
+            write_atomically(run / SAMPLE_FILE, text + "\n")
             print(f"\nsample, after {PROMPT} tokens of the validation split:\n{text}")
         print(f"\neverything is in {run}")
         failed = False
@@ -190,7 +190,7 @@ def _table(result: TrainResult) -> str:
 
 def _reuse(previous: Path, run: Path) -> None:
     """Give the folder ``run`` the results of a finished run."""
-    finished = json.loads((previous / RESULT_FILE).read_text(encoding="utf-8"))
+    finished = read_result(previous)
     if finished.get("checkpoint") is not None:
         finished["checkpoint"] = os.path.relpath(previous / finished["checkpoint"], run)
     write_json(run / RESULT_FILE, {"reused_from": os.path.relpath(previous, run), **finished})
