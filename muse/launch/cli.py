@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from muse.config import build_config
 from muse.errors import ConfigError, RunError
-from muse.files import full_disk_told
+from muse.files import disk_full_as_run_error
 from muse.launch.composition import one_line, prepare_hydra
 from muse.launch.help import help_text
 from muse.launch.sweep import check_plugins, digest, finish_sweep, record, record_failure, record_interruption
@@ -101,7 +101,7 @@ def start(main: Callable[[], Any]) -> None:
     """Run a command of Hydra and exit with the status of its worst job."""
     prepare()
     try:
-        with full_disk_told("the folder of the run"):
+        with disk_full_as_run_error("the folder of the run"):
             main()
     except (ConfigError, RunError) as error:
         _say(error)
@@ -140,7 +140,7 @@ def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
         return
     run = Path(HydraConfig.get().runtime.output_dir)
     try:
-        with signals.working(), full_disk_told(run):
+        with signals.working(), disk_full_as_run_error(run):
             record({}, UNFINISHED)
             status = job(build_config(composed), run)
     except (ConfigError, RunError) as error:
@@ -203,7 +203,7 @@ def _say_interrupted() -> None:
 def finish() -> None:
     """Show the summary of a multirun, and exit with the status of the worst job."""
     try:
-        with full_disk_told(Path()):
+        with disk_full_as_run_error(Path()):
             status = finish_sweep()
     except RunError as error:
         _say(error)

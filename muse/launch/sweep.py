@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from muse.errors import ConfigError, RunError
-from muse.files import full_disk_told
+from muse.files import disk_full_as_run_error
 from muse.processes.signals import wait_for_cells
 from muse.report.sweep import (
     INCOMPLETE,
@@ -144,7 +144,7 @@ def record_interruption() -> None:
 
 def _record_if_there_is_space(values: dict[str, Any], status: str) -> None:
     # What ended the cell is told anyway, and is often the full disk itself.
-    with suppress(RunError), full_disk_told(Path()):
+    with suppress(RunError), disk_full_as_run_error(Path()):
         record(values, status)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from muse.config import RunConfig
-from muse.files import full_disk_told
+from muse.files import disk_full_as_run_error
 from muse.launch.sweep import given_options, record, sweep_folder
 from muse.processes.isolated import run_isolated
 from muse.runs.folder import RUN_FILE, read_result
@@ -59,7 +59,7 @@ def _train(config: RunConfig, run: Path, in_sweep: bool) -> int:
     # A process that only waits for another one does not need torch.
     from muse.training.run import run_training
 
-    with full_disk_told(run):
+    with disk_full_as_run_error(run):
         return run_training(config, run, in_sweep)
 
 

@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from muse.errors import RunError, of_all_ranks
-from muse.files import sync, write_atomically
+from muse.files import fsync, write_atomically
 from muse.processes.ranks import gathered, rank, ranks, same
 from muse.runs.checkpoints import (
     BEST,
@@ -114,7 +114,7 @@ class CheckpointWriter:
                 buffer = io.BytesIO()
                 torch.save({**vars(state), "random": randoms, "best": best}, buffer)
                 (temporary / STATE).write_bytes(buffer.getvalue())
-                sync(temporary / STATE)
+                fsync(temporary / STATE)
 
         self._together(state.step, start)
         if exists:
@@ -167,9 +167,9 @@ class CheckpointWriter:
                 return
             (pending.temporary / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
             for path in (pending.temporary / HASHES, pending.temporary):
-                sync(path)
+                fsync(path)
             os.rename(pending.temporary, self.folder / name)
-            sync(self.folder)
+            fsync(self.folder)
             self._counts(name, pending.best)
 
         self._together(pending.step, count)
