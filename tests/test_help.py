@@ -65,7 +65,7 @@ def shown(monkeypatch, capsys, tmp_path):
     """What a command shows with arguments: its exit status, standard output and error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr("muse.processes.signals.take_signals_of_command", lambda: None)
+    monkeypatch.setattr("muse.processes.signals.install_command_handlers", lambda: None)
 
     def show(*arguments: str, script: str = "train.py"):
         monkeypatch.setattr(sys, "argv", [script, *arguments])

@@ -50,7 +50,7 @@ OmegaConf.register_new_resolver("muse.kind", folder_of_kind, replace=True)
 
 def prepare() -> None:
     """Make ready for Hydra: signals, what it is told beside the command line, and how it composes."""
-    signals.take_signals_of_command()
+    signals.install_command_handlers()
     # Those of a command that this process has run before are not this one's.
     _statuses.clear()
     # Errors come out of Hydra as they are, so that they can be told in one sentence.
@@ -135,12 +135,12 @@ def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
     summary. Ctrl-C and SIGTERM end all.
     """
     if not signals.is_command():
-        signals.take_signals_of_worker()
-    if signals.asked() is not None:
+        signals.install_worker_handlers()
+    if signals.received() is not None:
         return
     run = Path(HydraConfig.get().runtime.output_dir)
     try:
-        with signals.working(), disk_full_as_run_error(run):
+        with signals.job_running(), disk_full_as_run_error(run):
             record({}, UNFINISHED)
             status = job(build_config(composed), run)
     except (ConfigError, RunError) as error:
@@ -159,22 +159,22 @@ def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
         _say_interrupted()
         status = 130
     except SystemExit:
-        asked = signals.asked()
-        if asked is None:  # Slurm's time is over, and submitit has queued the cell again.
+        received = signals.received()
+        if received is None:  # Slurm's time is over, and submitit has queued the cell again.
             raise
         _say_interrupted()
-        status = 128 + asked
+        status = 128 + received
     except Exception as error:
         record_failure(error)
         raise
     if status > 128:
         record_interruption()
-    signals.leave_orphaned()
+    signals.exit_if_orphaned()
     _statuses.append(status)
     # A worker returns instead: it would be ended, and with it the others, which may not have saved yet.
-    asked = signals.asked()
-    if signals.is_command() and (status > 128 or asked is not None):
-        sys.exit(status if asked is None else 128 + asked)
+    received = signals.received()
+    if signals.is_command() and (status > 128 or received is not None):
+        sys.exit(status if received is None else 128 + received)
 
 
 def _of_lost_ranks(error: RuntimeError) -> bool:
