@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from muse.errors import RunError, of_all_ranks
 from muse.files import write_atomically
-from muse.processes.ranks import first_rank_does, ranks
+from muse.processes.ranks import on_first_rank, ranks
 from muse.runs.folder import CHECKPOINTS
 
 STATE = "state.pt"
@@ -187,7 +187,7 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
     Raises:
         RunError: on every rank, when the files are damaged, cannot be read, or hold other tensors.
     """
-    damage = first_rank_does(lambda: find_damage(checkpoint))
+    damage = on_first_rank(lambda: find_damage(checkpoint))
     if damage is not None:
         raise of_all_ranks(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")
     try:

@@ -15,7 +15,7 @@ from muse.errors import ConfigError
 from muse.files import write_atomically, write_json
 from muse.hardware import describe, use_hardware
 from muse.models import LanguageModel
-from muse.processes.ranks import first_rank_does, joined_ranks, rank, ranks, same
+from muse.processes.ranks import broadcast, on_first_rank, process_group, rank, ranks
 from muse.report.metrics import MetricsLog, read_metrics
 from muse.report.run_plot import plot_flow, plot_loss_curve
 from muse.report.table import table
@@ -52,8 +52,8 @@ def run_training(config: RunConfig, run: Path, in_sweep: bool = False) -> int:
         Exit status: 0, or 128 + the number of the signal that interrupted the run.
     """
     device = use_hardware(config.hardware)
-    with joined_ranks(device):
-        return _run_on_ranks(config, same(run), device, in_sweep)
+    with process_group(device):
+        return _run_on_ranks(config, broadcast(run), device, in_sweep)
 
 
 def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: bool) -> int:
@@ -61,7 +61,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
         raise ConfigError(
             "data=synthetic has nothing to learn, it is for benchmarks; choose data=stdlib, wikitext2 or text"
         )
-    found, checkpoint = first_rank_does(lambda: _found_to_resume(config, in_sweep))
+    found, checkpoint = on_first_rank(lambda: _found_to_resume(config, in_sweep))
     if found is not None and found.is_finished:
         if rank() == 0:
             _reuse(found.run, run)
@@ -76,7 +76,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
     require_steps(config, state.step if state else 0)
     loaded: list[TokenData] = []
     # The first rank fills data.cache, the others find everything there.
-    first_rank_does(lambda: loaded.append(_load_data(config)))
+    on_first_rank(lambda: loaded.append(_load_data(config)))
     try:
         data = loaded[0] if loaded else _load_data(config)
     except ConfigError as error:
