@@ -81,7 +81,7 @@ def on_first_rank(act: Callable[[], T]) -> T:
             found = None, error
     value, failure = broadcast(found)
     if failure is not None:
-        failure.everywhere = True
+        failure.of_all_ranks = True
         raise failure
     return cast(T, value)
 

@@ -81,7 +81,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
         data = loaded[0] if loaded else _load_data(config)
     except ConfigError as error:
         # The first rank has found everything.
-        error.everywhere = False
+        error.of_all_ranks = False
         raise
     if rank() > 0:
         model, result = train(config, data, device, run, lambda step, metrics: None, checkpoint)

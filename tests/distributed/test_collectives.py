@@ -83,7 +83,7 @@ def first_rank_fails(kind: type[Exception]) -> tuple[str, bool, int, list[int]]:
     try:
         on_first_rank(act)
     except (ConfigError, RunError) as error:
-        return str(error), error.everywhere, len(acted), all_gathered(rank())
+        return str(error), error.of_all_ranks, len(acted), all_gathered(rank())
     return "", False, len(acted), []
 
 
@@ -272,7 +272,7 @@ def full_disk(folder: Path, together: str, asynchronous: bool) -> tuple[str, boo
     try:
         run_train(config, folder)
     except RunError as error:
-        return str(error), error.everywhere
+        return str(error), error.of_all_ranks
     return "", False
 
 

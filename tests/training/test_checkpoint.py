@@ -826,7 +826,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_one_of_another_model(tmp
     with pytest.raises(RunError, match=f"{saved} cannot be read: .*{os.strerror(errno.EIO)}") as caught:
         load_weights(saved, small_model())
     assert "another model" not in str(caught.value)
-    assert caught.value.everywhere
+    assert caught.value.of_all_ranks
     assert_one_sentence(caught.value)
 
 
