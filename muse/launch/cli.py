@@ -26,7 +26,7 @@ from muse.launch.sweep import check_plugins, digest, finish_sweep, record, recor
 from muse.processes import signals
 from muse.processes.torchrun import launched_rank, launched_ranks, report_exit
 from muse.report.sweep import UNFINISHED
-from muse.runs.options import folder_of_kind
+from muse.runs.options import stage_and_model
 
 _statuses: list[int] = []
 # How errors of gloo and of a collective's wait begin, which have no class of their own, where ranks do not
@@ -47,7 +47,7 @@ OmegaConf.register_new_resolver(
     lambda *topics, _root_: help_text(_root_, list(map(str, topics))).replace("$", "$$"),
     replace=True,
 )
-OmegaConf.register_new_resolver("muse.kind", folder_of_kind, replace=True)
+OmegaConf.register_new_resolver("muse.kind", stage_and_model, replace=True)
 
 
 def prepare() -> None:

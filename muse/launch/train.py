@@ -15,7 +15,7 @@ from muse.files import disk_full_as_run_error
 from muse.launch.sweep import given_options, record, sweep_folder
 from muse.processes.isolated import run_isolated
 from muse.runs.folder import RUN_FILE, read_result
-from muse.runs.options import may_go_on, with_options_of
+from muse.runs.options import may_change, with_options_of
 from muse.runs.provenance import UNIDENTIFYING
 
 
@@ -46,7 +46,7 @@ def _with_options_of_run(config: RunConfig) -> RunConfig:
     if not named or not (Path(config.resume) / RUN_FILE).exists():
         return config
     groups = {field.name for field in dataclasses.fields(RunConfig)} - {*UNIDENTIFYING}
-    return with_options_of(config, "resume", Path(config.resume), given_options(), groups, may_go_on)
+    return with_options_of(config, "resume", Path(config.resume), given_options(), groups, may_change)
 
 
 def validation_loss() -> float:
