@@ -24,7 +24,7 @@ from muse.report.metrics import MetricsLog
 from muse.report.plots import draw_lines, draw_ratios, draw_stacked, save, subtracted
 from muse.report.table import show, table
 from muse.report.wandb_tables import HOLDERS, drift_lines, result_tables
-from muse.runs.folder import RESULT_FILE
+from muse.runs.options import RESULT_FILE
 from muse.runs.provenance import identity, provenance, source_hash
 
 # Benchmarks that no weights change.

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from muse.config import BenchConfig, RunConfig
 from muse.errors import ConfigError
 from muse.options import options_of
+from muse.runs.folder import RESULT_FILE as RESULT_FILE
 from muse.runs.folder import RUN_FILE, read_run
 
 C = TypeVar("C", bound=RunConfig)
