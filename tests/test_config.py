@@ -146,30 +146,24 @@ def test_a_value_that_cannot_be_used_is_named(kind, values, named):
     assert "\n" not in message
 
 
-DECLARED = [
-    (kind, field.name)
-    for kind in vars(config).values()
-    if dataclasses.is_dataclass(kind) and kind.__module__ == config.__name__
-    for field in dataclasses.fields(kind)
-    if "option" in field.metadata and field.name in kind.__annotations__
-]
+SCHEMAS = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
+GROUPS = [WidthConfig(1, 1, 1, 1, 1) if schema is WidthConfig else schema() for schema in SCHEMAS]
 CHOSEN = [
-    (kind, name, group)
-    for kind, name in DECLARED
-    for group in (
-        [StageConfig(number="0", activation="gelu"), StageConfig(number="3a", activation="gelu")]
-        if (kind, name) == (StageConfig, "activation")
-        else []
-    )
-    + [kind()]
-    if allowed_values(group, name)
+    *((group, field.name) for group in GROUPS for field in dataclasses.fields(group)),
+    *((StageConfig(number=number, activation="gelu"), "activation") for number in ("0", "3a")),
 ]
-BOUNDED = [(kind, name) for kind, name in DECLARED if options_of(kind)[name].bounds]
+CHOSEN = [(group, name) for group, name in CHOSEN if allowed_values(group, name)]
+BOUNDED = [
+    (group, path, option)
+    for group in GROUPS
+    for path, option in options_of(type(group)).items()
+    if option.bounds and "." not in path
+]
 
 
-@pytest.mark.parametrize(("kind", "name", "group"), CHOSEN, ids=lambda value: getattr(value, "__name__", ""))
-def test_the_allowed_values_are_listed_and_work(kind, name, group):
-    allowed = allowed_values(group, name)
+@pytest.mark.parametrize(("group", "name"), CHOSEN, ids=lambda value: getattr(value, "number", str(value)))
+def test_the_allowed_values_are_listed_and_work(group, name):
+    allowed, declared = allowed_values(group, name), options_of(type(group))[name]
     is_list = isinstance(getattr(group, name), list)
     with pytest.raises(ConfigError) as caught:
         dataclasses.replace(group, **{name: ["x"] if is_list else "x"})
@@ -179,15 +173,15 @@ def test_the_allowed_values_are_listed_and_work(kind, name, group):
     for number in ("0", "3a"):
         others["stage", number] = {"activation": "gelu"}
     for value in allowed:
-        own: Any = [value] if is_list else int(value) if options_of(kind)[name].type is int else value
-        also = others.get((options_of(kind)[name].given_as, value), {})
+        own: Any = [value] if is_list else int(value) if declared.type is int else value
+        also = others.get((declared.given_as, value), {})
         assert getattr(dataclasses.replace(group, **{name: own, **also}), name) == own
 
 
-@pytest.mark.parametrize(("kind", "name"), BOUNDED, ids=lambda value: getattr(value, "__name__", str(value)))
-def test_a_bound_is_told_and_holds(kind, name):
-    declared = options_of(kind)[name]
-    group = WidthConfig(1, 1, 1, 1, 1) if kind is WidthConfig else kind()
+@pytest.mark.parametrize(
+    ("group", "name", "declared"), BOUNDED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_bound_is_told_and_holds(group, name, declared):
     is_list, whole = isinstance(getattr(group, name), list), declared.type in (int, int | None)
 
     def given(value: float) -> Any:
