@@ -5,36 +5,24 @@ class ConfigError(ValueError):
     """A configuration value that cannot be used; the message names the option and what is allowed.
 
     Attributes:
-        everywhere: whether every rank should raise it, so that the first one may say it for all.
+        of_all_ranks: whether every rank should raise it, so that the first one may say it for all.
     """
 
-    everywhere = True
-
-
-class ValueUnknown(ConfigError):
-    """A value that is none of the few an option may have.
-
-    Attributes:
-        allowed: those values.
-    """
-
-    def __init__(self, message: str, allowed: tuple[str, ...] = ()) -> None:
-        super().__init__(message)
-        self.allowed = allowed
+    of_all_ranks = True
 
 
 class RunError(RuntimeError):
     """A run that cannot go on; the message says what happened and what is kept.
 
     Attributes:
-        everywhere: whether every rank should raise it, so that the first one may say it for all.
+        of_all_ranks: whether every rank should raise it, so that the first one may say it for all.
     """
 
-    everywhere = False
+    of_all_ranks = False
 
 
 def of_all_ranks(message: str) -> RunError:
     """An error that every rank raises."""
     error = RunError(message)
-    error.everywhere = True
+    error.of_all_ranks = True
     return error

@@ -30,7 +30,7 @@ from muse.runs.checkpoints import (
     load_weights,
     stored_tensors,
 )
-from muse.runs.options import RUN_FILE
+from muse.runs.folder import read_run
 
 
 def export_run(run: Path, file: Path, which: str = "best") -> int:
@@ -54,8 +54,8 @@ def export_run(run: Path, file: Path, which: str = "best") -> int:
         raise ConfigError(f"{file} is not a name for weights; give one that ends in .safetensors")
     checkpoint = find_checkpoint(run, which) or find_checkpoint(run)
     try:
-        config = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError):
+        config = read_run(run)["config"]
+    except (OSError, ValueError):
         config = None
     if checkpoint is None or config is None:
         raise ConfigError(f"{run} is not the folder of a run with a checkpoint; give one that train.py made")

@@ -15,11 +15,11 @@ from typing import Any
 from muse.errors import RunError
 
 # A disk, a user's share of it, or a limit on files is used up.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def full_disk_told(folder: Path | str) -> Iterator[None]:
+def disk_full_as_run_error(folder: Path | str) -> Iterator[None]:
     """Around what writes below ``folder``, or what is called so.
 
     Raises:
@@ -28,7 +28,7 @@ def full_disk_told(folder: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL:
             raise
         raise RunError(
             f"no space is left for {error.filename or folder} ({error.strerror}); free some, or write to "
@@ -42,7 +42,7 @@ def named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in DISK_FULL:
             error.filename = str(path)
         raise
 
@@ -59,12 +59,12 @@ def replacement(path: Path) -> Iterator[Path]:
         with named(path):
             yield temporary
             os.replace(temporary, path)
-            sync(path.parent)
+            fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Have what is written of a file, or the names in a folder, outlive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from kernels.symplectic import POTENTIALS
-from muse import config as options
+from muse import config
 from muse.config import (
     BenchConfig,
     BenchmarkConfig,
@@ -29,6 +30,7 @@ from muse.dynamics import INTEGRATORS
 from muse.dynamics.potential import FORCE_DTYPES
 from muse.errors import ConfigError
 from muse.launch.composition import prepare_hydra
+from muse.options import allowed_values, options_of
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 # What is below conf/hydra is about Hydra itself (tests/test_sweep.py).
@@ -144,34 +146,63 @@ def test_a_value_that_cannot_be_used_is_named(kind, values, named):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize(
-    ("kind", "values", "allowed"),
-    [
-        (StageConfig, {"precision": "x"}, options.PRECISIONS),
-        (StageConfig, {"mixer": "x"}, options.MIXERS),
-        (StageConfig, {"score": "x"}, options.SCORES),
-        (StageConfig, {"activation": "x"}, options.ACTIVATIONS),
-        (StageConfig, {"number": "0", "activation": "x"}, options.REAL_ACTIVATIONS),
-        (StageConfig, {"norm": "x"}, options.NORMS),
-        (StageConfig, {"init": "x"}, options.INITS),
-        (StageConfig, {"integrator": "x"}, options.INTEGRATORS),
-        (StageConfig, {"gradient": "x"}, options.GRADIENTS),
-        (StageConfig, {"potential": "x"}, options.POTENTIALS),
-        (StageConfig, {"phi": "x"}, options.PHIS),
-        (StageConfig, {"force_precision": "x"}, options.FORCE_PRECISIONS),
-        (BenchmarkConfig, {"integrator": "x"}, options.INTEGRATORS),
-        (DataConfig, {"name": "x"}, options.CORPORA),
-        (BenchmarkConfig, {"name": "x"}, options.BENCHMARKS),
-    ],
-)
-def test_the_allowed_values_are_listed_and_work(kind, values, allowed):
+SCHEMAS = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
+GROUPS = [WidthConfig(1, 1, 1, 1, 1) if schema is WidthConfig else schema() for schema in SCHEMAS]
+CHOSEN = [
+    *((group, field.name) for group in GROUPS for field in dataclasses.fields(group)),
+    *((StageConfig(number=number, activation="gelu"), "activation") for number in ("0", "3a")),
+]
+CHOSEN = [(group, name) for group, name in CHOSEN if allowed_values(group, name)]
+BOUNDED = [
+    (group, path, option)
+    for group in GROUPS
+    for path, option in options_of(type(group)).items()
+    if option.bounds and "." not in path
+]
+
+
+@pytest.mark.parametrize(("group", "name"), CHOSEN, ids=lambda value: getattr(value, "number", str(value)))
+def test_the_allowed_values_are_listed_and_work(group, name):
+    allowed, declared = allowed_values(group, name), options_of(type(group))[name]
+    is_list = isinstance(getattr(group, name), list)
     with pytest.raises(ConfigError) as caught:
-        kind(**values)
-    assert str(caught.value).endswith(", ".join(allowed))
-    (option,) = [name for name, value in values.items() if value == "x"]
+        dataclasses.replace(group, **{name: ["x"] if is_list else "x"})
+    assert str(caught.value).endswith(f"=x is not known; choose one of {', '.join(allowed)}")
+    # What goes with some of them.
+    others = {("data", "text"): {"path": "somewhere"}}
+    for number in ("0", "3a"):
+        others["stage", number] = {"activation": "gelu"}
     for value in allowed:
-        path = {"path": "somewhere"} if kind is DataConfig else {}
-        assert getattr(kind(**{**values, **path, option: value}), option) == value
+        own: Any = [value] if is_list else int(value) if declared.type is int else value
+        also = others.get((declared.given_as, value), {})
+        assert getattr(dataclasses.replace(group, **{name: own, **also}), name) == own
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "declared"), BOUNDED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_bound_is_told_and_holds(group, name, declared):
+    is_list, whole = isinstance(getattr(group, name), list), declared.type in (int, int | None)
+
+    def given(value: float) -> Any:
+        return dataclasses.replace(group, **{name: [value] * len(getattr(group, name)) if is_list else value})
+
+    for bound, side in (
+        *((declared.at_least, -1), (declared.at_most, 1)),
+        *((declared.above, -1), (declared.below, 1)),
+    ):
+        if bound is None:
+            continue
+        beyond = bound + side if whole else math.nextafter(bound, side * math.inf)
+        excluded = bound in (declared.above, declared.below)
+        if not excluded:
+            given(bound)
+        for value in [beyond, *([bound] if excluded else []), *([] if whole else [math.inf, math.nan])]:
+            with pytest.raises(ConfigError) as caught:
+                given(value)
+            told = str(caught.value)
+            assert f"{name}={value} " in told
+            assert declared.bounds in told
 
 
 @pytest.mark.parametrize(
@@ -239,9 +270,10 @@ def test_the_tokenizer_and_the_optimiser_follow_the_model():
 
 
 def test_the_options_of_the_flow_are_those_that_exist():
-    assert set(options.INTEGRATORS) == set(INTEGRATORS)
-    assert set(options.PHIS) == set(POTENTIALS)
-    assert set(options.FORCE_PRECISIONS) == set(FORCE_DTYPES)
+    stage = StageConfig()
+    assert set(allowed_values(stage, "integrator")) == set(INTEGRATORS)
+    assert set(allowed_values(stage, "phi")) == set(POTENTIALS)
+    assert set(allowed_values(stage, "force_precision")) == set(FORCE_DTYPES)
 
 
 @pytest.mark.parametrize("stage", ["0", "1", "2", "3a"])

@@ -33,7 +33,7 @@ from muse.export import export_run, load_exported
 from muse.files import write_json
 from muse.models import LanguageModel, build_model
 from muse.runs.checkpoints import TrainingState, load_weights
-from muse.runs.options import RUN_FILE
+from muse.runs.folder import RUN_FILE
 from muse.runs.provenance import provenance
 from muse.training.checkpoint import CheckpointWriter
 

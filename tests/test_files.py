@@ -6,7 +6,7 @@ import os
 import pytest
 
 from muse.errors import RunError
-from muse.files import FULL, find_files, full_disk_told, write_atomically
+from muse.files import DISK_FULL, disk_full_as_run_error, find_files, write_atomically
 
 
 def test_files_are_found_at_every_depth(tmp_path):
@@ -36,7 +36,7 @@ def test_a_folder_that_vanishes_meanwhile_costs_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "a" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("number", FULL)
+@pytest.mark.parametrize("number", DISK_FULL)
 def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path, monkeypatch, number):
     def full(descriptor):
         raise OSError(number, os.strerror(number))
@@ -44,7 +44,10 @@ def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path, monkeypatch, 
     path = tmp_path / "result.json"
     path.write_text("before")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match=f"no space is left for {path}") as caught, full_disk_told(tmp_path):
+    with (
+        pytest.raises(RunError, match=f"no space is left for {path}") as caught,
+        disk_full_as_run_error(tmp_path),
+    ):
         write_atomically(path, "after")
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == ["result.json"]
@@ -52,6 +55,6 @@ def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path, monkeypatch, 
 
 
 def test_another_error_of_the_system_is_left_as_it_is(tmp_path):
-    with pytest.raises(OSError, match="Input/output") as caught, full_disk_told(tmp_path):
+    with pytest.raises(OSError, match="Input/output") as caught, disk_full_as_run_error(tmp_path):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     assert caught.value.filename is None

@@ -21,11 +21,11 @@ from muse.config import (
     register_schemas,
 )
 from muse.errors import ConfigError
+from muse.runs.folder import RUN_FILE
 from muse.runs.options import (
-    RUN_FILE,
     differences,
-    folder_of_kind,
-    may_go_on,
+    may_change,
+    stage_and_model,
     stored_options,
     told,
     with_options_of,
@@ -51,7 +51,7 @@ def run(tmp_path):
 
 
 def taken(config, run, *given):
-    return with_options_of(config, "resume", run, given, GROUPS, may_go_on)
+    return with_options_of(config, "resume", run, given, GROUPS, may_change)
 
 
 def test_what_is_not_given_is_the_runs(run):
@@ -130,10 +130,10 @@ def test_many_changes_are_counted():
 
 
 def test_the_folder_of_a_run_is_named_after_the_run_that_goes_on(run):
-    assert folder_of_kind("1", "small", str(run), None) == "stage2-tiny"
-    assert folder_of_kind("1", "small", "never", str(run / "checkpoints" / "step_1")) == "stage2-tiny"
+    assert stage_and_model("1", "small", str(run), None) == "stage2-tiny"
+    assert stage_and_model("1", "small", "never", str(run / "checkpoints" / "step_1")) == "stage2-tiny"
     for resume in ("never", "auto", str(run / "nowhere")):
-        assert folder_of_kind("1", "small", resume, None) == "stage1-small"
+        assert stage_and_model("1", "small", resume, None) == "stage1-small"
 
 
 @pytest.mark.parametrize(("command", "option"), [("train", "resume"), ("bench", "benchmark.checkpoint")])

@@ -11,7 +11,7 @@ STARTING = """
 import atexit, os, signal
 from muse.processes import signals
 atexit.register(print, "left")
-signals.take_signals_of_command()
+signals.install_command_handlers()
 try:
     os.kill(os.getpid(), signal.{signal})
     old = 1

@@ -28,7 +28,7 @@ from muse.config import (
 from muse.errors import ConfigError
 from muse.report.metrics import FILE
 from muse.runs.checkpoints import find_checkpoint, load_state
-from muse.runs.options import RESULT_FILE, RUN_FILE
+from muse.runs.folder import RESULT_FILE, RUN_FILE
 from muse.runs.provenance import provenance
 from muse.training.evaluate import Evaluation
 from muse.training.resume import lines_before, run_to_resume

@@ -12,7 +12,7 @@ from pathlib import Path
 from muse.config import DataConfig
 from muse.data import hub
 from muse.data.reading import PACKED, RECORDS, FolderText, NotTextError, read_folder, read_text, visible
-from muse.data.splits import FEWEST_FILES, HELD_OUT, LEAST, LONG, SPLITS, find_splits, hold_out
+from muse.data.splits import FULL_NAMES, HELD_OUT, MIN_CHARACTERS, MIN_FILES, SPLITS, find_splits, hold_out
 from muse.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -108,15 +108,15 @@ def _load_stdlib() -> Corpus:
 def _load_wikitext2(config: DataConfig) -> Corpus:
     if config.path is None:
         return _download_wikitext2(config.variant)
-    folder, told = Path(config.path).expanduser(), f"data.path={config.path}"
-    found = _named_splits(folder, told) if folder.is_dir() else {}
+    folder, source = Path(config.path).expanduser(), f"data.path={config.path}"
+    found = _named_splits(folder, source) if folder.is_dir() else {}
     for split in SPLITS:
         if split not in found:
             raise ConfigError(
-                f"{told} has no {split}.txt; data=wikitext2 needs a folder with train.txt, valid.txt and "
+                f"{source} has no {split}.txt; data=wikitext2 needs a folder with train.txt, valid.txt and "
                 "test.txt"
             )
-    return Corpus(*(list(_read_split(folder, found[split], told).texts.values()) for split in SPLITS))
+    return Corpus(*(list(_read_split(folder, found[split], source).texts.values()) for split in SPLITS))
 
 
 def _download_wikitext2(variant: str) -> Corpus:
@@ -144,68 +144,69 @@ def _join_rows(rows: Iterable[str]) -> str:
 
 
 def _load_text(config: DataConfig) -> Corpus:
-    path, told = Path(config.path or "").expanduser(), f"data.path={config.path}"
+    path, source = Path(config.path or "").expanduser(), f"data.path={config.path}"
     if not config.path or not path.exists():
-        raise ConfigError(f"{told} does not exist; give a file or a folder of text files")
+        raise ConfigError(f"{source} does not exist; give a file or a folder of text files")
     if path.is_dir():
-        named = _named_splits(path, told)
-        read = {split: _read_split(path, paths, told) for split, paths in named.items()}
+        named = _named_splits(path, source)
+        read = {split: _read_split(path, paths, source) for split, paths in named.items()}
         if not named:
-            read = {"train": _checked(read_folder(path), told)}
-        _tell_left_out(path, named, read, told)
+            read = {"train": _require_text(read_folder(path), source)}
+        _log_left_out(path, named, read, source)
         files = {split: text.texts for split, text in read.items()}
     else:
-        files = {"train": {path.name: _read_one(path, told)}}
+        files = {"train": {path.name: _read_file(path, source)}}
     missing = [split for split in SPLITS if split not in files]
     parts = hold_out(files["train"], len(missing))
     if parts is None:
         raise ConfigError(
-            f"{told} has a training text of {sum(map(len, files['train'].values())):,} characters; to hold "
-            f"{' and '.join(LONG[split] for split in missing)} text out of it takes at least {LEAST}"
+            f"{source} has a training text of {sum(map(len, files['train'].values())):,} characters; to hold "
+            f"{' and '.join(FULL_NAMES[split] for split in missing)} text out of it takes at least "
+            f"{MIN_CHARACTERS}"
         )
     if missing:
         log.info(
             "%s names no %s split: %d %% of the training text for each, %s",
-            *(told, " and no ".join(LONG[split] for split in missing), HELD_OUT),
+            *(source, " and no ".join(FULL_NAMES[split] for split in missing), HELD_OUT),
             f"by a hash of the names of its {len(files['train']):,} files"
-            if len(files["train"]) >= FEWEST_FILES
+            if len(files["train"]) >= MIN_FILES
             else "from its end",
         )
     splits = {split: list(texts.values()) for split, texts in files.items()}
     return Corpus(**{**splits, **dict(zip(["train", *missing], parts, strict=True))})
 
 
-def _named_splits(folder: Path, told: str) -> dict[str, list[Path]]:
+def _named_splits(folder: Path, source: str) -> dict[str, list[Path]]:
     try:
-        return find_splits(folder, told)
+        return find_splits(folder, source)
     except OSError as error:
-        raise ConfigError(f"{told} cannot be read ({error.strerror})") from error
+        raise ConfigError(f"{source} cannot be read ({error.strerror})") from error
 
 
-def _read_one(path: Path, told: str) -> str:
+def _read_file(path: Path, source: str) -> str:
     try:
         return read_text(path)
     except NotTextError as error:
-        raise ConfigError(f"{told} cannot be trained on: {error}") from error
+        raise ConfigError(f"{source} cannot be trained on: {error}") from error
 
 
-def _read_split(root: Path, paths: list[Path], told: str) -> FolderText:
+def _read_split(root: Path, paths: list[Path], source: str) -> FolderText:
     """The text of a split's files, each of which must be text, or of its folders."""
     texts = {}
     left_out: dict[str, list[str]] = {}
     for path in paths:
         name = path.relative_to(root).as_posix()
         if path.is_file():
-            texts[name] = _read_one(path, f"{told}: {name}")
+            texts[name] = _read_file(path, f"{source}: {name}")
             continue
-        read = _checked(read_folder(path), f"{told}: {name}")
+        read = _require_text(read_folder(path), f"{source}: {name}")
         texts |= {f"{name}/{inner}": text for inner, text in read.texts.items()}
         for reason, names in read.left_out.items():
             left_out.setdefault(reason, []).extend(f"{name}/{inner}" for inner in names)
     return FolderText(texts, left_out)
 
 
-def _checked(read: FolderText, told: str) -> FolderText:
+def _require_text(read: FolderText, source: str) -> FolderText:
     """What was read of a folder, unless that is nothing, or little beside what could be its real text."""
     records = [name for reason in (RECORDS, PACKED) for name in read.left_out.get(reason, [])]
     if read.texts and read.record_bytes <= read.bytes:
@@ -213,14 +214,14 @@ def _checked(read: FolderText, told: str) -> FolderText:
     if records:
         suffixes = ", ".join(sorted({Path(name).suffix for name in records}))
         raise ConfigError(
-            f"{told} holds mostly {suffixes} ({records[0]}), which are no plain text; unpack them, or write "
-            "the text of their records into .txt files"
+            f"{source} holds mostly {suffixes} ({records[0]}), which are no plain text; unpack them, or "
+            "write the text of their records into .txt files"
         )
     example = next((f" ({names[0]}: {reason})" for reason, names in read.left_out.items()), "")
-    raise ConfigError(f"{told} holds no text{example}; give a file or a folder of plain text in UTF-8")
+    raise ConfigError(f"{source} holds no text{example}; give a file or a folder of plain text in UTF-8")
 
 
-def _tell_left_out(root: Path, named: dict[str, list[Path]], read: dict[str, FolderText], told: str) -> None:
+def _log_left_out(root: Path, named: dict[str, list[Path]], read: dict[str, FolderText], source: str) -> None:
     left_out: dict[str, list[str]] = {}
     for text in read.values():
         for reason, names in text.left_out.items():
@@ -232,4 +233,4 @@ def _tell_left_out(root: Path, named: dict[str, list[Path]], read: dict[str, Fol
             left_out["beside the splits"] = beside
     for reason, names in left_out.items():
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        log.warning("%s: %d left out, %s: %s", told, len(names), reason, shown)
+        log.warning("%s: %d left out, %s: %s", source, len(names), reason, shown)

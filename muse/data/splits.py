@@ -16,7 +16,7 @@ from muse.errors import ConfigError
 
 SPLITS = ("train", "valid", "test")
 
-NAMES = {
+ALIASES = {
     "train": "train",
     "training": "train",
     "valid": "valid",
@@ -26,7 +26,7 @@ NAMES = {
     "test": "test",
     "testing": "test",
 }
-LONG = {"train": "training", "valid": "validation", "test": "test"}
+FULL_NAMES = {"train": "training", "valid": "validation", "test": "test"}
 # Programs and their settings, which are named train and test as well.
 PROGRAMS = (
     *(".py", ".pyi", ".ipynb", ".sh", ".bat", ".ps1", ".c", ".cc", ".cpp", ".cu", ".h", ".hpp", ".cs", ".go"),
@@ -34,19 +34,19 @@ PROGRAMS = (
     *(".scala", ".sql", ".swift", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".html", ".css", ".log"),
 )
 # A name between dots that is a split's, perhaps with the number of a shard: train, train-00000-of-00002.
-_PLAIN = re.compile(rf"({'|'.join(NAMES)})(?:[-_]?\d+(?:[-_]of[-_]\d+)?)?", re.IGNORECASE)
+_PLAIN = re.compile(rf"({'|'.join(ALIASES)})(?:[-_]?\d+(?:[-_]of[-_]\d+)?)?", re.IGNORECASE)
 # A split's name that is one of several words: stories-train.txt, train_clean.txt.
-_WORD = re.compile(rf"(?<![^-_ .])({'|'.join(NAMES)})(?![^-_ .])", re.IGNORECASE)
+_WORD = re.compile(rf"(?<![^-_ .])({'|'.join(ALIASES)})(?![^-_ .])", re.IGNORECASE)
 
 # Percent of the training text, for each split that is missing.
 HELD_OUT = 5
 # Documents that can be held out whole; of fewer it is their ends.
-FEWEST_FILES = 3
+MIN_FILES = 3
 # Characters of a text whose end can be held out.
-LEAST = 100
+MIN_CHARACTERS = 100
 
 
-def find_splits(root: Path, told: str) -> dict[str, list[Path]]:
+def find_splits(root: Path, source: str) -> dict[str, list[Path]]:
     """The files or the folder of each split of the folder ``root``; empty where none is named after a split.
 
     A file or folder is a split's when a part of its name between dots is train, training, valid,
@@ -56,7 +56,7 @@ def find_splits(root: Path, told: str) -> dict[str, list[Path]]:
 
     Args:
         root: the folder.
-        told: what messages call it.
+        source: what messages call it.
 
     Raises:
         ConfigError: where two names are one split's, or there is a validation or test split, but none to
@@ -70,11 +70,11 @@ def find_splits(root: Path, told: str) -> dict[str, list[Path]]:
         plain = [match for part in path.name.split(".") if (match := _PLAIN.fullmatch(part))]
         words = list(_WORD.finditer(path.name))
         if len(plain) == 1:
-            named[NAMES[plain[0][1].lower()]].append(path)
+            named[ALIASES[plain[0][1].lower()]].append(path)
         elif len(words) == 1:
             (word,) = words
             frame = f"{path.name[: word.start()]}*{path.name[word.end() :]}"
-            alike[_without_numbers(frame)][NAMES[word[1].lower()]].append(path)
+            alike[_without_numbers(frame)][ALIASES[word[1].lower()]].append(path)
     for splits in alike.values():
         if "train" in splits and len(splits) > 1:
             for split, paths in splits.items():
@@ -84,14 +84,14 @@ def find_splits(root: Path, told: str) -> dict[str, list[Path]]:
         if len(names) > 1:
             first, second = sorted(path.name for path in names.values())[:2]
             raise ConfigError(
-                f"{told} holds {first} and {second}, both the {LONG[split]} split by their names; leave one "
-                "there (the names of a split's parts may differ in numbers only)"
+                f"{source} holds {first} and {second}, both the {FULL_NAMES[split]} split by their names; "
+                "leave one there (the names of a split's parts may differ in numbers only)"
             )
     if named and "train" not in named:
         found = sorted(path.name for paths in named.values() for path in paths)[0]
         raise ConfigError(
-            f"{told} holds {found}, by its name the {LONG[next(iter(named))]} split, but no training split; "
-            "add train.txt or a folder train, or rename it"
+            f"{source} holds {found}, by its name the {FULL_NAMES[next(iter(named))]} split, but no training "
+            "split; add train.txt or a folder train, or rename it"
         )
     return {split: named[split] for split in SPLITS if split in named}
 
@@ -115,7 +115,7 @@ def hold_out(files: Mapping[str, str], count: int) -> list[list[str]] | None:
     """
     if count == 0:
         return [list(files.values())]
-    if len(files) < FEWEST_FILES:
+    if len(files) < MIN_FILES:
         return _cut_ends(list(files.values()), count)
 
     def position(name: str) -> float:
@@ -136,7 +136,7 @@ def _cut_ends(documents: list[str], count: int) -> list[list[str]] | None:
     for document in documents:
         cuts = [0, *(_cut(document, 100 - part * HELD_OUT) for part in range(count, 0, -1)), len(document)]
         pieces = [document[start:stop] for start, stop in pairwise(cuts)]
-        if len(document) < LEAST or not all(piece.strip() for piece in pieces):
+        if len(document) < MIN_CHARACTERS or not all(piece.strip() for piece in pieces):
             pieces = [document, *([""] * count)]
         for part, piece in zip(parts, pieces, strict=True):
             if piece:

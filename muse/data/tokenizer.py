@@ -46,7 +46,7 @@ _RUN = rf"[^\s\x1c-\x1f]{{{LONGEST_RUN}}}"
 _CUT_IN_RUNS = re.compile(rf"{_RUN}|{_CUT.pattern}")
 
 # Seconds between two lines about work that takes long, where no progress bar is drawn.
-TELL_SECONDS = 10.0
+PROGRESS_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Tokenizer:
         done = 0
         with (
             tqdm(total=total, desc="tokenising", unit="char", unit_scale=True, disable=None) as progress,
-            _told_at_times(lambda: f"tokenising: {done:,} of {total:,} characters"),
+            _progress_lines(lambda: f"tokenising: {done:,} of {total:,} characters"),
         ):
             pieces = (piece for document in documents for piece in _pieces(document, self.cuts_runs))
             while batch := list(islice(pieces, CHUNKS_PER_BATCH)):
@@ -178,7 +178,7 @@ def _train_bpe(vocab_size: int, documents: Sequence[str]) -> tokenizers.Tokenize
     )
     pieces = (text for document in documents for text, _ in _pieces(document, cuts_runs=True))
     began = time.monotonic()
-    with _told_at_times(lambda: f"training the tokenizer: {time.monotonic() - began:.0f} s"):
+    with _progress_lines(lambda: f"training the tokenizer: {time.monotonic() - began:.0f} s"):
         model.train_from_iterator(pieces, trainer)
     return model
 
@@ -270,21 +270,21 @@ def _next_cut(document: str, start: int, cuts_runs: bool) -> int | None:
 
 
 @contextmanager
-def _told_at_times(tell: Callable[[], str]) -> Iterator[None]:
-    """Print what ``tell`` returns every ``TELL_SECONDS`` where standard error shows no progress bar."""
+def _progress_lines(line: Callable[[], str]) -> Iterator[None]:
+    """Print what ``line`` returns every ``PROGRESS_SECONDS`` where standard error shows no progress bar."""
     if sys.stderr.isatty():
         yield
         return
     done = threading.Event()
 
     def work() -> None:
-        while not done.wait(TELL_SECONDS):
-            print(tell(), flush=True)
+        while not done.wait(PROGRESS_SECONDS):
+            print(line(), flush=True)
 
-    teller = threading.Thread(target=work, daemon=True)
-    teller.start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
         yield
     finally:
         done.set()
-        teller.join()
+        thread.join()

@@ -12,7 +12,7 @@ import numpy as np
 from muse.config import DataConfig, TokenizerConfig
 from muse.data.cache import atomic_write
 from muse.data.corpus import Corpus, count_words, load_corpus
-from muse.data.splits import LONG, SPLITS
+from muse.data.splits import FULL_NAMES, SPLITS
 from muse.data.tokenizer import Tokenizer, build_tokenizer
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def load_tokens(data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int) -
     for split in SPLITS:
         log.info(
             "%s split: documents %d, bytes %d, tokens %d",
-            *(LONG[split], len(corpus.split(split)), sizes[split], len(tokens[split])),
+            *(FULL_NAMES[split], len(corpus.split(split)), sizes[split], len(tokens[split])),
         )
     return TokenData(**tokens, vocab_size=built.vocab_size, tokenizer=built, counts=counts)
 
@@ -120,7 +120,7 @@ def _cached_tokens(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: Path
     state = f"tokens {corpus.digest(split)} {tokenizer.digest} {dtype.str}"
     path = cache / f"tokens-{split}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.bin"
     if path.is_file():
-        tokens = _read(path, dtype)
+        tokens = _map_if_whole(path, dtype)
         if tokens is not None:
             return tokens
         log.warning("%s is damaged; tokenising the %s split again", path, split)
@@ -134,7 +134,7 @@ def _cached_tokens(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: Path
     return np.memmap(path, dtype, mode="r", shape=((path.stat().st_size - _DIGEST_BYTES) // dtype.itemsize,))
 
 
-def _read(path: Path, dtype: np.dtype) -> np.ndarray | None:
+def _map_if_whole(path: Path, dtype: np.dtype) -> np.ndarray | None:
     """Map a cache file into memory; None where it is not what was written."""
     size, rest = divmod(path.stat().st_size - _DIGEST_BYTES, dtype.itemsize)
     if size <= 0 or rest:

@@ -19,21 +19,23 @@ from omegaconf.errors import OmegaConfBaseException
 
 from muse.config import build_config
 from muse.errors import ConfigError, RunError
-from muse.files import full_disk_told
+from muse.files import disk_full_as_run_error
 from muse.launch.composition import one_line, prepare_hydra
 from muse.launch.help import help_text
 from muse.launch.sweep import check_plugins, digest, finish_sweep, record, record_failure, record_interruption
 from muse.processes import signals
-from muse.processes.torchrun import launched_rank, launched_ranks, say_last
+from muse.processes.torchrun import launched_rank, launched_ranks, report_exit
 from muse.report.sweep import UNFINISHED
-from muse.runs.options import folder_of_kind
+from muse.runs.options import stage_and_model
 
 _statuses: list[int] = []
 # How errors of gloo and of a collective's wait begin, which have no class of their own, where ranks do not
 # find each other, or no longer. A failed check of gloo's begins with [enforce fail at and is none of them.
-_LOST = re.compile(r"\[\S*/gloo/\S+:\d+\]|Gloo connectFullMesh failed|Operation timed out!|Wait timeout")
+_DISCONNECTED = re.compile(
+    r"\[\S*/gloo/\S+:\d+\]|Gloo connectFullMesh failed|Operation timed out!|Wait timeout"
+)
 # Flags with which Hydra only shows something.
-SHOWING = frozenset(("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"))
+INFORMATION_FLAGS = frozenset(("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"))
 
 # Here and not in ``prepare``, which a launcher's workers never call. The command's own value is what counts
 # there, too: Hydra hands the cache on.
@@ -45,23 +47,23 @@ OmegaConf.register_new_resolver(
     lambda *topics, _root_: help_text(_root_, list(map(str, topics))).replace("$", "$$"),
     replace=True,
 )
-OmegaConf.register_new_resolver("muse.kind", folder_of_kind, replace=True)
+OmegaConf.register_new_resolver("muse.kind", stage_and_model, replace=True)
 
 
 def prepare() -> None:
     """Make ready for Hydra: signals, what it is told beside the command line, and how it composes."""
-    signals.take_signals_of_command()
+    signals.install_command_handlers()
     # Those of a command that this process has run before are not this one's.
     _statuses.clear()
     # Errors come out of Hydra as they are, so that they can be told in one sentence.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        sys.argv[1:] = ordered(sys.argv[1:])
+        sys.argv[1:] = reordered(sys.argv[1:])
         if launched_ranks() > 1 and {"-m", "--multirun"} & set(sys.argv):
             raise ConfigError("a sweep (-m) starts a process for each cell; torchrun goes with a single run")
         check_plugins(sys.argv)
     except ConfigError as error:
-        _say(error)
+        _print_error(error)
         sys.exit(1)
     if launched_rank() > 0:
         # The folder of the run is the first rank's; what Hydra writes here is of no use.
@@ -75,7 +77,7 @@ def prepare() -> None:
     prepare_hydra()
 
 
-def ordered(arguments: list[str]) -> list[str]:
+def reordered(arguments: list[str]) -> list[str]:
     """Arguments in an order that Hydra reads: flags may stand between options, and topics after ``--help``.
 
     Raises:
@@ -101,28 +103,28 @@ def start(main: Callable[[], Any]) -> None:
     """Run a command of Hydra and exit with the status of its worst job."""
     prepare()
     try:
-        with full_disk_told("the folder of the run"):
+        with disk_full_as_run_error("the folder of the run"):
             main()
     except (ConfigError, RunError) as error:
-        _say(error)
+        _print_error(error)
         sys.exit(1)
     except (HydraException, OmegaConfBaseException) as error:
         # What a resolver raises comes inside of one of OmegaConf's own errors.
-        _say(_inner(error) or ConfigError(one_line(error)))
+        _print_error(_config_error_in(error) or ConfigError(one_line(error)))
         sys.exit(1)
     except SystemExit as ended:
         if isinstance(ended.__cause__, ConfigError):
-            _say(ended.__cause__)
+            _print_error(ended.__cause__)
         raise
     except BrokenPipeError:
-        if not SHOWING.intersection(sys.argv):
+        if not INFORMATION_FLAGS.intersection(sys.argv):
             raise
         # Whoever reads what is shown has read enough, as in --help | head.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finish()
 
 
-def _inner(error: BaseException | None) -> ConfigError | None:
+def _config_error_in(error: BaseException | None) -> ConfigError | None:
     while error is not None and not isinstance(error, ConfigError):
         error = error.__cause__ or error.__context__
     return error
@@ -135,77 +137,77 @@ def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
     summary. Ctrl-C and SIGTERM end all.
     """
     if not signals.is_command():
-        signals.take_signals_of_worker()
-    if signals.asked() is not None:
+        signals.install_worker_handlers()
+    if signals.received() is not None:
         return
     run = Path(HydraConfig.get().runtime.output_dir)
     try:
-        with signals.working(), full_disk_told(run):
+        with signals.job_running(), disk_full_as_run_error(run):
             record({}, UNFINISHED)
             status = job(build_config(composed), run)
     except (ConfigError, RunError) as error:
         record_failure(error)
-        _say(error)
+        _print_error(error)
         status = 1
     except RuntimeError as error:
-        if launched_ranks() < 2 or not _of_lost_ranks(error):
+        if launched_ranks() < 2 or not _is_disconnection(error):
             record_failure(error)
             raise
         reason = str(error).splitlines()[0]
         lost = RunError(f"the ranks do not reach each other ({reason}); if one of them ended, it said why")
-        _say(lost, cause=False)
+        _print_error(lost, cause=False)
         status = 1
     except KeyboardInterrupt:
-        _say_interrupted()
+        _print_interrupted()
         status = 130
     except SystemExit:
-        asked = signals.asked()
-        if asked is None:  # Slurm's time is over, and submitit has queued the cell again.
+        received = signals.received()
+        if received is None:  # Slurm's time is over, and submitit has queued the cell again.
             raise
-        _say_interrupted()
-        status = 128 + asked
+        _print_interrupted()
+        status = 128 + received
     except Exception as error:
         record_failure(error)
         raise
     if status > 128:
         record_interruption()
-    signals.leave_orphaned()
+    signals.exit_if_orphaned()
     _statuses.append(status)
     # A worker returns instead: it would be ended, and with it the others, which may not have saved yet.
-    asked = signals.asked()
-    if signals.is_command() and (status > 128 or asked is not None):
-        sys.exit(status if asked is None else 128 + asked)
+    received = signals.received()
+    if signals.is_command() and (status > 128 or received is not None):
+        sys.exit(status if received is None else 128 + received)
 
 
-def _of_lost_ranks(error: RuntimeError) -> bool:
+def _is_disconnection(error: RuntimeError) -> bool:
     """Whether an error is what torch.distributed, gloo or NCCL raise when ranks do not reach each other."""
     # Not above: a process that only waits for another one does not need torch.
     from torch.distributed import DistError
 
-    return isinstance(error, DistError) or _LOST.match(str(error)) is not None
+    return isinstance(error, DistError) or _DISCONNECTED.match(str(error)) is not None
 
 
-def _say(error: ConfigError | RunError, cause: bool = True) -> None:
+def _print_error(error: ConfigError | RunError, cause: bool = True) -> None:
     """Print an error; one that every rank should raise is printed by the one that finds it first.
 
     torchrun ends all ranks with the first one that fails, whichever that is.
     """
-    alone = f"rank {launched_rank()}: " if launched_rank() and not error.everywhere else ""
-    say_last(f"error: {alone}{error}", once=error.everywhere, cause=cause)
+    alone = f"rank {launched_rank()}: " if launched_rank() and not error.of_all_ranks else ""
+    report_exit(f"error: {alone}{error}", once=error.of_all_ranks, cause=cause)
 
 
-def _say_interrupted() -> None:
+def _print_interrupted() -> None:
     # Not where torchrun has interrupted this rank because another one ended, and said why.
     if launched_rank() == 0:
-        say_last("interrupted", once=True, cause=False)
+        report_exit("interrupted", once=True, cause=False)
 
 
 def finish() -> None:
     """Show the summary of a multirun, and exit with the status of the worst job."""
     try:
-        with full_disk_told(Path()):
+        with disk_full_as_run_error(Path()):
             status = finish_sweep()
     except RunError as error:
-        _say(error)
+        _print_error(error)
         status = 1
     sys.exit(max([*_statuses, status]))

@@ -35,9 +35,9 @@ from muse.errors import ConfigError
 from muse.options import nearest, options_of, type_name
 
 # Options of a sweeper whose values are what is swept over, written as on the command line.
-SWEPT = "hydra.sweeper.params"
+SWEEPER_PARAMS = "hydra.sweeper.params"
 # What Hydra raises where options or files of configuration are wrong.
-WRONG = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
 
 
 def prepare_hydra() -> None:
@@ -75,13 +75,13 @@ class Loader(ConfigLoaderImpl):
             )
         except ConfigError:
             raise
-        except WRONG as error:
+        except COMPOSITION_ERRORS as error:
             raise ConfigError(self._reason(error, config_name, parsed, repo)) from error
-        swept = self._written_out(composed, repo) if run_mode == RunMode.MULTIRUN else []
-        for path in _surplus(composed):
+        swept = self._sweeper_overrides(composed, repo) if run_mode == RunMode.MULTIRUN else []
+        for path in _undeclared_paths(composed):
             given = next((item for item in parsed if _same_branch(item.key_or_group, path)), None)
-            told = path if given is None else str(given.input_line)
-            raise ConfigError(_unknown(told, path, _known(composed, path, repo)))
+            subject = path if given is None else str(given.input_line)
+            raise ConfigError(_unknown(subject, path, _known_names(composed, path, repo)))
         for override in [*parsed, *swept]:
             if override.is_sweep_override() and not _is_choice(override, repo):
                 _check_swept(override, composed, repo)
@@ -98,7 +98,7 @@ class Loader(ConfigLoaderImpl):
         for number, override in enumerate(parsed):
             if override.is_add() or override.is_force_add():
                 defaulted = defaulted or _groups_of(config_name, repo)
-            parsed[number] = _plain(override, repo, defaulted or set())
+            parsed[number] = _normalised(override, repo, defaulted or set())
         return parsed, repo
 
     def _compose_config_from_defaults_list(self, defaults: Any, repo: Any) -> DictConfig:
@@ -109,16 +109,16 @@ class Loader(ConfigLoaderImpl):
             sweeper.params = {}
         return composed
 
-    def _written_out(self, composed: DictConfig, repo: CachingConfigRepository) -> list[Override]:
+    def _sweeper_overrides(self, composed: DictConfig, repo: CachingConfigRepository) -> list[Override]:
         """What a sweeper's own options sweep over, whose values are then as if given on the command line."""
-        swept = OmegaConf.select(composed, SWEPT) or {}
+        swept = OmegaConf.select(composed, SWEEPER_PARAMS) or {}
         parsed = []
         for name, value in list(swept.items()):
             try:
                 override = OverridesParser.create().parse_overrides([f"{name}={value}"])[0]
             except OverrideParseException as error:
                 raise ConfigError(_unreadable(error.override)) from error
-            parsed.append(_plain(override, repo, set()))
+            parsed.append(_normalised(override, repo, set()))
             if _is_choice(override, repo):
                 swept[name] = parsed[-1].get_value_string()
         return parsed
@@ -135,14 +135,14 @@ class Loader(ConfigLoaderImpl):
         file = f" (in {found[1]})" if found and found[1] != config_name else ""
         if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
             group, _, name = error.missing_cfg_file.rpartition("/")
-            return _no_choice(group, name, error.options, file)
+            return _unknown_choice(group, name, error.options, file)
         choices = [item for item in parsed if _is_choice(item, repo) and not item.is_sweep_override()]
         known = self._composed_of(config_name, choices) or self._composed_of(config_name, [])
         if known is None:
             return one_line(error)
         for item in choices:
             if not item.is_add() and item.key_or_group not in _groups_of(config_name, repo):
-                return _unknown(str(item.input_line), item.key_or_group, _known(known, "", repo))
+                return _unknown(str(item.input_line), item.key_or_group, _known_names(known, "", repo))
         chain = (error, error.__cause__, error.__context__)
         cause = next((one for one in chain if isinstance(one, OmegaConfBaseException) and one.full_key), None)
         if cause is None:
@@ -152,16 +152,16 @@ class Loader(ConfigLoaderImpl):
         if given is not None and given.key_or_group.startswith(key):
             key = given.key_or_group
         of_file = bool(file) and not (given is not None and _is_choice(given, repo))
-        told = str(given.input_line) if given is not None and not of_file else f"{key}{file}"
+        subject = str(given.input_line) if given is not None and not of_file else f"{key}{file}"
         if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-            return _unknown(told, key, _known(known, key, repo))
-        return _not_allowed(told, key, cause)
+            return _unknown(subject, key, _known_names(known, key, repo))
+        return _not_allowed(subject, key, cause)
 
     def _composed_of(self, config_name: str | None, choices: list[Override]) -> DictConfig | None:
         lines = [str(item.input_line) for item in choices]
         try:
             return super().load_configuration(config_name, lines, RunMode.MULTIRUN, True, False)
-        except WRONG:
+        except COMPOSITION_ERRORS:
             return None
 
 
@@ -181,9 +181,9 @@ class _Repository(ConfigRepository):
 
 def one_line(error: BaseException) -> str:
     """What an error of Hydra or OmegaConf says, without what it adds about its own objects."""
-    told = str(error) or str(error.__cause__)
-    told = re.split(r"\n(?:Config search path|Search path|See https|    full_key)", told)[0]
-    return " ".join(told.split())
+    text = str(error) or str(error.__cause__)
+    text = re.split(r"\n(?:Config search path|Search path|See https|    full_key)", text)[0]
+    return " ".join(text.split())
 
 
 def _groups_of(config_name: str | None, repo: CachingConfigRepository) -> set[str]:
@@ -200,21 +200,21 @@ def _is_choice(override: Override, repo: CachingConfigRepository) -> bool:
     return not deleted and not inline and repo.group_exists(override.key_or_group)
 
 
-def _plain(override: Override, repo: CachingConfigRepository, defaulted: set[str]) -> Override:
+def _normalised(override: Override, repo: CachingConfigRepository, defaulted: set[str]) -> Override:
     """An override in the one form of those that mean the same which stock Hydra reads as meant.
 
     The choice of a file is a text, in quotes where it would be read as something else, and so is each that is
     swept over, written one after the other.
     """
     if not _is_choice(override, repo):
-        group, dot, name = override.key_or_group.partition(f"{SWEPT}.")
+        group, dot, name = override.key_or_group.partition(f"{SWEEPER_PARAMS}.")
         if dot and not group and not override.is_delete():
             swept = override.value()
             text = override.get_value_string() if override.is_sweep_override() else str(swept)
             return dataclasses.replace(
                 override,
                 type=OverrideType.FORCE_ADD,
-                key_or_group=SWEPT,
+                key_or_group=SWEEPER_PARAMS,
                 value_type=ValueType.ELEMENT,
                 _value={name: QuotedString(text, Quote.single)},
             )
@@ -236,9 +236,9 @@ def _plain(override: Override, repo: CachingConfigRepository, defaulted: set[str
     names = [_as_name(name) for name in names]
     for name in names:
         if not repo.config_exists(f"{group}/{name}") and "${" not in name:
-            raise ConfigError(_no_choice(group, name, there))
-    if not names or (isinstance(value, list) and len(names) > 1 and group in _fields()):
-        raise ConfigError(_no_choice(group, override.get_value_string(), there))
+            raise ConfigError(_unknown_choice(group, name, there))
+    if not names or (isinstance(value, list) and len(names) > 1 and group in _top_level_names()):
+        raise ConfigError(_unknown_choice(group, override.get_value_string(), there))
     key = group if override.package is None else f"{group}@{override.package}"
     added = "+" if (override.is_add() or override.is_force_add()) and key not in defaulted else ""
     text = ",".join(map(_quoted, names))
@@ -268,7 +268,7 @@ def _check_form(
         ConfigError: it is not so.
     """
     key = override.key_or_group
-    if override.is_delete() and re.split("[./]", key)[0] in _fields():
+    if override.is_delete() and re.split("[./]", key)[0] in _top_level_names():
         choices = repo.get_group_options(key, ObjectType.CONFIG) if repo.group_exists(key) else []
         names = ", ".join(f"{key}={choice}" for choice in choices)
         instead = f"choose one of {names}" if choices else "without it the default holds"
@@ -293,8 +293,8 @@ def _check_swept(override: Override, composed: DictConfig, repo: CachingConfigRe
         ConfigError: it is not so.
     """
     key = override.key_or_group
-    if not _has(composed, key):
-        raise ConfigError(_unknown(str(override.input_line), key, _known(composed, key, repo)))
+    if not _has_option(composed, key):
+        raise ConfigError(_unknown(str(override.input_line), key, _known_names(composed, key, repo)))
     if override.is_interval_sweep():
         if composed.hydra.sweeper._target_.endswith(".BasicSweeper"):
             raise ConfigError(
@@ -306,11 +306,11 @@ def _check_swept(override: Override, composed: DictConfig, repo: CachingConfigRe
         try:
             OmegaConf.update(changed, key, Override._convert_value(value), merge=True)
         except OmegaConfBaseException as error:
-            told = f"{key}={Override._get_value_element_as_str(value)}"
-            raise ConfigError(_not_allowed(told, key, error)) from error
+            subject = f"{key}={Override._get_value_element_as_str(value)}"
+            raise ConfigError(_not_allowed(subject, key, error)) from error
 
 
-def _surplus(node: DictConfig, prefix: str = "") -> Iterator[str]:
+def _undeclared_paths(node: DictConfig, prefix: str = "") -> Iterator[str]:
     """Paths that are no option of the dataclasses, so that nothing reads them."""
     schema = OmegaConf.get_type(node)
     if not dataclasses.is_dataclass(schema):
@@ -324,10 +324,10 @@ def _surplus(node: DictConfig, prefix: str = "") -> Iterator[str]:
         if key not in names:
             yield path
         elif isinstance(inner, DictConfig):
-            yield from _surplus(inner, f"{path}.")
+            yield from _undeclared_paths(inner, f"{path}.")
 
 
-def _has(composed: DictConfig, key: str) -> bool:
+def _has_option(composed: DictConfig, key: str) -> bool:
     node: Any = composed
     for part in key.split("."):
         if not isinstance(node, DictConfig) or part not in node:
@@ -336,7 +336,7 @@ def _has(composed: DictConfig, key: str) -> bool:
     return True
 
 
-def _known(composed: DictConfig, key: str, repo: CachingConfigRepository) -> list[str]:
+def _known_names(composed: DictConfig, key: str, repo: CachingConfigRepository) -> list[str]:
     """Names that ``key`` may have been meant to be."""
     top = repo.get_group_options("", ObjectType.GROUP)
     if key.split(".")[0] == "hydra":
@@ -345,7 +345,7 @@ def _known(composed: DictConfig, key: str, repo: CachingConfigRepository) -> lis
         return [f"hydra/{group}" for group in repo.get_group_options("hydra", ObjectType.GROUP)]
     schema = OmegaConf.get_type(composed)
     options = options_of(schema) if dataclasses.is_dataclass(schema) else []
-    return [*options, *(group for group in top if group != "hydra" and group not in _fields())]
+    return [*options, *(group for group in top if group != "hydra" and group not in _top_level_names())]
 
 
 def _paths(node: DictConfig, prefix: str) -> Iterator[str]:
@@ -356,7 +356,7 @@ def _paths(node: DictConfig, prefix: str) -> Iterator[str]:
             yield from _paths(inner, f"{prefix}{key!s}.")
 
 
-def _fields() -> set[str]:
+def _top_level_names() -> set[str]:
     return {field.name for field in dataclasses.fields(BenchConfig)}
 
 
@@ -364,22 +364,22 @@ def _same_branch(first: str, second: str) -> bool:
     return first == second or first.startswith(f"{second}.") or second.startswith(f"{first}.")
 
 
-def _unknown(told: str, name: str, known: list[str]) -> str:
+def _unknown(subject: str, name: str, known: list[str]) -> str:
     if name in options_of(BenchConfig) and name not in known:
-        return f"{told} is an option of bench.py, not of train.py"
+        return f"{subject} is an option of bench.py, not of train.py"
     alike = nearest(name, known)
     instead = f"the nearest {'is' if len(alike) == 1 else 'are'} {', '.join(alike)}"
-    return f"{told} is not known; {instead if alike else '--help lists the options'}"
+    return f"{subject} is not known; {instead if alike else '--help lists the options'}"
 
 
-def _not_allowed(told: str, key: str, error: BaseException) -> str:
+def _not_allowed(subject: str, key: str, error: BaseException) -> str:
     option = options_of(BenchConfig).get(key)
     if isinstance(error, ValidationError) and option is not None:
-        return f"{told} is not allowed; {key} must be {type_name(option.type)}"
-    return f"{told} is not allowed: {one_line(error)}"
+        return f"{subject} is not allowed; {key} must be {type_name(option.type)}"
+    return f"{subject} is not allowed: {one_line(error)}"
 
 
-def _no_choice(group: str, name: str, choices: Any, file: str = "") -> str:
+def _unknown_choice(group: str, name: str, choices: Any, file: str = "") -> str:
     return f"{group}={name}{file} is not known; choose one of {', '.join(choices)}"
 
 

@@ -1,10 +1,11 @@
-"""What ``--help`` says of groups and options: the docstrings of muse.config and the comments in conf/."""
+"""What ``--help`` says of groups and options: the declarations of muse.config and the comments in conf/."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import textwrap
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from muse.errors import ConfigError
 from muse.options import Option, allowed_values, nearest, options_of, type_name
 
 WIDTH = 100
-# Columns of names and values before their meaning.
-LEFT = 30
+# Of names and values, before their meaning.
+NAME_WIDTH = 30
 
 
 def help_text(composed: DictConfig, topics: list[str]) -> str:
@@ -30,14 +31,14 @@ def help_text(composed: DictConfig, topics: list[str]) -> str:
     loader = GlobalHydra.instance().config_loader()
     options = options_of(_schema(composed))
     if not topics:
-        return _everything(composed, options, loader)
-    return "\n\n".join(_about(topic, composed, options, loader) for topic in topics)
+        return _overview(composed, options, loader)
+    return "\n\n".join(_topic(topic, composed, options, loader) for topic in topics)
 
 
-def _everything(composed: DictConfig, options: dict[str, Option], loader: ConfigLoader) -> str:
-    told = composed.hydra.help
-    command = f"python {told.app_name} --help"
-    lines = [told.header, f"== Groups: group=choice; {command} <group> tells what each choice is =="]
+def _overview(composed: DictConfig, options: dict[str, Option], loader: ConfigLoader) -> str:
+    texts = composed.hydra.help
+    command = f"python {texts.app_name} --help"
+    lines = [texts.header, f"== Groups: group=choice; {command} <group> tells what each choice is =="]
     lines += [_row(group, ", ".join(_choices(group, loader))) for group in _groups(options, loader)]
     lines += ["", "== Options: path=value; with --help <path> the values allowed, too =="]
     for path, option in options.items():
@@ -47,18 +48,18 @@ def _everything(composed: DictConfig, options: dict[str, Option], loader: Config
             lines += ["", _row(f"{path}={_value(composed, path)}", option.meaning)]
         else:
             lines.append(_row(f"{path}={_value(composed, path)}", option.meaning))
-    return "\n".join([*lines, "", told.footer])
+    return "\n".join([*lines, "", texts.footer])
 
 
-def _about(topic: str, composed: DictConfig, options: dict[str, Option], loader: ConfigLoader) -> str:
+def _topic(topic: str, composed: DictConfig, options: dict[str, Option], loader: ConfigLoader) -> str:
     choices = _choices(topic, loader)
     if topic not in options and not choices:
         alike = nearest(topic, dict.fromkeys([*options, *_groups(options, loader)]))
         instead = f"the nearest are {', '.join(alike)}" if alike else "--help lists all"
         raise ConfigError(f"--help {topic}: there is no such group or option; {instead}")
-    option, config = options.get(topic), _config(composed)
+    option, config = options.get(topic), _built(composed)
     if option is not None and not dataclasses.is_dataclass(option.type):
-        return "\n".join(_detailed(topic, option, composed, config))
+        return "\n".join(_with_allowed_values(topic, option, composed, config))
     lines = [textwrap.fill(f"{topic}: {option.meaning}", WIDTH)] if option is not None else []
     if choices:
         lines += ["", f"== Choices: {topic}=<choice> =="]
@@ -68,11 +69,11 @@ def _about(topic: str, composed: DictConfig, options: dict[str, Option], loader:
         lines += ["", "== Options, with their values =="]
     for path in inner:
         if not dataclasses.is_dataclass(options[path].type):
-            lines += _detailed(path, options[path], composed, config)
+            lines += _with_allowed_values(path, options[path], composed, config)
     return "\n".join(lines)
 
 
-def _detailed(path: str, option: Option, composed: DictConfig, config: Any) -> list[str]:
+def _with_allowed_values(path: str, option: Option, composed: DictConfig, config: Any) -> list[str]:
     """An option with its meaning, and below that what it may be."""
     *parents, name = path.split(".")
     node = composed
@@ -80,6 +81,9 @@ def _detailed(path: str, option: Option, composed: DictConfig, config: Any) -> l
         node, config = node[parent], getattr(config, parent)
     values = allowed_values(config, name)
     may_be = f"one of {', '.join(values)}" if values else type_name(option.type)
+    if option.bounds:
+        each = "each " if typing.get_origin(option.type) is list else ""
+        may_be += f", {each}{option.bounds}"
     if OmegaConf.is_interpolation(node, name):
         written = OmegaConf.to_container(node, resolve=False)
         assert isinstance(written, dict)
@@ -87,15 +91,15 @@ def _detailed(path: str, option: Option, composed: DictConfig, config: Any) -> l
     return [_row(f"{path}={_value(composed, path)}", option.meaning), _row("", f"[{may_be}]")]
 
 
-def _config(composed: DictConfig) -> Any:
+def _built(composed: DictConfig) -> Any:
     """The dataclass of what is composed, or its defaults where the options are not allowed as they are."""
-    own = copy.deepcopy(composed)
-    with open_dict(own):
-        own.pop("hydra")
+    options = copy.deepcopy(composed)
+    with open_dict(options):
+        options.pop("hydra")
     try:
-        return build_config(own)
+        return build_config(options)
     except ConfigError:
-        return _schema(own)()
+        return _schema(options)()
 
 
 def _schema(composed: DictConfig) -> type:
@@ -105,13 +109,13 @@ def _schema(composed: DictConfig) -> type:
 
 
 def _value(composed: DictConfig, path: str) -> str:
-    return _written(OmegaConf.select(composed, path))
+    return _as_given(OmegaConf.select(composed, path))
 
 
-def _written(value: Any) -> str:
+def _as_given(value: Any) -> str:
     """A value as the command line takes it."""
     if isinstance(value, ListConfig):
-        return f"[{','.join(map(_written, value))}]"
+        return f"[{','.join(map(_as_given, value))}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
@@ -145,9 +149,9 @@ def _comment(group: str, choice: str, loader: ConfigLoader) -> str:
 
 def _row(left: str, right: str) -> str:
     """A name, and beside it, or below where it is long, what it means."""
-    wrapped = textwrap.wrap(right, WIDTH - LEFT - 4, break_on_hyphens=False) or [""]
-    indent = " " * (LEFT + 4)
-    if len(left) > LEFT:
+    wrapped = textwrap.wrap(right, WIDTH - NAME_WIDTH - 4, break_on_hyphens=False) or [""]
+    indent = " " * (NAME_WIDTH + 4)
+    if len(left) > NAME_WIDTH:
         return "\n".join([f"  {left}", *(indent + line for line in wrapped)])
-    first = f"  {left:{LEFT}}  {wrapped[0]}"
+    first = f"  {left:{NAME_WIDTH}}  {wrapped[0]}"
     return "\n".join([first.rstrip(), *(indent + line for line in wrapped[1:])])

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from muse.errors import ConfigError, RunError
-from muse.files import full_disk_told
+from muse.files import disk_full_as_run_error
 from muse.processes.signals import wait_for_cells
 from muse.report.sweep import (
     INCOMPLETE,
@@ -64,8 +64,8 @@ class Sweep(Callback):
 
 def searched_options(hydra: DictConfig) -> dict[str, bool]:
     """What Optuna's sweeper varies, and whether each on a logarithmic scale, as the command line has it."""
-    told = [f"{name}={value}" for name, value in (hydra.sweeper.params or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*told, *hydra.overrides.task])
+    params = [f"{name}={value}" for name, value in (hydra.sweeper.params or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*params, *hydra.overrides.task])
     values = {override.get_key_element(): override for override in parsed}
     return {
         name: "log" in getattr(override.value(), "tags", ())
@@ -144,14 +144,16 @@ def record_interruption() -> None:
 
 def _record_if_there_is_space(values: dict[str, Any], status: str) -> None:
     # What ended the cell is told anyway, and is often the full disk itself.
-    with suppress(RunError), full_disk_told(Path()):
+    with suppress(RunError), disk_full_as_run_error(Path()):
         record(values, status)
 
 
 def digest(overrides: Sequence[str]) -> str:
     """Short hash of the options that decide the numbers of a multirun."""
-    told = [item for item in overrides if item.split("=")[0].split(".")[0].strip("+~") not in UNIDENTIFYING]
-    return hashlib.sha256("\n".join(sorted(told)).encode()).hexdigest()[:8]
+    deciding = [
+        item for item in overrides if item.split("=")[0].split(".")[0].strip("+~") not in UNIDENTIFYING
+    ]
+    return hashlib.sha256("\n".join(sorted(deciding)).encode()).hexdigest()[:8]
 
 
 def check_plugins(arguments: Sequence[str]) -> None:

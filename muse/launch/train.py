@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from muse.config import RunConfig
-from muse.files import full_disk_told
+from muse.files import disk_full_as_run_error
 from muse.launch.sweep import given_options, record, sweep_folder
 from muse.processes.isolated import run_isolated
-from muse.runs.options import RESULT_FILE, RUN_FILE, may_go_on, with_options_of
+from muse.runs.folder import RUN_FILE, read_result
+from muse.runs.options import may_change, with_options_of
 from muse.runs.provenance import UNIDENTIFYING
 
 
@@ -35,7 +35,7 @@ def run_train(config: RunConfig, run: Path) -> int:
     else:
         status = run_isolated(_train, config, run, True)
     if status == 0 and sweep is not None:
-        result = _result(run)
+        result = read_result(run)
         record(_values(result, run, sweep), "reused" if "reused_from" in result else "trained")
     return status
 
@@ -46,12 +46,12 @@ def _with_options_of_run(config: RunConfig) -> RunConfig:
     if not named or not (Path(config.resume) / RUN_FILE).exists():
         return config
     groups = {field.name for field in dataclasses.fields(RunConfig)} - {*UNIDENTIFYING}
-    return with_options_of(config, "resume", Path(config.resume), given_options(), groups, may_go_on)
+    return with_options_of(config, "resume", Path(config.resume), given_options(), groups, may_change)
 
 
 def validation_loss() -> float:
     """Validation loss at the end of the job that Hydra is running; infinite where it did not get there."""
-    loss = (_result(Path(HydraConfig.get().runtime.output_dir)).get("valid") or {}).get("loss")
+    loss = (read_result(Path(HydraConfig.get().runtime.output_dir)).get("valid") or {}).get("loss")
     return math.inf if loss is None else float(loss)
 
 
@@ -59,16 +59,8 @@ def _train(config: RunConfig, run: Path, in_sweep: bool) -> int:
     # A process that only waits for another one does not need torch.
     from muse.training.run import run_training
 
-    with full_disk_told(run):
+    with disk_full_as_run_error(run):
         return run_training(config, run, in_sweep)
-
-
-def _result(run: Path) -> dict[str, Any]:
-    try:
-        result: dict[str, Any] = json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return result
 
 
 def _values(result: dict[str, Any], run: Path, sweep: Path) -> dict[str, Any]:

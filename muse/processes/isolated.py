@@ -42,7 +42,7 @@ def run_isolated(job: Callable[..., T], *arguments: Any) -> T:
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     sender.close()
-    with signals.passed_on(process):
+    with signals.forwarded_to(process):
         # Not the end of the process first: it would wait for a reader of what is too long for the pipe.
         wait([receiver, process.sentinel])
         found: tuple[bool, Any] | None = None
@@ -56,7 +56,7 @@ def run_isolated(job: Callable[..., T], *arguments: Any) -> T:
             return cast(T, value)
         raise value
     status = process.exitcode or 0
-    if signals.asked() is not None:
+    if signals.received() is not None:
         sys.exit(128 - status if status < 0 else status)
     if status < 0:
         raise RunError(f"the process was killed by signal {-status}, perhaps for lack of memory")
@@ -68,7 +68,7 @@ def _work(sender: Connection, parent: int, job: Callable[..., object], arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    threading.Thread(target=signals.stop_without, args=(parent,), daemon=True).start()
+    threading.Thread(target=signals.terminate_when_orphaned, args=(parent,), daemon=True).start()
     # As Hydra shows it in its own process.
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     try:

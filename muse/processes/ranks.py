@@ -18,12 +18,12 @@ from muse.processes.torchrun import launched_ranks
 T = TypeVar("T")
 # The first rank may read data or a checkpoint for hours while the others wait; other collectives give up
 # after half an hour, as torch has it.
-FIRST_RANK_WORKS = timedelta(days=1)
-_waiting: dist.ProcessGroup | None = None
+FIRST_RANK_TIMEOUT = timedelta(days=1)
+_first_rank_group: dist.ProcessGroup | None = None
 
 
 @contextmanager
-def joined_ranks(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device) -> Iterator[None]:
     """Let the processes that torchrun started know each other; without torchrun nothing happens.
 
     Collectives run over gloo on the CPU and over NCCL between GPUs.
@@ -35,8 +35,8 @@ def joined_ranks(device: torch.device) -> Iterator[None]:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    global _waiting
-    _waiting = dist.new_group(backend="gloo", timeout=FIRST_RANK_WORKS)
+    global _first_rank_group
+    _first_rank_group = dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT)
     yield
     # Not after an error: the other ranks wait in a collective that this one will never reach.
     dist.destroy_process_group()
@@ -58,16 +58,16 @@ def barrier() -> None:
         dist.barrier()
 
 
-def same(value: T) -> T:
+def broadcast(value: T) -> T:
     """The value of rank 0, on every rank; it must be possible to pickle it."""
     if ranks() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, group=_waiting)
+    dist.broadcast_object_list(box, group=_first_rank_group)
     return box[0]
 
 
-def first_rank_does(act: Callable[[], T]) -> T:
+def on_first_rank(act: Callable[[], T]) -> T:
     """What ``act`` returns on rank 0, on every rank; it must be possible to pickle it.
 
     Raises:
@@ -79,14 +79,14 @@ def first_rank_does(act: Callable[[], T]) -> T:
             found = act(), None
         except (ConfigError, RunError) as error:
             found = None, error
-    value, failure = same(found)
+    value, failure = broadcast(found)
     if failure is not None:
-        failure.everywhere = True
+        failure.of_all_ranks = True
         raise failure
     return cast(T, value)
 
 
-def gathered(value: T) -> list[T]:
+def all_gathered(value: T) -> list[T]:
     """The values of all ranks, on every rank."""
     if ranks() == 1:
         return [value]
@@ -114,7 +114,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, part: Tensor) -> Tensor:
+def distributed_like(tensor: Tensor, part: Tensor) -> Tensor:
     """``part``, this rank's part, as a tensor that is distributed as ``tensor`` is."""
     if not isinstance(tensor, DTensor):
         return part

@@ -14,17 +14,17 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
-_asked: int | None = None
-_cell: BaseProcess | None = None
+_received: int | None = None
+_child: BaseProcess | None = None
 _is_command = False
-_parent_of_worker: int | None = None
-_busy = False
-_cells_save: Callable[[], bool] | None = None
+_worker_parent: int | None = None
+_job_running = False
+_cells_unfinished: Callable[[], bool] | None = None
 
 
-def asked() -> int | None:
+def received() -> int | None:
     """Number of the signal that asked this process to stop."""
-    return _asked
+    return _received
 
 
 def is_command() -> bool:
@@ -32,23 +32,23 @@ def is_command() -> bool:
     return _is_command
 
 
-def take_signals_of_command() -> None:
-    """Take Ctrl-C and SIGTERM in the process that the user started."""
+def install_command_handlers() -> None:
+    """Handle Ctrl-C and SIGTERM in the process that the user started."""
     global _is_command
     _is_command = True
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        signal.signal(number, _handle)
 
 
-def take_signals_of_worker() -> None:
+def install_worker_handlers() -> None:
     """Leave Ctrl-C to the command, which passes it on as SIGTERM, and stop when the command is gone."""
-    global _parent_of_worker
-    if _parent_of_worker is not None:
+    global _worker_parent
+    if _worker_parent is not None:
         return
-    _parent_of_worker = os.getppid()
+    _worker_parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _stop)
-    threading.Thread(target=stop_without, args=(_parent_of_worker,), daemon=True).start()
+    signal.signal(signal.SIGTERM, _handle)
+    threading.Thread(target=terminate_when_orphaned, args=(_worker_parent,), daemon=True).start()
 
 
 def wait_for_cells(unfinished: Callable[[], bool]) -> None:
@@ -57,68 +57,68 @@ def wait_for_cells(unfinished: Callable[[], bool]) -> None:
     Args:
         unfinished: whether one of them has not.
     """
-    global _cells_save
-    _cells_save = unfinished
+    global _cells_unfinished
+    _cells_unfinished = unfinished
 
 
 @contextmanager
-def working() -> Iterator[None]:
+def job_running() -> Iterator[None]:
     """While it lasts, a signal ends the job of a worker; at other times only no other is begun."""
-    global _busy
-    _busy = True
+    global _job_running
+    _job_running = True
     try:
         yield
     finally:
-        _busy = False
+        _job_running = False
 
 
 @contextmanager
-def passed_on(cell: BaseProcess) -> Iterator[None]:
-    """While it lasts, a first signal is passed on to ``cell``, so that it saves, a second one kills it."""
-    global _cell
-    _cell = cell
+def forwarded_to(process: BaseProcess) -> Iterator[None]:
+    """While it lasts, a first signal is passed on to ``process``, so that it saves, a second one kills it."""
+    global _child
+    _child = process
     try:
-        if _asked is not None:
-            cell.terminate()
+        if _received is not None:
+            process.terminate()
         yield
     finally:
-        _cell = None
+        _child = None
 
 
-def stop_without(parent: int) -> None:
+def terminate_when_orphaned(parent: int) -> None:
     """Ask this process to stop as soon as ``parent``, the process that started it, is gone."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def leave_orphaned() -> None:
+def exit_if_orphaned() -> None:
     """End this process if it is a worker that nobody waits for any longer."""
-    if _parent_of_worker is not None and os.getppid() != _parent_of_worker:
+    if _worker_parent is not None and os.getppid() != _worker_parent:
         # The launcher's own code around the job would wait for ever, or complain.
         os._exit(128 + signal.SIGTERM)
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    global _asked
-    again, _asked = _asked is not None, number
-    if _cell is not None:
+def _handle(number: int, frame: FrameType | None) -> None:
+    global _received
+    again, _received = _received is not None, number
+    if _child is not None:
         if again:
-            _cell.kill()
+            _child.kill()
         else:
-            _cell.terminate()
+            _child.terminate()
         return
-    if _parent_of_worker is not None and not _busy:
-        leave_orphaned()
+    if _worker_parent is not None and not _job_running:
+        exit_if_orphaned()
         return
     if _is_command and not again:
-        _stop_workers()
-    if _is_command and not _busy and _cells_save is None:
-        _leave(128 + number)
+        _terminate_workers()
+    if _is_command and not _job_running and _cells_unfinished is None:
+        _exit_now(128 + number)
     sys.exit(128 + number)
 
 
-def _leave(status: int) -> None:
+def _exit_now(status: int) -> None:
     """End this process, which has nothing to save, where an exception would not always get through.
 
     OmegaConf, in whose code a command that only starts spends its time, has clauses that turn any exception
@@ -130,13 +130,13 @@ def _leave(status: int) -> None:
     os._exit(status)
 
 
-def _stop_workers() -> None:
+def _terminate_workers() -> None:
     """Stop the cells that workers run, and wait until they have saved."""
     workers = multiprocessing.active_children()
-    if _cells_save is None or not workers:
+    if _cells_unfinished is None or not workers:
         return
     print("\nstopping when the cells have saved; once more stops at once", file=sys.stderr)
     for worker in workers:
         worker.terminate()
-    while multiprocessing.active_children() and _cells_save():
+    while multiprocessing.active_children() and _cells_unfinished():
         time.sleep(0.1)

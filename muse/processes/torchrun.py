@@ -22,11 +22,11 @@ from muse.files import write_json
 # their own in the same folder.
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 # Marks, in that file, an error that its process has printed.
-SAID = "said"
+REPORTED = "reported"
 # Seconds that a step and its checkpoint may take after a signal, from torch 2.13 on; torchrun has 30.
 SHUTDOWN_TIMEOUT = 600
 # How the lines begin in which torchrun tells of the end of its processes.
-_ENDS = ("Received ", "Sending process ", "failed (exitcode: ")
+_END_MESSAGES = ("Received ", "Sending process ", "failed (exitcode: ")
 
 
 def launched_ranks() -> int:
@@ -56,7 +56,7 @@ def check_launch(parallel: str) -> None:
         )
 
 
-def say_last(sentence: str, once: bool, cause: bool = True) -> None:
+def report_exit(sentence: str, once: bool, cause: bool = True) -> None:
     """Print on standard error what this process ends with.
 
     Args:
@@ -72,21 +72,21 @@ def say_last(sentence: str, once: bool, cause: bool = True) -> None:
     if cause:
         # Where the disk is full, torchrun reports what it knows.
         with suppress(OSError):
-            _leave_for_torchrun(Path(file), sentence)
-    with open(Path(file).parents[1] / SAID, "ab") as said:
+            _write_error_file(Path(file), sentence)
+    with open(Path(file).parents[1] / REPORTED, "ab") as reported:
         # torchrun ends all with the first one that ends, which must have printed by then.
-        fcntl.flock(said, fcntl.LOCK_EX)
-        if once and os.fstat(said.fileno()).st_size:
+        fcntl.flock(reported, fcntl.LOCK_EX)
+        if once and os.fstat(reported.fileno()).st_size:
             return
         print(sentence, file=sys.stderr, flush=True)
         if cause:
-            said.write(b".")
-            said.flush()
+            reported.write(b".")
+            reported.flush()
 
 
-def _leave_for_torchrun(file: Path, sentence: str) -> None:
-    told = {"message": sentence, "extraInfo": {"py_callstack": sentence, "timestamp": str(int(time.time()))}}
-    write_json(file, {"message": told, SAID: True})
+def _write_error_file(file: Path, sentence: str) -> None:
+    error = {"message": sentence, "extraInfo": {"py_callstack": sentence, "timestamp": str(int(time.time()))}}
+    write_json(file, {"message": error, REPORTED: True})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -104,18 +104,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT))
     for name in ("agent.server.api", "multiprocessing.api"):
         logger = logging.getLogger(f"torch.distributed.elastic.{name}")
-        logger.addFilter(lambda record: not str(record.msg).startswith(_ENDS))
+        logger.addFilter(lambda record: not str(record.msg).startswith(_END_MESSAGES))
     try:
         run.run(run.parse_args(arguments))
     except SignalException as error:
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         failures = error.failures.values()
-        said = [failure.exitcode for failure in failures if failure.error_file_data.get(SAID)]
+        reported = [failure.exitcode for failure in failures if failure.error_file_data.get(REPORTED)]
         ended = {failure.exitcode for failure in failures}
-        if not said and not ended <= {128 + signal.SIGINT, 128 + signal.SIGTERM}:
+        if not reported and not ended <= {128 + signal.SIGINT, 128 + signal.SIGTERM}:
             raise
-        sys.exit(max(said or ended))
+        sys.exit(max(reported or ended))
 
 
 if __name__ == "__main__":

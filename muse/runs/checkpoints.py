@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from muse.errors import RunError, of_all_ranks
 from muse.files import write_atomically
-from muse.processes.ranks import first_rank_does, ranks
+from muse.processes.ranks import on_first_rank, ranks
+from muse.runs.folder import CHECKPOINTS
 
 STATE = "state.pt"
 HASHES = "hashes.json"
@@ -88,7 +89,7 @@ def best_name(folder: Path) -> str | None:
 
 def find_checkpoint(run: Path, which: str = "last") -> Path | None:
     """The last or best checkpoint of a run folder; None if there is none."""
-    folder = run / "checkpoints"
+    folder = run / CHECKPOINTS
     if which == "last":
         return next(iter(newest_first(folder)), None)
     name = best_name(folder)
@@ -103,7 +104,7 @@ def find_sound_checkpoint(run: Path) -> Path | None:
     Raises:
         RunError: all are.
     """
-    candidates = newest_first(run / "checkpoints")
+    candidates = newest_first(run / CHECKPOINTS)
     for path in candidates:
         damage = find_damage(path)
         if damage is None:
@@ -126,11 +127,17 @@ def find_damage(checkpoint: Path) -> str | None:
     return None
 
 
-def adopt_checkpoints(previous: Path, checkpoint: Path, run: Path) -> None:
+def adopt_checkpoints(previous: Path, checkpoint: Path, run: Path, is_best: bool) -> None:
     """Give ``run``, which continues ``checkpoint`` of ``previous``, that one, the one before and the best.
 
     Files are linked where the file system can, since checkpoints are never rewritten. So what damages the
     continued one damages it in both runs, and the one before is what is left.
+
+    Args:
+        previous: folder of the run that is continued.
+        checkpoint: one of its checkpoints.
+        run: folder of the run that continues it.
+        is_best: whether the checkpoint is the best one, as its state says.
 
     Warns of a best one that is damaged, and leaves it out.
     """
@@ -148,9 +155,9 @@ def adopt_checkpoints(previous: Path, checkpoint: Path, run: Path) -> None:
             shutil.copytree(path, temporary, copy_function=link)
             os.rename(temporary, folder / path.name)
 
-    folder = run / "checkpoints"
+    folder = run / CHECKPOINTS
     # A process may have ended when its best checkpoint was complete, but not yet called so.
-    best = checkpoint if load_state(checkpoint).best else find_checkpoint(previous, "best")
+    best = checkpoint if is_best else find_checkpoint(previous, "best")
     # The best one first: a run that can be continued must not lack it.
     if best is not None and best.name <= checkpoint.name:
         # The continued one was found sound.
@@ -163,7 +170,7 @@ def adopt_checkpoints(previous: Path, checkpoint: Path, run: Path) -> None:
                 f"the best checkpoint {best} is damaged: {damage}; the run goes on without it", stacklevel=2
             )
     before = next(
-        (path for path in newest_first(previous / "checkpoints") if path.name < checkpoint.name), None
+        (path for path in newest_first(previous / CHECKPOINTS) if path.name < checkpoint.name), None
     )
     if before is not None:
         adopt(before)
@@ -180,7 +187,7 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
     Raises:
         RunError: on every rank, when the files are damaged, cannot be read, or hold other tensors.
     """
-    damage = first_rank_does(lambda: find_damage(checkpoint))
+    damage = on_first_rank(lambda: find_damage(checkpoint))
     if damage is not None:
         raise of_all_ranks(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")
     try:

@@ -13,20 +13,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 
-from muse.config import RunConfig
+from muse.config import BenchConfig, RunConfig
 from muse.errors import ConfigError
+from muse.options import options_of
+from muse.runs.folder import RESULT_FILE as RESULT_FILE
+from muse.runs.folder import RUN_FILE, read_run
 
 C = TypeVar("C", bound=RunConfig)
 # From the value of an option to another one.
 Changes = dict[str, tuple[Any, Any]]
 
-RUN_FILE = "run.json"
-RESULT_FILE = "result.json"
 # Options that a choice of a group says; the others below it are what is usual for the choice.
-CHOICE = {
-    "stage": "stage.number",
-    **{group: f"{group}.name" for group in ("model", "data", "tokenizer", "optim")},
-}
+CHOICE = {option.given_as: path for path, option in options_of(BenchConfig).items() if option.given_as}
 # Stands for the value of an option that this version does not have.
 UNKNOWN = "no option of this version"
 # Options that say how a run goes on: resume=<run folder> may give other values than it had so far.
@@ -39,7 +37,7 @@ CHANGEABLE = (
 MOST_NAMED = 10
 
 
-def may_go_on(name: str, trained_with: Any) -> bool:
+def may_change(name: str, trained_with: Any) -> bool:
     """Whether a run may go on with another value of an option than it was trained with."""
     return name in CHANGEABLE or was_moved(name, trained_with)
 
@@ -59,14 +57,11 @@ def stored_options(place: Path) -> dict[str, Any]:
     try:
         if place.suffix == ".safetensors":
             with safe_open(place, "pt") as opened:
-                config = json.loads((opened.metadata() or {})["config"])
+                config: dict[str, Any] = json.loads((opened.metadata() or {})["config"])
         else:
             # Also <run>/checkpoints/step_00000200.
-            files = [folder / RUN_FILE for folder in (place, place.parent.parent)]
-            file = next((file for file in files if file.exists()), files[0])
-            config = json.loads(file.read_text(encoding="utf-8"))["config"]
-        if not isinstance(config, dict):
-            raise ValueError("its configuration is no object of JSON")
+            of_checkpoint = (place.parent.parent / RUN_FILE).exists() and not (place / RUN_FILE).exists()
+            config = read_run(place.parent.parent if of_checkpoint else place)["config"]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{place} does not say which options its weights were trained with ({error}); give the "
@@ -109,23 +104,25 @@ def with_options_of(
         may_differ: whether an option, given by its name and the run's value, may be given another value.
 
     Raises:
-        ConfigError: an option was given that must not differ, see ``refuse``; or the run has options that
-            this version does not know, or values that are not allowed.
+        ConfigError: an option was given that must not differ, see ``refuse_changes``; or the run has options
+            that this version does not know, or values that are not allowed.
     """
     stored = stored_options(place)
-    apart = {
+    changes = {
         name: values
         for name, values in differences(stored, config).items()
         if _group(name) in groups and name != "data.cache"
     }
-    against = {name: values for name, values in apart.items() if _is_given(name, given)}
-    refuse(option, place, {name: both for name, both in against.items() if not may_differ(name, both[0])})
+    given_changes = {name: values for name, values in changes.items() if _is_given(name, given)}
+    refuse_changes(
+        option, place, {name: both for name, both in given_changes.items() if not may_differ(name, both[0])}
+    )
     merged = OmegaConf.structured(config)
     try:
-        for name, (kept, own) in apart.items():
+        for name, (kept, own) in changes.items():
             if own is UNKNOWN:
-                raise ConfigError(f"{place} was trained with {name}={shown(kept)}, which is {UNKNOWN}")
-            if name not in against:
+                raise ConfigError(f"{place} was trained with {name}={format_value(kept)}, which is {UNKNOWN}")
+            if name not in given_changes:
                 OmegaConf.update(merged, name, kept)
         built = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -135,7 +132,7 @@ def with_options_of(
     return built
 
 
-def refuse(option: str, place: Path, changes: Changes) -> None:
+def refuse_changes(option: str, place: Path, changes: Changes) -> None:
     """Refuse what a command says against the run that an option names.
 
     Raises:
@@ -148,7 +145,7 @@ def refuse(option: str, place: Path, changes: Changes) -> None:
         )
 
 
-def folder_of_kind(stage: str, model: str, resume: str, checkpoint: str | None) -> str:
+def stage_and_model(stage: str, model: str, resume: str, checkpoint: str | None) -> str:
     """Name of the folder for runs of a stage and model, which are those of the run that a command names."""
     place = checkpoint or (resume if resume not in ("never", "auto") else None)
     if place is not None:
@@ -161,12 +158,15 @@ def folder_of_kind(stage: str, model: str, resume: str, checkpoint: str | None) 
 
 def told(changes: Mapping[str, tuple[Any, Any]]) -> str:
     """The changes as ``train.steps: 8 → 12, seed: 0 → 1``, of many the first ones and how many there are."""
-    parts = [f"{shown_name(name)}: {shown(old)} → {shown(new)}" for name, (old, new) in changes.items()]
+    parts = [
+        f"{name_as_given(name)}: {format_value(old)} → {format_value(new)}"
+        for name, (old, new) in changes.items()
+    ]
     more = len(parts) - MOST_NAMED
     return ", ".join(parts[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def below(name: str, names: Collection[str]) -> bool:
+def is_among(name: str, names: Collection[str]) -> bool:
     """Whether an option is one of ``names`` or in one of these groups."""
     parts = name.split(".")
     return any(".".join(parts[: length + 1]) in names for length in range(len(parts)))
@@ -180,7 +180,7 @@ def _is_given(name: str, given: Collection[str]) -> bool:
     group = _group(name)
     if group in CHOICE and group in given:
         given = [*(other for other in given if other != group), CHOICE[group]]
-    return below(name, given)
+    return is_among(name, given)
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -193,11 +193,11 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def shown_name(name: str) -> str:
+def name_as_given(name: str) -> str:
     """Name of an option as a command gives it: ``stage`` of ``stage=2``."""
     return _group(name) if name in CHOICE.values() else name
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """Value of an option as a command gives it."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

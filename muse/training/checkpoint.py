@@ -21,8 +21,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from muse.errors import RunError, of_all_ranks
-from muse.files import sync, write_atomically
-from muse.processes.ranks import gathered, rank, ranks, same
+from muse.files import fsync, write_atomically
+from muse.processes.ranks import all_gathered, broadcast, rank, ranks
 from muse.runs.checkpoints import (
     BEST,
     HASHES,
@@ -103,8 +103,8 @@ class CheckpointWriter:
         self.finish()
         name = f"step_{state.step:08d}"
         temporary = self.folder / f".{name}.tmp"
-        randoms = gathered(random_state())
-        exists = same((self.folder / name).exists())
+        randoms = all_gathered(random_state())
+        exists = broadcast((self.folder / name).exists())
 
         def start() -> None:
             if rank() == 0 and not exists:
@@ -114,7 +114,7 @@ class CheckpointWriter:
                 buffer = io.BytesIO()
                 torch.save({**vars(state), "random": randoms, "best": best}, buffer)
                 (temporary / STATE).write_bytes(buffer.getvalue())
-                sync(temporary / STATE)
+                fsync(temporary / STATE)
 
         self._together(state.step, start)
         if exists:
@@ -160,16 +160,16 @@ class CheckpointWriter:
                     own[path.name] = file_hash(path)
 
         self._together(pending.step, hash_files)
-        hashes = {file: digest for part in gathered(own) for file, digest in part.items()}
+        hashes = {file: digest for part in all_gathered(own) for file, digest in part.items()}
 
         def count() -> None:
             if rank() != 0:
                 return
             (pending.temporary / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
             for path in (pending.temporary / HASHES, pending.temporary):
-                sync(path)
+                fsync(path)
             os.rename(pending.temporary, self.folder / name)
-            sync(self.folder)
+            fsync(self.folder)
             self._counts(name, pending.best)
 
         self._together(pending.step, count)
@@ -204,7 +204,7 @@ class CheckpointWriter:
         # CheckpointException is no Exception.
         except (OSError, RuntimeError, CheckpointException) as error:
             reason = cause_of(error)
-        reason = next((found for found in gathered(reason) if found is not None), None)
+        reason = next((found for found in all_gathered(reason) if found is not None), None)
         if reason is not None:
             if rank() == 0:
                 shutil.rmtree(self.folder / f".step_{step:08d}.tmp", ignore_errors=True)

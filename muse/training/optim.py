@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from muse.config import OptimConfig
 from muse.errors import ConfigError
 from muse.layers import ComplexLinear
-from muse.processes.ranks import gathered, like, local, summed
+from muse.processes.ranks import all_gathered, distributed_like, local, summed
 
 # Elements of a bfloat16 parameter that are updated at a time: their float32 copies fit the last-level cache.
 SLICE_ELEMENTS = 2**20
@@ -219,7 +219,7 @@ class ModelOptimizer:
         Moments share their storage with those in use.
         """
         moments = {
-            name: {moment: like(parameter, part) for moment, part in kept.items()}
+            name: {moment: distributed_like(parameter, part) for moment, part in kept.items()}
             for name, (parameter, kept) in self._moments.items()
         }
         return {"updates": torch.tensor(self.updates), "moments": moments}
@@ -294,5 +294,5 @@ def first_non_finite(model: nn.Module) -> str | None:
     tensors = [(name, parameter.detach()) for name, parameter in parameters]
     tensors += [(f"the gradient of {name}", p.grad) for name, p in parameters if p.grad is not None]
     bad = (place for place, (_, tensor) in enumerate(tensors) if not local(tensor).isfinite().all())
-    first = min(gathered(next(bad, len(tensors))))
+    first = min(all_gathered(next(bad, len(tensors))))
     return tensors[first][0] if first < len(tensors) else None

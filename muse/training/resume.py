@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from muse.files import find_files
 from muse.processes.ranks import ranks
 from muse.report.metrics import read_metrics
 from muse.runs.checkpoints import find_checkpoint
-from muse.runs.options import RESULT_FILE, RUN_FILE, Changes, below, differences, may_go_on, refuse, told
+from muse.runs.folder import RESULT_FILE, RUN_FILE, read_run
+from muse.runs.options import Changes, differences, is_among, may_change, refuse_changes, told
 from muse.runs.provenance import UNIDENTIFYING, UNIDENTIFYING_OPTIONS
 from muse.training.schedule import learning_rate, same_until
 
@@ -60,14 +60,14 @@ def run_to_resume(config: RunConfig, in_sweep: bool = False) -> Previous | None:
         return None
     if config.resume == "auto":
         return _newest_of_same_options(config, in_sweep)
-    run = Path(config.resume)
-    described = _described(run)
-    if find_checkpoint(run) is None or described is None:
+    found = _previous(Path(config.resume), config)
+    if found is None:
         raise ConfigError(f"resume={config.resume} holds no checkpoint; give a run folder, auto or never")
-    changes = _changes(described, config)
-    deciding = _deciding(changes)
-    refuse("resume", run, {name: both for name, both in deciding.items() if not may_go_on(name, both[0])})
-    return Previous(run, changes, described.get("changes", []))
+    deciding = _deciding(found.changes).items()
+    refuse_changes(
+        "resume", found.run, {name: both for name, both in deciding if not may_change(name, both[0])}
+    )
+    return found
 
 
 def _newest_of_same_options(config: RunConfig, in_sweep: bool) -> Previous | None:
@@ -75,14 +75,13 @@ def _newest_of_same_options(config: RunConfig, in_sweep: bool) -> Previous | Non
     fitting: list[Previous] = []
     others: list[tuple[Previous, Changes]] = []
     for file in find_files(root, RUN_FILE):
-        described = _described(file.parent)
-        if described is None or find_checkpoint(file.parent) is None:
+        found = _previous(file.parent, config)
+        if found is None:
             continue
-        found = Previous(file.parent, _changes(described, config), described.get("changes", []))
-        apart = _rounding(found.changes) if in_sweep else _deciding(found.changes)
+        changes = _rounding(found.changes) if in_sweep else _deciding(found.changes)
         mixed = any(_rounding(change["options"]) for change in found.earlier_changes)
-        if apart:
-            others.append((found, apart))
+        if changes:
+            others.append((found, changes))
         elif not (in_sweep and mixed):
             fitting.append(found)
 
@@ -98,37 +97,43 @@ def _newest_of_same_options(config: RunConfig, in_sweep: bool) -> Previous | Non
     if not others:
         print(f"resume=auto found no run below {root}; a new one begins")
         return None
-    nearest, apart = min(others, key=lambda other: (len(other[1]), age(other[0])))
+    nearest, changes = min(others, key=lambda other: (len(other[1]), age(other[0])))
     last = find_checkpoint(nearest.run)
     done = int(last.name.rpartition("_")[2]) if last is not None else 0
-    can_go_on = all(may_go_on(name, old) for name, (old, _) in apart.items()) and done <= config.train.steps
-    hint = f"; resume={nearest.run} would go on with it after step {done}" if can_go_on else ""
+    may_go_on = all(may_change(name, old) for name, (old, _) in changes.items())
+    hint = (
+        f"; resume={nearest.run} would go on with it after step {done}"
+        if may_go_on and done <= config.train.steps
+        else ""
+    )
     print(
         f"resume=auto found no run of these options, so a new one begins; the nearest, {nearest.run}, has "
-        f"others: {told(apart)}{hint if not in_sweep else ''}"
+        f"others: {told(changes)}{hint if not in_sweep else ''}"
     )
     return None
 
 
-def _changes(described: dict[str, Any], config: RunConfig) -> Changes:
-    """What ``config`` changes in a run that so described itself, apart from where it writes and is shown."""
+def _previous(run: Path, config: RunConfig) -> Previous | None:
+    """The run of a folder, with what ``config`` changes in it; None where it cannot be continued."""
+    try:
+        description = read_run(run)
+    except (OSError, ValueError):
+        return None
+    if find_checkpoint(run) is None:
+        return None
+    return Previous(run, _changes(description, config), description.get("changes", []))
+
+
+def _changes(description: dict[str, Any], config: RunConfig) -> Changes:
+    """What ``config`` changes in a run of this description, apart from where it writes and is shown."""
     free = {*UNIDENTIFYING, "data.cache"} - {*WHERE}
     changes = {
         name: change
-        for name, change in differences(described["config"], config).items()
-        if not below(name, free)
+        for name, change in differences(description["config"], config).items()
+        if not is_among(name, free)
     }
-    before = described.get("ranks", ranks())
+    before = description.get("ranks", ranks())
     return changes if before == ranks() else {**changes, "ranks": (before, ranks())}
-
-
-def _described(run: Path) -> dict[str, Any] | None:
-    """What a run wrote of itself; None where that cannot be read."""
-    try:
-        found = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("config"), dict) else None
 
 
 def history_of(found: Previous, step: int) -> dict[str, Any]:
@@ -166,7 +171,7 @@ def warn_of_changes(config: RunConfig, found: Previous, step: int) -> None:
 def _deciding(changes: Changes) -> Changes:
     """Those of the changes that decide a run's numbers, but for their rounding."""
     free = (*WHERE, *UNIDENTIFYING_OPTIONS)
-    return {name: change for name, change in changes.items() if not below(name, free)}
+    return {name: change for name, change in changes.items() if not is_among(name, free)}
 
 
 def _rounding(changes: Changes) -> Changes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from muse.errors import ConfigError
 from muse.files import write_atomically, write_json
 from muse.hardware import describe, use_hardware
 from muse.models import LanguageModel
-from muse.processes.ranks import first_rank_does, joined_ranks, rank, ranks, same
+from muse.processes.ranks import broadcast, on_first_rank, process_group, rank, ranks
 from muse.report.metrics import MetricsLog, read_metrics
 from muse.report.run_plot import plot_flow, plot_loss_curve
 from muse.report.table import table
 from muse.runs.checkpoints import adopt_checkpoints, find_sound_checkpoint, load_state
-from muse.runs.options import RESULT_FILE, RUN_FILE, told
+from muse.runs.folder import RESULT_FILE, RUN_FILE, SAMPLE_FILE, read_result
+from muse.runs.options import told
 from muse.runs.provenance import provenance
 from muse.training.profile import require_steps
 from muse.training.resume import (
@@ -52,8 +52,8 @@ def run_training(config: RunConfig, run: Path, in_sweep: bool = False) -> int:
         Exit status: 0, or 128 + the number of the signal that interrupted the run.
     """
     device = use_hardware(config.hardware)
-    with joined_ranks(device):
-        return _run_on_ranks(config, same(run), device, in_sweep)
+    with process_group(device):
+        return _run_on_ranks(config, broadcast(run), device, in_sweep)
 
 
 def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: bool) -> int:
@@ -61,7 +61,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
         raise ConfigError(
             "data=synthetic has nothing to learn, it is for benchmarks; choose data=stdlib, wikitext2 or text"
         )
-    found, checkpoint = first_rank_does(lambda: _found_to_resume(config, in_sweep))
+    found, checkpoint = on_first_rank(lambda: _found_to_resume(config, in_sweep))
     if found is not None and found.is_finished:
         if rank() == 0:
             _reuse(found.run, run)
@@ -76,12 +76,12 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
     require_steps(config, state.step if state else 0)
     loaded: list[TokenData] = []
     # The first rank fills data.cache, the others find everything there.
-    first_rank_does(lambda: loaded.append(_load_data(config)))
+    on_first_rank(lambda: loaded.append(_load_data(config)))
     try:
         data = loaded[0] if loaded else _load_data(config)
     except ConfigError as error:
         # The first rank has found everything.
-        error.everywhere = False
+        error.of_all_ranks = False
         raise
     if rank() > 0:
         model, result = train(config, data, device, run, lambda step, metrics: None, checkpoint)
@@ -105,7 +105,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
     failed = True
     try:
         if previous is not None and checkpoint is not None:
-            adopt_checkpoints(previous, checkpoint, run)
+            adopt_checkpoints(previous, checkpoint, run, state is not None and state.best)
         # Last, because a run is continued as soon as this is there: it then has all of the one before.
         write_json(
             run / RUN_FILE,
@@ -133,7 +133,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
         print(_table(result))
         text = _sample(config, model, data)
         if text is not None:
-            write_atomically(run / "sample.txt", text + "\n")
+            write_atomically(run / SAMPLE_FILE, text + "\n")
             print(f"\nsample, after {PROMPT} tokens of the validation split:\n{text}")
         print(f"\neverything is in {run}")
         failed = False
@@ -190,7 +190,7 @@ def _table(result: TrainResult) -> str:
 
 def _reuse(previous: Path, run: Path) -> None:
     """Give the folder ``run`` the results of a finished run."""
-    finished = json.loads((previous / RESULT_FILE).read_text(encoding="utf-8"))
+    finished = read_result(previous)
     if finished.get("checkpoint") is not None:
         finished["checkpoint"] = os.path.relpath(previous / finished["checkpoint"], run)
     write_json(run / RESULT_FILE, {"reused_from": os.path.relpath(previous, run), **finished})

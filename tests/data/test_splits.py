@@ -6,7 +6,7 @@ import re
 import pytest
 
 from muse.config import ConfigError
-from muse.data.splits import LEAST, find_splits, hold_out
+from muse.data.splits import MIN_CHARACTERS, find_splits, hold_out
 
 
 def names_by_split(root, names: list[str]) -> dict[str, list[str]]:
@@ -108,7 +108,7 @@ TEXTS = {
     "Chinese": "".join(random.Random(0).choices("漢字文仮名", k=6000)),
     "beyond 16 bits": "🙂" * 3000,
     "combining": "e\u0301\u0323" * 2000,
-    "short": "ACGT" * (LEAST // 4),
+    "short": "ACGT" * (MIN_CHARACTERS // 4),
 }
 
 
@@ -135,7 +135,7 @@ def test_two_documents_are_both_cut():
     assert hold_out({"a.txt": "a" * 1000, "b.txt": "b"}, 1) == [["a" * 950, "b"], ["a" * 50]]
 
 
-@pytest.mark.parametrize("text", ["a" * (LEAST - 1), "a" * 200 + " " * 100])
+@pytest.mark.parametrize("text", ["a" * (MIN_CHARACTERS - 1), "a" * 200 + " " * 100])
 def test_a_text_without_enough_to_hold_out_is_told_apart(text):
     assert hold_out({"a.txt": text}, 2) is None
     assert hold_out({"a.txt": text}, 0) == [[text]]

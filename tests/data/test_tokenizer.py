@@ -169,7 +169,7 @@ def test_another_limit_of_runs_is_another_tokenizer(bpe, small_corpus, tmp_path,
 
 
 def test_what_takes_long_says_so_where_there_is_no_progress_bar(small_corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "TELL_SECONDS", 0.001)
+    monkeypatch.setattr(module, "PROGRESS_SECONDS", 0.001)
     text = "".join(random.Random(0).choices("ACGT", k=50_000))
     bpe = build_tokenizer(TokenizerConfig("bpe", 400), Corpus([text], [], []), tmp_path)
     assert re.search(r"^training the tokenizer: \d+ s$", capsys.readouterr().out, re.MULTILINE)

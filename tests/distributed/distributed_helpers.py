@@ -27,7 +27,7 @@ from waiting import PATIENCE, wait_until
 
 from muse.config import RunConfig, StageConfig
 from muse.data import TokenData
-from muse.processes.ranks import joined_ranks
+from muse.processes.ranks import process_group
 from muse.training import parallel, trainer
 
 # What happens after a step.
@@ -49,7 +49,7 @@ def run_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list
 
 
 def _save_result(folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    with joined_ranks(torch.device("cpu")):
+    with process_group(torch.device("cpu")):
         torch.save(function(*arguments), folder / f"{os.environ.get('RANK', '0')}.pt")
 
 

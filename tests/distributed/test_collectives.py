@@ -27,7 +27,7 @@ from torch.distributed.tensor import distribute_tensor
 from muse.data import Counts
 from muse.errors import ConfigError, RunError
 from muse.models import build_model
-from muse.processes.ranks import barrier, first_rank_does, gathered, largest, rank, ranks, same, summed
+from muse.processes.ranks import all_gathered, barrier, broadcast, largest, on_first_rank, rank, ranks, summed
 from muse.runs.checkpoints import find_checkpoint, find_damage
 from muse.training import trainer
 from muse.training.evaluate import evaluate
@@ -40,9 +40,9 @@ def told() -> dict[str, Any]:
     barrier()
     return {
         "rank": (rank(), ranks()),
-        "same": same(f"from rank {rank()}"),
-        "gathered": gathered({"rank": rank()}),
-        "first": first_rank_does(lambda: os.getpid()) == same(os.getpid()),
+        "same": broadcast(f"from rank {rank()}"),
+        "gathered": all_gathered({"rank": rank()}),
+        "first": on_first_rank(lambda: os.getpid()) == broadcast(os.getpid()),
         "summed": summed(torch.tensor([1.0, rank()])).tolist(),
         "largest": largest(torch.tensor([rank(), -rank()])).tolist(),
     }
@@ -81,9 +81,9 @@ def first_rank_fails(kind: type[Exception]) -> tuple[str, bool, int, list[int]]:
         raise kind("it cannot be done")
 
     try:
-        first_rank_does(act)
+        on_first_rank(act)
     except (ConfigError, RunError) as error:
-        return str(error), error.everywhere, len(acted), gathered(rank())
+        return str(error), error.of_all_ranks, len(acted), all_gathered(rank())
     return "", False, len(acted), []
 
 
@@ -96,7 +96,7 @@ def test_an_error_of_the_first_rank_is_raised_on_every_rank(kind):
 
 def first_rank_works_long() -> str:
     dist.distributed_c10d._set_pg_timeout(timedelta(milliseconds=100))
-    return first_rank_does(lambda: time.sleep(2) or "done")
+    return on_first_rank(lambda: time.sleep(2) or "done")
 
 
 def test_the_others_wait_for_the_first_rank_longer_than_for_a_collective():
@@ -272,7 +272,7 @@ def full_disk(folder: Path, together: str, asynchronous: bool) -> tuple[str, boo
     try:
         run_train(config, folder)
     except RunError as error:
-        return str(error), error.everywhere
+        return str(error), error.of_all_ranks
     return "", False
 
 

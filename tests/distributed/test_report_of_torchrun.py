@@ -15,7 +15,7 @@ from support.processes import copying_context
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from muse.processes import torchrun
-from muse.processes.torchrun import ERROR_FILE, say_last
+from muse.processes.torchrun import ERROR_FILE, report_exit
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_sentence_that_all_have_is_printed_by_the_first_one_and_in_the_report_
 ):
     for rank in (2, 0, 1):
         be_rank(rank)
-        say_last("error: stage=9", once=True)
+        report_exit("error: stage=9", once=True)
     assert capsys.readouterr().err == "error: stage=9\n"
     told = report(error_files)
     assert told.count("traceback : error: stage=9\n") == 3
@@ -62,26 +62,26 @@ def test_a_sentence_that_all_have_is_printed_by_the_first_one_and_in_the_report_
 
 def test_a_sentence_of_one_rank_is_printed_beside_others_and_keeps_those_of_all_away(be_rank, capsys):
     be_rank(1)
-    say_last("error: rank 1: the disk is full", once=False)
+    report_exit("error: rank 1: the disk is full", once=False)
     be_rank(2)
-    say_last("error: rank 2: the disk is full", once=False)
+    report_exit("error: rank 2: the disk is full", once=False)
     be_rank(0)
-    say_last("interrupted", once=True, cause=False)
+    report_exit("interrupted", once=True, cause=False)
     assert capsys.readouterr().err == "error: rank 1: the disk is full\nerror: rank 2: the disk is full\n"
 
 
 def test_what_is_no_cause_is_left_to_the_report_of_torchrun(be_rank, error_files, capsys):
     be_rank(0)
-    say_last("error: the ranks do not reach each other", once=False, cause=False)
+    report_exit("error: the ranks do not reach each other", once=False, cause=False)
     be_rank(1)
-    say_last("error: stage=9", once=True)
+    report_exit("error: stage=9", once=True)
     assert capsys.readouterr().err == "error: the ranks do not reach each other\nerror: stage=9\n"
     assert not error_files[0].exists()
 
 
 def test_without_torchrun_everything_is_printed(capsys):
     for _ in range(2):
-        say_last("error: stage=9", once=True)
+        report_exit("error: stage=9", once=True)
     assert capsys.readouterr().err == 2 * "error: stage=9\n"
 
 
@@ -91,7 +91,7 @@ def test_a_full_disk_does_not_keep_the_sentence_back(be_rank, error_files, monke
 
     monkeypatch.setattr(torchrun, "write_json", fail)
     be_rank(0)
-    say_last("error: the disk is full", once=True)
+    report_exit("error: the disk is full", once=True)
     assert capsys.readouterr().err == "error: the disk is full\n"
     assert "To enable traceback" in report(error_files)
 
@@ -100,7 +100,7 @@ def say_at_once(file: Path, output: Path, start: multiprocessing.Barrier) -> Non
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "4", "RANK": "0", ERROR_FILE: str(file)}
     with open(output, "a", encoding="utf-8") as sys.stderr:
         start.wait()
-        say_last("error: stage=9", once=True)
+        report_exit("error: stage=9", once=True)
 
 
 def test_processes_that_find_the_same_at_once_print_it_once(tmp_path, error_files):
@@ -121,7 +121,7 @@ def run_ranks(place: Path, body: str) -> tuple[int, str]:
     """Exit status and standard error of a script in two processes of ``python -m muse.torchrun``."""
     script = place / "script.py"
     script.write_text(
-        f"import os, signal, sys\nfrom muse.processes.torchrun import launched_rank, say_last\n{body}",
+        f"import os, signal, sys\nfrom muse.processes.torchrun import launched_rank, report_exit\n{body}",
         encoding="utf-8",
     )
     status, _, err = Job(place, [], script, "muse.torchrun").finish()
@@ -130,7 +130,7 @@ def run_ranks(place: Path, body: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_nothing_is_added_to_an_error_that_a_process_has_printed(tmp_path):
-    status, err = run_ranks(tmp_path, "say_last('error: stage=9', once=True)\nsys.exit(1)\n")
+    status, err = run_ranks(tmp_path, "report_exit('error: stage=9', once=True)\nsys.exit(1)\n")
     assert (status, err) == (1, "error: stage=9\n")
 
 
@@ -154,7 +154,8 @@ def test_nothing_is_added_to_a_signal_that_the_processes_were_sent(tmp_path):
 )
 def test_a_crash_is_reported_as_ever(tmp_path, crash, told):
     """Whatever the process beside it says of having lost it."""
-    lost = "say_last('error: the ranks do not reach each other', once=False, cause=False)\nsignal.pause()\n"
+    lost = "report_exit('error: the ranks do not reach each other', once=False, cause=False)\n"
+    lost += "signal.pause()\n"
     status, err = run_ranks(tmp_path, f"if launched_rank():\n    {crash}\n{lost}")
     assert status == 1
     assert told in err

@@ -18,7 +18,7 @@ from muse.export import export_run, load_exported
 from muse.files import write_json
 from muse.models import build_model
 from muse.runs.checkpoints import find_damage, find_sound_checkpoint, load_state, load_weights
-from muse.runs.options import RUN_FILE
+from muse.runs.folder import RUN_FILE
 from muse.runs.provenance import provenance
 
 STEPS = 6

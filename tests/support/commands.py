@@ -44,8 +44,8 @@ def run_here(script: str, arguments: list[str]) -> int:
         signal.signal(signal.SIGINT, before[3])
         # As in a process that has just begun.
         muse.launch.cli._statuses.clear()
-        muse.launch.sweep._folder = muse.processes.signals._asked = None
-        muse.processes.signals._is_command, muse.processes.signals._cells_save = False, None
+        muse.launch.sweep._folder = muse.processes.signals._received = None
+        muse.processes.signals._is_command, muse.processes.signals._cells_unfinished = False, None
     return 0
 
 

@@ -273,7 +273,7 @@ def test_a_continued_run_takes_over_its_checkpoint_the_one_before_and_an_older_b
         ("step_00000002", ["step_00000002"], None),
     ):
         run = tmp_path / name
-        adopt_checkpoints(tmp_path / "old", old / name, run)
+        adopt_checkpoints(tmp_path / "old", old / name, run, best == name)
         assert folders(run) == kept
         assert find_checkpoint(run, "best") == (run / "checkpoints" / best if best else None)
         assert same(contents(find_sound_checkpoint(run)), contents(old / name))
@@ -289,7 +289,7 @@ def test_a_best_checkpoint_is_adopted_as_such_although_its_process_ended_before_
     save(tmp_path / "old", 1, best=True)
     saved = save(tmp_path / "old", 2, best=True, asynchronous=asynchronous)
     (tmp_path / "old" / "checkpoints" / "best").write_text("step_00000001")
-    adopt_checkpoints(tmp_path / "old", saved, tmp_path / "new")
+    adopt_checkpoints(tmp_path / "old", saved, tmp_path / "new", True)
     assert find_checkpoint(tmp_path / "new", "best") == find_checkpoint(tmp_path / "new")
     assert load_state(find_checkpoint(tmp_path / "new")).step == 2
 
@@ -298,7 +298,7 @@ def test_a_damaged_best_checkpoint_is_left_behind_with_a_warning(tmp_path):
     best, _, last = (save(tmp_path / "old", step, best=step == 1) for step in (1, 2, 3))
     damage(best / TENSORS, "changed")
     with pytest.warns(UserWarning, match="damaged") as caught:
-        adopt_checkpoints(tmp_path / "old", last, tmp_path / "new")
+        adopt_checkpoints(tmp_path / "old", last, tmp_path / "new", False)
     (message,) = [str(warning.message) for warning in caught]
     assert str(best) in message
     assert TENSORS in message
@@ -313,7 +313,7 @@ def test_a_checkpoint_that_is_damaged_after_it_was_taken_over_costs_the_steps_si
     if not links:
         monkeypatch.setattr(os, "link", no_links)
     before, last = (save(tmp_path / "old", step, small_model(seed=step)) for step in (2, 3))
-    adopt_checkpoints(tmp_path / "old", last, tmp_path / "new")
+    adopt_checkpoints(tmp_path / "old", last, tmp_path / "new", False)
     taken = find_sound_checkpoint(tmp_path / "new")
     flip(taken / TENSORS, (taken / TENSORS).stat().st_size // 2)
     with pytest.warns(UserWarning, match="damaged"):
@@ -321,7 +321,7 @@ def test_a_checkpoint_that_is_damaged_after_it_was_taken_over_costs_the_steps_si
     assert left.parent == taken.parent
     assert same(contents(left), contents(before))
     # What goes on from there takes nothing over that is damaged.
-    adopt_checkpoints(tmp_path / "new", left, tmp_path / "newest")
+    adopt_checkpoints(tmp_path / "new", left, tmp_path / "newest", False)
     assert folders(tmp_path / "newest") == [left.name]
     # And the next checkpoint makes the oldest one go, as ever.
     save(tmp_path / "newest", 3)
@@ -648,7 +648,7 @@ def test_a_process_killed_while_it_takes_over_checkpoints_leaves_whole_ones_and_
 
     def adopt(count: int) -> None:
         kill_at(count)
-        adopt_checkpoints(old, last, run)
+        adopt_checkpoints(old, last, run, False)
 
     for count in range(200):
         status = in_a_child(functools.partial(adopt, count))
@@ -826,7 +826,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_one_of_another_model(tmp
     with pytest.raises(RunError, match=f"{saved} cannot be read: .*{os.strerror(errno.EIO)}") as caught:
         load_weights(saved, small_model())
     assert "another model" not in str(caught.value)
-    assert caught.value.everywhere
+    assert caught.value.of_all_ranks
     assert_one_sentence(caught.value)
 
 

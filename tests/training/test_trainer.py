@@ -153,7 +153,7 @@ def test_a_run_continued_before_a_damaged_checkpoint_equals_an_undisturbed_one(t
         with pytest.warns(UserWarning, match=f"step_00000006 is damaged: .*{re.escape(file.name)}"):
             checkpoint = find_sound_checkpoint(previous)
         assert load_state(checkpoint).step == 4
-        adopt_checkpoints(previous, checkpoint, run)
+        adopt_checkpoints(previous, checkpoint, run, load_state(checkpoint).best)
         _, resumed = run_train(config, run, resume_from=checkpoint)
         assert_same_end(undisturbed, resumed)
 
