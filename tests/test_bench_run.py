@@ -10,7 +10,7 @@ import torch
 from muse import hardware
 from muse.benchmarks import suite
 from muse.benchmarks.criteria_flow import DRIFT_TARGET
-from muse.benchmarks.report import Report
+from muse.benchmarks.results import Report
 from muse.config import BenchConfig, BenchmarkConfig, HardwareConfig, LoggerConfig, RunConfig, StageConfig
 from muse.errors import ConfigError, RunError
 from muse.hardware import machine

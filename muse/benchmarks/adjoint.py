@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from muse.benchmarks.kernels import GB, Call, time_in_turns
-from muse.benchmarks.setting import batch_shape
+from muse.benchmarks.workload import batch_shape
 from muse.config import GRADIENTS, BenchConfig
 from muse.dynamics import INTEGRATORS, HamiltonianNeuralODE, Potential
 from muse.errors import RunError

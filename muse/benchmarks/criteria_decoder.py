@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from muse.benchmarks.health import GRADIENT_RANGE
-from muse.benchmarks.report import Report, Unmeasured, at_most, ratio
-from muse.benchmarks.step import baseline_of
-from muse.benchmarks.stored import tokens_seen
+from muse.benchmarks.checkpoint import tokens_seen
+from muse.benchmarks.model import baseline_of
+from muse.benchmarks.results import Report, Unmeasured, at_most, ratio
+from muse.benchmarks.stability import GRADIENT_RANGE
 from muse.config import BenchConfig
 
 PPL_TARGET = 1.03

@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from muse.benchmarks.criteria_decoder import measure_baseline_perplexity, name_of
-from muse.benchmarks.report import Report, Unmeasured, all_of, at_least, at_most, ratio, saved
-from muse.benchmarks.step import baseline_of
+from muse.benchmarks.model import baseline_of
+from muse.benchmarks.results import Report, Unmeasured, all_of, at_least, at_most, ratio, saved
 from muse.config import GRADIENTS, BenchConfig
 from muse.dynamics.energy import MONOTONE_SHARE
 from muse.measure.gradient_error import ALLOWED

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from muse.benchmarks.health import GRADIENT_RANGE
-from muse.benchmarks.report import Report, Unmeasured, all_of, at_least, at_most, ratio, saved
+from muse.benchmarks.results import Report, Unmeasured, all_of, at_least, at_most, ratio, saved
 from muse.benchmarks.speedup import TARGET_LOSS
+from muse.benchmarks.stability import GRADIENT_RANGE
 from muse.config import BenchConfig, StackConfig
 
 # Shares of the plain run's time and of its speed, nats, MB.

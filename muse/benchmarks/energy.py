@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from muse.benchmarks.model import benchmark_model, random_tokens
 from muse.benchmarks.perplexity import train_briefly
-from muse.benchmarks.setting import batch_shape
-from muse.benchmarks.step import benchmark_model, random_tokens
+from muse.benchmarks.workload import batch_shape
 from muse.config import BenchConfig
 from muse.data import evaluation_batches, load_tokens
 from muse.dynamics import HamiltonianNeuralODE, MLPPotential

@@ -11,10 +11,8 @@ import torch
 
 from muse.benchmarks.adjoint import measure_adjoint
 from muse.benchmarks.energy import measure_energy, measure_trained_energy
-from muse.benchmarks.health import measure_gradients, measure_stability
+from muse.benchmarks.gradient_modes import measure_modes
 from muse.benchmarks.kernels import FAMILIES, measure_kernels
-from muse.benchmarks.memory import measure_memory
-from muse.benchmarks.modes import measure_modes
 from muse.benchmarks.perplexity import measure_perplexity
 from muse.benchmarks.speedup import (
     TARGET_LOSS,
@@ -22,7 +20,9 @@ from muse.benchmarks.speedup import (
     measure_speedup_pairs,
     measure_speedup_run,
 )
+from muse.benchmarks.stability import measure_gradients, measure_stability
 from muse.benchmarks.throughput import measure_throughput
+from muse.benchmarks.vram import measure_memory
 from muse.config import BenchConfig
 from muse.errors import ConfigError, RunError
 from muse.files import finite

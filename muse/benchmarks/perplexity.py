@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from muse.benchmarks.setting import batch_shape, flow_of
-from muse.benchmarks.step import benchmark_model
+from muse.benchmarks.model import benchmark_model
+from muse.benchmarks.workload import batch_shape, flow_of
 from muse.config import BenchConfig
 from muse.data import TokenData, load_tokens
 from muse.errors import ConfigError

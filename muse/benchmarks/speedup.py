@@ -27,7 +27,7 @@ from muse.acceleration import (
     greedy_decode,
 )
 from muse.acceleration.kernel_optimizer import Decision
-from muse.benchmarks.setting import batch_shape
+from muse.benchmarks.workload import batch_shape
 from muse.compiler import find_compiler
 from muse.config import BenchConfig
 from muse.data import TokenData, load_tokens, training_batch

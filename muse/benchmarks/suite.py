@@ -20,11 +20,11 @@ from muse.benchmarks.criteria_flow import (
     judge_flow_perplexity,
     judge_modes,
 )
-from muse.benchmarks.criteria_kernels import judge_kernels
 from muse.benchmarks.criteria_stack import judge_stack
+from muse.benchmarks.kernel_criteria import judge_kernels
 from muse.benchmarks.measurements import measure_isolated
-from muse.benchmarks.report import Report
-from muse.benchmarks.setting import settle
+from muse.benchmarks.results import Report
+from muse.benchmarks.workload import settle
 from muse.config import BenchConfig
 
 

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from muse.benchmarks.setting import batch_shape
-from muse.benchmarks.step import benchmark_model, training_step
+from muse.benchmarks.model import benchmark_model, training_step
+from muse.benchmarks.workload import batch_shape
 from muse.config import BenchConfig
 from muse.measure.matrix_products import COMPLEX_ATTENTION, ProductRecorder, replayed
 from muse.measure.operations import InsideOperations

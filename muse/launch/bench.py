@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from muse.benchmarks.checkpoint import check_baseline, of_checkpoint
 from muse.benchmarks.criteria_decoder import VRAM_TARGET
 from muse.benchmarks.criteria_flow import DRIFT_TARGET, VRAM_REDUCTION
-from muse.benchmarks.report import Report
-from muse.benchmarks.setting import check_flow, check_updates
-from muse.benchmarks.stored import check_baseline, of_checkpoint
+from muse.benchmarks.results import Report
 from muse.benchmarks.suite import run_suite
+from muse.benchmarks.workload import check_flow, check_updates
 from muse.config import BENCHMARKS, BenchConfig
 from muse.errors import ConfigError
 from muse.files import find_files, write_json

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from muse.benchmarks.adjoint import measure_adjoint
-from muse.benchmarks.setting import settle
+from muse.benchmarks.workload import settle
 from muse.config import GRADIENTS
 from muse.errors import RunError
 

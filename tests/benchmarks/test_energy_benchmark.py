@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from muse.benchmarks import energy
 from muse.benchmarks.energy import measure_energy, measure_trained_energy
-from muse.benchmarks.setting import settle
-from muse.benchmarks.step import benchmark_model
+from muse.benchmarks.model import benchmark_model
+from muse.benchmarks.workload import settle
 from muse.config import DataConfig, TokenizerConfig
 from muse.errors import ConfigError, RunError
 

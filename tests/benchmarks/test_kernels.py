@@ -18,7 +18,7 @@ from muse.benchmarks.kernels import (
     normal_leaves,
     sizes_of,
 )
-from muse.benchmarks.setting import settle
+from muse.benchmarks.workload import settle
 from muse.errors import RunError
 from muse.launch import bench as bench_run
 

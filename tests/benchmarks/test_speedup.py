@@ -10,7 +10,6 @@ import torch
 from muse.acceleration import Execution, KernelOptimizer, kernel_optimizer
 from muse.benchmarks import speedup, suite
 from muse.benchmarks.criteria_stack import DECODE_KEYS, PLAIN
-from muse.benchmarks.setting import check_updates, settle
 from muse.benchmarks.speedup import (
     Plan,
     find_plan,
@@ -19,6 +18,7 @@ from muse.benchmarks.speedup import (
     measure_speedup_run,
     memory_of_update,
 )
+from muse.benchmarks.workload import check_updates, settle
 from muse.config import (
     BenchConfig,
     BenchmarkConfig,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muse.benchmarks.setting import flow_of
-from muse.benchmarks.step import benchmark_model, training_step
+from muse.benchmarks.model import benchmark_model, training_step
+from muse.benchmarks.workload import flow_of
 from muse.config import BenchConfig
 from muse.dynamics import flow_metrics
 from muse.measure.gradient_error import full_precision

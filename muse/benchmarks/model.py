@@ -11,8 +11,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from muse.benchmarks.setting import batch_shape
-from muse.benchmarks.stored import as_trained
+from muse.benchmarks.checkpoint import as_trained
+from muse.benchmarks.workload import batch_shape
 from muse.config import CONF, BenchConfig, StageConfig
 from muse.models import LanguageModel, build_model
 from muse.runs.checkpoints import find_checkpoint, load_weights

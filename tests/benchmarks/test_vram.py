@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 import torch
 
-from muse.benchmarks.memory import GB, measure_memory
-from muse.benchmarks.setting import settle
-from muse.benchmarks.step import baseline_of, benchmark_model
+from muse.benchmarks.model import baseline_of, benchmark_model
+from muse.benchmarks.vram import GB, measure_memory
+from muse.benchmarks.workload import settle
 
 CPU = torch.device("cpu")
 

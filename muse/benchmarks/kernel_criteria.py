@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from muse.benchmarks.kernels import FAMILIES
-from muse.benchmarks.report import Report, all_of
+from muse.benchmarks.results import Report, all_of
 from muse.config import BenchConfig
 
 # A kernel counts as slower from here on: two equal functions timed in turns differ by up to 5 %.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from muse.benchmarks.setting import batch_shape
-from muse.benchmarks.step import benchmark_model, random_tokens
+from muse.benchmarks.model import benchmark_model, random_tokens
+from muse.benchmarks.workload import batch_shape
 from muse.config import BenchConfig
 from muse.hardware import autocast_dtype
 

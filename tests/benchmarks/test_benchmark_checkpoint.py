@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from muse.benchmarks.step import baseline_of, benchmark_model
-from muse.benchmarks.stored import check_baseline, of_checkpoint
+from muse.benchmarks.checkpoint import check_baseline, of_checkpoint
+from muse.benchmarks.model import baseline_of, benchmark_model
 from muse.config import BenchConfig, DataConfig, TokenizerConfig, TrainConfig
 from muse.errors import ConfigError
 from muse.models import build_model

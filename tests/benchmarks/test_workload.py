@@ -3,7 +3,7 @@ from itertools import product
 
 import pytest
 
-from muse.benchmarks.setting import check_flow, settle
+from muse.benchmarks.workload import check_flow, settle
 from muse.errors import ConfigError
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muse.benchmarks.setting import batch_shape, flow_of
-from muse.benchmarks.step import benchmark_model, random_tokens, training_step
+from muse.benchmarks.model import benchmark_model, random_tokens, training_step
+from muse.benchmarks.workload import batch_shape, flow_of
 from muse.config import GRADIENTS, BenchConfig
 from muse.dynamics import HamiltonianNeuralODE, flow_metrics
 from muse.measure.gradient_error import ALLOWED, full_precision, joined, relative_error
