@@ -1,4 +1,4 @@
-"""The four ways to the gradient of a flow: are they right, and what does a training step take with each."""
+"""The four gradient modes of a flow: are they right, and what does a training step take with each."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _step_seconds(config: BenchConfig, device: torch.device) -> tuple[dict[str, 
 
 
 def _use(model: LanguageModel, mode: str, fraction_bits: int) -> None:
-    """Let every flow go on by this way to its gradient, as if it had never fallen back."""
+    """Let every flow go on in this mode, as if it had never fallen back."""
     for flow in model.modules():
         if isinstance(flow, HamiltonianNeuralODE):
             flow.gradient, flow.scale = mode, 2.0**fraction_bits if mode == "exact" else 0.0

@@ -1,4 +1,4 @@
-"""The models of the benchmarks, and the step of training whose memory and speed they measure."""
+"""The model that a benchmark measures: built, loaded or briefly trained, and a step of its training."""
 
 from __future__ import annotations
 
@@ -8,37 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from muse.benchmarks.checkpoint import as_trained
 from muse.benchmarks.workload import batch_shape
-from muse.config import CONF, BenchConfig, StageConfig
+from muse.config import BenchConfig
+from muse.data import TokenData
 from muse.models import LanguageModel, build_model
 from muse.runs.checkpoints import find_checkpoint, load_weights
+from muse.training.evaluate import Evaluation
 from muse.training.step import TrainingStep
-
-
-def baseline_of(config: BenchConfig, precision: str | None = None, stage_number: str = "0") -> BenchConfig:
-    """The same benchmark of the real baseline or of stage 1, in its own precision or the given one.
-
-    ``benchmark.baseline_checkpoint`` is of stage 0, and where stage 2 is measured of stage 1. It is measured
-    as the model that was trained.
-    """
-    options = OmegaConf.load(CONF / "stage" / f"{stage_number}.yaml")
-    stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), options))
-    assert isinstance(stage, StageConfig)
-    if precision is not None:
-        stage = dataclasses.replace(stage, precision=precision)
-    stage = dataclasses.replace(stage, dropout=config.stage.dropout, tied=config.stage.tied)
-    given = (
-        config.benchmark.baseline_checkpoint
-        if stage_number == ("1" if config.stage.number == "2" else "0")
-        else None
-    )
-    benchmark = dataclasses.replace(config.benchmark, checkpoint=given)
-    baseline = dataclasses.replace(config, stage=stage, benchmark=benchmark)
-    return as_trained(baseline, given) if given is not None else baseline
+from muse.training.trainer import train
 
 
 def random_tokens(config: BenchConfig, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -63,16 +42,46 @@ def benchmark_model(config: BenchConfig, device: torch.device) -> LanguageModel:
 
 def training_step(
     config: BenchConfig, model: LanguageModel, device: torch.device
-) -> tuple[TrainingStep, Callable[[], float]]:
-    """The step that trains a model, and a function that takes one on random tokens and returns its loss."""
+) -> tuple[TrainingStep, Callable[[], None]]:
+    """The step that trains a model, and a function that takes one on random tokens."""
     step = TrainingStep(model, config.optim, config.hardware, config.stage.precision, config.seed)
     batch = random_tokens(config, device)
     model.train()
     numbers = itertools.count()
 
-    def take() -> float:
-        loss = step.gradients([batch])
-        step.update(next(numbers), loss)
-        return loss
+    def take() -> None:
+        step.update(next(numbers), step.gradients([batch]))
 
     return step, take
+
+
+def train_briefly(
+    config: BenchConfig, data: TokenData, device: torch.device, folder: Path, curve: list[tuple[int, float]]
+) -> tuple[LanguageModel, Evaluation]:
+    """Train for ``benchmark.train_steps`` steps and evaluate; the checkpoint goes into ``folder``.
+
+    Raises:
+        KeyboardInterrupt: when the training was interrupted.
+    """
+    batch, length = batch_shape(config)
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(
+            config.train,
+            steps=config.benchmark.train_steps,
+            batch_size=batch,
+            eval_every=0,
+            checkpoint_every=0,
+        ),
+        model=dataclasses.replace(config.model, seq_len=length),
+        logger=dataclasses.replace(config.logger, log_every=1),
+    )
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        if "train/loss" in metrics:
+            curve.append((step, metrics["train/loss"]))
+
+    model, result = train(config, data, device, folder, log)
+    if result.valid is None:
+        raise KeyboardInterrupt
+    return model, result.valid

@@ -1,4 +1,4 @@
-"""Stage 3a: what the optimisation stack is worth. The same training, plainly and with the stack."""
+"""``benchmark=speedup``: the same training of stage 3a, plainly and with the optimisation stack."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,11 +29,14 @@ from muse.acceleration import (
     greedy_decode,
 )
 from muse.acceleration.kernel_optimizer import Decision
-from muse.benchmarks.workload import batch_shape
+from muse.benchmarks.benchmark import Benchmark, Models
+from muse.benchmarks.criteria import GRADIENT_RANGE, all_of, at_least, at_most, percent, ratio, saved
+from muse.benchmarks.results import Results, Unmeasured
+from muse.benchmarks.workload import Workload, batch_shape
 from muse.compiler import find_compiler
-from muse.config import BenchConfig
+from muse.config import BenchConfig, StackConfig
 from muse.data import TokenData, load_tokens, training_batch
-from muse.errors import RunError
+from muse.errors import ConfigError, RunError
 from muse.files import write_json
 from muse.hardware import describe, restored_threads, synchronize
 from muse.measure.gradient_error import joined, relative_error
@@ -40,6 +45,9 @@ from muse.measure.timing import quantile
 from muse.models import LanguageModel, build_model, count_parameters
 from muse.models.language_model import model_device
 from muse.models.transformer import continue_logits, empty_past
+from muse.report.plots import draw_lines, subtracted
+from muse.report.sweep_plot import Metric
+from muse.report.wandb_tables import model_tables
 from muse.runs.checkpoints import TrainingState, find_checkpoint, load_state, load_weights
 from muse.runs.provenance import source_hash
 from muse.training.checkpoint import CheckpointWriter
@@ -53,6 +61,23 @@ PROMPT, SAMPLED = 16, 64
 # Natural text is said to be learned from here on, by the mean of ten batches; batches until that is given up.
 TARGET_LOSS, LONGEST = 6.0, 500
 MB = 1e6
+# Shares of the plain run's time and of its speed, nats, MB.
+SAVED_TARGET = 0.25
+TOKENS_TARGET = 0.2
+LOSS_DIFFERENCE = 0.05
+STACK_MB = 500
+DECODE_KEYS = (
+    "decode_ratio",
+    "decode_plain",
+    "decode_speculative",
+    "decode_texts",
+    "decode_texts_equal",
+    "decode_gap",
+    "decode_equal_unguessed",
+)
+PARTS = ("KernelOptimizer", "SemanticCompressor", "InferenceScalingEngine")
+# The stack that changes nothing.
+PLAIN = StackConfig(level=0, compression="off", speculation=False)
 
 
 @dataclass
@@ -567,3 +592,259 @@ def measure_speedup_memory(config: BenchConfig, device: torch.device) -> dict[st
         "uncompiled": used.execution != plan.execution,
         "parameters": count_parameters(model),
     }
+
+
+def judge(config: BenchConfig, results: Results) -> None:
+    """Both settings of the accumulation: the one asked for, and an update from every batch."""
+    asked = config.optim.accumulation
+    for accumulation in dict.fromkeys((asked, 1)):
+        optim = dataclasses.replace(config.optim, accumulation=accumulation)
+        _judge_accumulation(dataclasses.replace(config, optim=optim), results, accumulation == asked)
+    values, criteria = results.values, results.criteria
+    memory = results.measure("speedup memory", "stack", config)
+    values |= {
+        "plain_memory_mb": memory["plain_mb"],
+        "peak_memory_mb": memory["stack_mb"],
+        "peak_memory_uncompiled": memory["uncompiled"],
+        "compression_used": memory["compressed"],
+        "compression_ratio": memory["ratio"],
+        "compression_gradient_error": memory["gradient_error"],
+        "compression_time_ratio": memory["time_ratio"],
+        "compression_memory_ratio": ratio(memory["compressed_mb"], memory["uncompressed_mb"]),
+    }
+    peak, held = memory["stack_mb"], memory["ratio"]
+    small = None if peak is None else peak < STACK_MB
+    counted = "the stack without compilation" if memory["uncompiled"] else "the stack"
+    criteria.append((f"peak memory with {counted} [MB]", peak, f"< {STACK_MB}", small))
+    title = "compressed / float32 activations"
+    criteria.append((title, held, f"<= {config.stack.ratio}", at_most(held, config.stack.ratio)))
+    if config.benchmark.ablation:
+        _ablation(config, results)
+
+
+def _judge_accumulation(config: BenchConfig, results: Results, asked: bool) -> None:
+    """Plain run, run with the stack, and both in turns, for one accumulation."""
+    count, label = config.optim.accumulation, _label(config)
+    # Random tokens cannot be learned.
+    learned = config.data.name != "synthetic"
+    # Where an update takes several batches, going on until the loss is reached takes too long.
+    goes_on = learned and count == 1
+    runs = {}
+    for name, stack in (("plain", PLAIN), ("stack", config.stack)):
+        print(f"speedup: {name}, {label} ...", flush=True)
+        place = str(results.folder / f"{name}-{count}")
+        measurement = "speedup until learned" if goes_on and name == "stack" else "speedup"
+        own = dataclasses.replace(config, stack=stack, output_root=place)
+        runs[name] = results.measure(measurement, f"{name}, {label}", own, shown_as="speedup")
+        _place_checkpoint(runs[name], results.folder)
+    print(f"speedup: in turns, {label} ...", flush=True)
+    pairs = results.measure("speedup pairs", label, config)
+    plain, ours = runs["plain"], runs["stack"]
+    if asked:
+        for decision in ours["decisions"] or []:
+            print(f"  {decision['name']}: {decision['why']}")
+    less = saved(ours["seconds"], plain["seconds"])
+    rates = ratio(ours["tokens_per_second"], plain["tokens_per_second"])
+    faster = None if rates is None else rates - 1
+    losses = [run[key] for run in runs.values() for key in ("loss", "valid_loss")]
+    difference = None if None in losses else max(abs(losses[0] - losses[2]), abs(losses[1] - losses[3]))
+    low, high = GRADIENT_RANGE
+    smallest, largest = _over(runs, min, "grad_norm_min"), _over(runs, max, "grad_norm_max")
+    nan, inf = (_over(runs, sum, key) for key in ("nan_count", "inf_count"))
+    not_finite = None if nan is None or inf is None else nan + inf
+    loads = all_of([run["checkpoint_loads"] for run in runs.values()])
+    found = {
+        "speedup_pct": percent(less),
+        "speedup_paired_pct": percent(pairs["saved"]),
+        "speedup_paired_p20_pct": percent(pairs["saved_p20"]),
+        "speedup_paired_p80_pct": percent(pairs["saved_p80"]),
+        "throughput_improvement_pct": percent(faster),
+        "plain_update_ms": pairs["plain_ms"],
+        "stack_update_ms": pairs["stack_ms"],
+        "plain_seconds": plain["seconds"],
+        "stack_seconds": ours["seconds"],
+        "stack_tuning_seconds": ours["tuning_seconds"],
+        "stack_compile_seconds": ours["compile_seconds"],
+        "plain_loss": plain["loss"],
+        "stack_loss": ours["loss"],
+        "loss_diff": difference,
+        "nan_count": nan,
+        "inf_count": inf,
+        "grad_norm_min": smallest,
+        "grad_norm_max": largest,
+        "checkpoints_pass": loads,
+        "left_off": [d["name"] for d in ours["decisions"] if not d["kept"]] if ours else None,
+        "parameters": ours["parameters"],
+    }
+    if config.stack.speculation:
+        found |= {key: ours[key] for key in DECODE_KEYS}
+    if learned:
+        step, last = ours["target_step"], config.benchmark.train_steps
+        within = step is not None and step <= last if ours else None
+        found |= {"target_step": step, "target_within_run": within}
+        if ours and step is None and not goes_on:
+            results.unjudged[_key("target_step", config, asked)] = (
+                f"{last} batches, {label}, do not take the loss to {TARGET_LOSS}, and only the training with "
+                "1 batch an update goes on until it is there"
+            )
+    results.values |= {_key(key, config, asked): value for key, value in found.items()}
+    results.criteria += [
+        (f"time saved, whole run, {label}", less, f">= {SAVED_TARGET}", at_least(less, SAVED_TARGET)),
+        (
+            f"time saved, in turns, {label}",
+            pairs["saved"],
+            f">= {SAVED_TARGET}",
+            at_least(pairs["saved"], SAVED_TARGET),
+        ),
+        (f"throughput gained, {label}", faster, f">= {TOKENS_TARGET}", at_least(faster, TOKENS_TARGET)),
+        (
+            f"final losses apart, {label}",
+            difference,
+            f"<= {LOSS_DIFFERENCE}",
+            at_most(difference, LOSS_DIFFERENCE),
+        ),
+        (f"NaN and Inf, {label}", not_finite, "= 0", at_most(not_finite, 0)),
+        (f"smallest gradient norm, {label}", smallest, f">= {low:g}", at_least(smallest, low)),
+        (f"largest gradient norm, {label}", largest, f"<= {high:g}", at_most(largest, high)),
+        (f"checkpoints load, {label}", loads, "yes", loads),
+    ]
+    if config.stack.speculation:
+        title = f"texts that decode to the tokens of plain greedy decoding, {label}"
+        same = f"{ours['decode_texts_equal']} of {ours['decode_texts']}" if ours else None
+        results.criteria.append((title, same, "all", ours["decode_equal"]))
+    if goes_on:
+        reached = step is not None if ours else None
+        results.criteria.append((f"batch at which the loss is {TARGET_LOSS}, {label}", step, "any", reached))
+
+
+def _key(name: str, config: BenchConfig, asked: bool) -> str:
+    """The key in result.json: the setting that was not asked for has the accumulation in its keys."""
+    return name if asked else f"{name}_accumulation_{config.optim.accumulation}"
+
+
+def _over(runs: dict[str, dict[str, Any]], join: Callable[[list[float]], float], key: str) -> float | None:
+    values = [run[key] for run in runs.values()]
+    return None if None in values else join(values)
+
+
+def _place_checkpoint(run: dict[str, Any], folder: Path) -> None:
+    """Make the path of a run's checkpoint relative to the folder of the results."""
+    if "texts" in run:
+        run["texts"]["checkpoint"] = os.path.relpath(run["texts"]["checkpoint"], folder)
+
+
+def _ablation(config: BenchConfig, results: Results) -> None:
+    """Each part of the stack alone, and the stack without it, against the runs there are already.
+
+    A part pays where it saves time both alone and beside the others.
+    """
+    stack = config.stack
+    forced = dataclasses.replace(stack, compression="on")
+    variants = {
+        "KernelOptimizer alone": dataclasses.replace(PLAIN, level=stack.level),
+        "SemanticCompressor alone": dataclasses.replace(PLAIN, compression="on", ratio=stack.ratio),
+        "InferenceScalingEngine alone": dataclasses.replace(PLAIN, speculation=True),
+        "all three": dataclasses.replace(forced, speculation=True),
+        "without KernelOptimizer": dataclasses.replace(forced, level=0, speculation=True),
+        "without SemanticCompressor": dataclasses.replace(stack, compression="off", speculation=True),
+        "without InferenceScalingEngine": dataclasses.replace(forced, speculation=False),
+    }
+    runs = {"plain": _run_of(results, "plain", config)}
+    for name, variant in variants.items():
+        print(f"ablation: {name} ...", flush=True)
+        place = str(results.folder / "ablation" / name.replace(" ", "-"))
+        own = dataclasses.replace(config, stack=variant, output_root=place)
+        runs[name] = results.run("speedup", own, name)
+        _place_checkpoint(runs[name], results.folder)
+    results.details["ablation"] = {name: run for name, run in runs.items() if run}
+    plain = runs["plain"]["seconds"]
+    shares = {name: saved(run["seconds"], plain) for name, run in runs.items()}
+    results.values["ablation_saved"] = shares
+    pays: dict[str, bool | None] = dict.fromkeys(PARTS)
+    for part in PARTS:
+        alone, whole, without = (shares[key] for key in (f"{part} alone", "all three", f"without {part}"))
+        if alone is None or whole is None or without is None:
+            print(f"  {part}: not measured")
+            continue
+        pays[part] = alone > 0 and whole > without
+        verdict = "pays" if pays[part] else "does not pay"
+        print(
+            f"  {part} {verdict}: alone it saves {alone:.1%} of the plain time, beside the others "
+            f"{whole - without:.1%}"
+        )
+    results.values["ablation_pays"] = pays
+    left = results.values["left_off"]
+    told = "not measured" if left is None else ", ".join(left) or "nothing"
+    print(f"  left off by the stack itself: {told}")
+
+
+def _run_of(results: Results, kind: str, config: BenchConfig) -> dict[str, Any]:
+    runs = results.details.get("speedup", {})
+    return runs.get(f"{kind}, {_label(config)}", Unmeasured())
+
+
+def _label(config: BenchConfig) -> str:
+    count = config.optim.accumulation
+    return f"{count} batches an update" if count > 1 else "1 batch an update"
+
+
+def check(config: BenchConfig) -> None:
+    """See that the trainings update the parameters at least once.
+
+    Raises:
+        ConfigError: there are fewer batches than one update takes.
+    """
+    needed = config.optim.accumulation
+    if config.benchmark.train_steps < needed:
+        raise ConfigError(
+            f"benchmark.train_steps={config.benchmark.train_steps} is too small for benchmark=speedup; it "
+            f"must be at least optim.accumulation={needed}, the batches of one update"
+        )
+
+
+def plot(models: Models) -> Any:
+    """The losses of the trainings, and by how much those with the stack differ from the plain ones."""
+    curves = {name: values["curve"] for name, values in models.items()}
+    plain = {name: name.replace("stack", "plain", 1) for name in curves}
+    differences = {
+        name: subtracted(curve, curves[plain[name]])
+        for name, curve in curves.items()
+        if plain[name] in curves and plain[name] != name
+    }
+    return draw_lines(
+        "training loss, plainly and with the stack",
+        "batch",
+        "loss [nats per token]",
+        curves,
+        differences=("difference to plain", differences),
+    )
+
+
+def curves(models: Models) -> list[tuple[int, dict[str, float]]]:
+    """Losses of the trainings by batch."""
+    by_step: dict[int, dict[str, float]] = {}
+    for name, values in models.items():
+        for step, loss in values["curve"]:
+            by_step.setdefault(step, {})[f"loss/{name}"] = loss
+    return sorted(by_step.items())
+
+
+BENCHMARK = Benchmark(
+    measure={
+        "speedup": measure_speedup_run,
+        "speedup until learned": partial(measure_speedup_run, until=TARGET_LOSS),
+        "speedup pairs": measure_speedup_pairs,
+        "speedup memory": measure_speedup_memory,
+    },
+    judge=judge,
+    plot=plot,
+    shown=(
+        Metric("plain_seconds", "time of the training [s]", "plain", {"stack_seconds": "stack"}, "plain"),
+    ),
+    stages=("3a",),
+    trained=False,
+    workload=lambda config: Workload(16),
+    check=check,
+    tables=partial(model_tables, "speedup", drawn="seconds"),
+    curves=curves,
+)

@@ -1,15 +1,17 @@
-"""Whether outputs are finite and gradients have sane sizes."""
+"""``benchmark=stability``: whether outputs are finite."""
 
 from __future__ import annotations
 
 import torch
 
-from muse.benchmarks.model import benchmark_model, random_tokens
+from muse.benchmarks.benchmark import Benchmark
+from muse.benchmarks.criteria import at_most
+from muse.benchmarks.model import benchmark_model
+from muse.benchmarks.results import Results, name_of
 from muse.benchmarks.workload import batch_shape
 from muse.config import BenchConfig
 from muse.hardware import autocast_dtype
-
-GRADIENT_RANGE = (1e-6, 1e3)
+from muse.report.sweep_plot import Metric
 
 
 @torch.no_grad()
@@ -30,22 +32,23 @@ def measure_stability(config: BenchConfig, device: torch.device) -> dict[str, fl
     return {"inputs": config.benchmark.inputs, "nan_count": nan, "inf_count": inf}
 
 
-def measure_gradients(config: BenchConfig, device: torch.device) -> dict[str, float | str]:
-    """Smallest and largest gradient norm of a parameter after one backward pass on random tokens."""
-    model = benchmark_model(config, device).train()
-    inputs, targets = random_tokens(config, device, config.seed)
-    cast = autocast_dtype(config.stage.precision)
-    with torch.autocast(device.type, cast, enabled=cast is not None):
-        loss = model.loss(inputs, targets)
-    loss.backward()
-    norms = {
-        name: 0.0 if p.grad is None else torch.linalg.vector_norm(p.grad, dtype=torch.float32).item()
-        for name, p in model.named_parameters()
+def judge(config: BenchConfig, results: Results) -> None:
+    """NaN and Inf in the logits of random inputs."""
+    measured = results.measure("stability", name_of(config), config)
+    counts = measured["nan_count"], measured["inf_count"]
+    count = None if None in counts else sum(counts)
+    passed = at_most(count, 0)
+    results.values |= {
+        "nan_count": measured["nan_count"],
+        "inf_count": measured["inf_count"],
+        "stability_pass": passed,
     }
-    smallest, largest = min(norms, key=norms.__getitem__), max(norms, key=norms.__getitem__)
-    return {
-        "grad_norm_min": norms[smallest],
-        "grad_norm_max": norms[largest],
-        "grad_norm_min_parameter": smallest,
-        "grad_norm_max_parameter": largest,
-    }
+    title = f"NaN and Inf in {config.benchmark.inputs} random inputs"
+    results.criteria.append((title, count, "= 0", passed))
+
+
+BENCHMARK = Benchmark(
+    measure={"stability": measure_stability},
+    judge=judge,
+    shown=(Metric("nan_count", "NaN in the logits"),),
+)

@@ -9,8 +9,8 @@ from muse.benchmarks import gradient_modes
 from muse.benchmarks.adjoint import measure_adjoint
 from muse.benchmarks.energy import measure_energy
 from muse.benchmarks.gradient_modes import gradient_errors, measure_modes
+from muse.benchmarks.suite import settled
 from muse.benchmarks.vram import measure_memory
-from muse.benchmarks.workload import settle
 from muse.config import GRADIENTS
 from muse.dynamics import MLPPotential, hamiltonian_ode
 from muse.measure.gradient_error import full_precision, joined, relative_error
@@ -23,7 +23,7 @@ def modes_config(bench_config):
     def build(**stage):
         config = bench_config(2, name="throughput", ode_steps=4)
         config = dataclasses.replace(config, stage=dataclasses.replace(config.stage, **stage))
-        return settle(config, "throughput")
+        return settled(config, "throughput")
 
     return build
 

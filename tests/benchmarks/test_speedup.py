@@ -9,8 +9,9 @@ import torch
 
 from muse.acceleration import Execution, KernelOptimizer, kernel_optimizer
 from muse.benchmarks import speedup, suite
-from muse.benchmarks.criteria_stack import DECODE_KEYS, PLAIN
 from muse.benchmarks.speedup import (
+    DECODE_KEYS,
+    PLAIN,
     Plan,
     find_plan,
     measure_speedup_memory,
@@ -18,7 +19,7 @@ from muse.benchmarks.speedup import (
     measure_speedup_run,
     memory_of_update,
 )
-from muse.benchmarks.workload import check_updates, settle
+from muse.benchmarks.suite import check_options, settled
 from muse.config import (
     BenchConfig,
     BenchmarkConfig,
@@ -32,6 +33,7 @@ from muse.config import (
 )
 from muse.errors import ConfigError, RunError
 from muse.launch import bench as bench_run
+from muse.launch.bench import composed_stage
 
 CPU = torch.device("cpu")
 WIDTH = WidthConfig(d_model=32, layers=2, heads=2, kv_heads=2, d_ff=64)
@@ -60,7 +62,7 @@ def speedup_config(tmp_path):
             seed=42,
             output_root=str(tmp_path / "out"),
         )
-        return settle(config, "speedup")
+        return settled(config, "speedup")
 
     return build
 
@@ -425,10 +427,10 @@ def test_a_training_without_an_update_is_refused(speedup_config, tmp_path, name,
 
 
 def test_one_update_is_enough_and_other_benchmarks_need_none(speedup_config):
-    check_updates(speedup_config(accumulation=8, train_steps=8))
-    check_updates(speedup_config(accumulation=8, train_steps=0, name="kernels"))
+    check_options(speedup_config(accumulation=8, train_steps=8), ())
+    check_options(speedup_config(accumulation=8, train_steps=0, name="kernels"), ())
     config = dataclasses.replace(speedup_config(train_steps=0, name="all"), stage=StageConfig())
-    check_updates(config)
+    check_options(config, ())
 
 
 RUN = {
@@ -497,7 +499,7 @@ def report_of(monkeypatch, config, memory=None, pairs=None, change=None, **stack
         return found if change is None else change(name, config, found)
 
     monkeypatch.setattr(suite, "measure_isolated", measure)
-    return suite.run_suite(config, Path("unused"))
+    return suite.run_suite(config, Path("unused"), composed_stage)
 
 
 def test_everything_passes_when_it_does(speedup_config, monkeypatch):
@@ -622,7 +624,7 @@ def test_the_ablation_says_what_does_not_pay(speedup_config, monkeypatch, capsys
         return {**STACK, "seconds": time}
 
     monkeypatch.setattr(suite, "measure_isolated", measure)
-    report = suite.run_suite(speedup_config(ablation=True), Path("unused"))
+    report = suite.run_suite(speedup_config(ablation=True), Path("unused"), composed_stage)
     saved = report.values["ablation_saved"]
     assert saved["plain"] == 0
     assert saved["KernelOptimizer alone"] == pytest.approx(0.4)

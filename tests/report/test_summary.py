@@ -2,11 +2,20 @@ import csv
 import json
 import multiprocessing
 
+from muse.benchmarks.presentation import METRICS
 from muse.report import sweep
-from muse.report.sweep import read_cells, record_cell, record_search, show_cells, swept_options
+from muse.report.sweep import (
+    read_cells,
+    record_cell,
+    record_metrics,
+    record_search,
+    show_cells,
+    swept_options,
+)
 
 
 def test_every_cell_is_in_the_summary_also_one_that_failed(tmp_path):
+    record_metrics(tmp_path, METRICS)
     record_cell(tmp_path, 0, ["stage='1'", "benchmark.seq_len=8"], {"vram_gb": 1.0}, "measured")
     record_cell(tmp_path, 2, ["stage='1'", "benchmark.seq_len=32"], {"vram_gb": 2.0}, "reused")
     cells = record_cell(
