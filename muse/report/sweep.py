@@ -20,7 +20,7 @@ CELLS = "cells"
 # Of a search alone.
 SEARCH = "search.json"
 # Of benchmarks alone.
-METRICS = "metrics.json"
+METRICS = "drawn.json"
 # What a cell is called until it ends; one that is killed keeps the name.
 UNFINISHED = "unfinished"
 INCOMPLETE = ("failed", "interrupted", UNFINISHED)
