@@ -268,12 +268,12 @@ def measure_speedup_pairs(config: BenchConfig, device: torch.device) -> dict[str
             training.take(range(turn * batches, (turn + 1) * batches))
             if turn >= options.warmup:
                 own.append(time.perf_counter() - start)
-    saved = [1 - stack / plain for plain, stack in zip(*times, strict=True)]
+    shares = [1 - stack / plain for plain, stack in zip(*times, strict=True)]
     return {
-        "pairs": len(saved),
-        "saved": median(saved),
-        "saved_p20": quantile(saved, 0.2),
-        "saved_p80": quantile(saved, 0.8),
+        "pairs": len(shares),
+        "saved": median(shares),
+        "saved_p20": quantile(shares, 0.2),
+        "saved_p80": quantile(shares, 0.8),
         "plain_ms": median(times[0]) * 1e3,
         "stack_ms": median(times[1]) * 1e3,
     }

@@ -60,7 +60,7 @@ def settled(config: BenchConfig, name: str) -> BenchConfig:
     return settle(config, BENCHMARKS[name].workload(config))
 
 
-def check_options(config: BenchConfig, given: Collection[str]) -> None:
+def check_benchmark(config: BenchConfig, given: Collection[str]) -> None:
     """See that the options go together, and that each changes something.
 
     Args:

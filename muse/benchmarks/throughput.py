@@ -14,7 +14,7 @@ from muse.benchmarks.criteria import at_most, ratio
 from muse.benchmarks.gradient_modes import measure_modes
 from muse.benchmarks.model import benchmark_model, training_step
 from muse.benchmarks.results import Results, name_of
-from muse.benchmarks.workload import Workload, batch_shape
+from muse.benchmarks.workload import batch_shape, beside_backpropagation
 from muse.config import GRADIENTS, BenchConfig
 from muse.measure.matrix_products import COMPLEX_ATTENTION, ProductRecorder, replayed
 from muse.measure.operations import InsideOperations
@@ -139,8 +139,6 @@ BENCHMARK = Benchmark(
     judge=judge,
     plot=plot,
     shown=(Metric("tokens_per_second", "tokens per second"),),
-    workload=lambda config: (
-        Workload(2, 2048, integrator="leapfrog", of_model=True) if config.stage.number == "2" else Workload()
-    ),
+    workload=beside_backpropagation,
     tables=partial(model_tables, "throughput", drawn="tokens_per_second"),
 )

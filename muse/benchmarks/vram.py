@@ -13,7 +13,7 @@ from muse.benchmarks.benchmark import Benchmark, Models
 from muse.benchmarks.criteria import all_of, at_least, at_most, percent, ratio, saved
 from muse.benchmarks.model import benchmark_model, training_step
 from muse.benchmarks.results import Results, name_of
-from muse.benchmarks.workload import Workload, flow_of
+from muse.benchmarks.workload import beside_backpropagation, flow_of
 from muse.config import BenchConfig
 from muse.dynamics import flow_metrics
 from muse.measure.gradient_error import full_precision
@@ -207,8 +207,6 @@ BENCHMARK = Benchmark(
             "backprop",
         ),
     ),
-    workload=lambda config: (
-        Workload(2, 2048, integrator="leapfrog", of_model=True) if config.stage.number == "2" else Workload()
-    ),
+    workload=beside_backpropagation,
     tables=tables,
 )

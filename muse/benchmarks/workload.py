@@ -48,6 +48,17 @@ def settle(config: BenchConfig, workload: Workload) -> BenchConfig:
     return dataclasses.replace(config, stage=dataclasses.replace(config.stage, **flow), benchmark=chosen)
 
 
+def beside_backpropagation(config: BenchConfig) -> Workload:
+    """That of memory and speed, which stage 2 compares with full backpropagation at leapfrog's eleven forces.
+
+    Schemes of higher order take more forces, all of which full backpropagation would keep, and the comparison
+    would flatter.
+    """
+    return (
+        Workload(2, 2048, integrator="leapfrog", of_model=True) if config.stage.number == "2" else Workload()
+    )
+
+
 def check_flow(config: BenchConfig, given: Collection[str], name: str, workload: Workload) -> None:
     """See that every option of the stage's flow that was ``given`` changes what the benchmark measures.
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from muse.benchmarks.checkpoint import with_checkpoint_options
 from muse.benchmarks.presentation import CRITERION, METRICS, curves, save_figures, tables, text
-from muse.benchmarks.suite import check_options, run_suite
+from muse.benchmarks.suite import check_benchmark, run_suite
 from muse.config import CONF, BenchConfig, StageConfig, register_schemas
 from muse.errors import ConfigError
 from muse.files import find_files, write_json
@@ -49,7 +49,7 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
             f"stage {config.stage.number}, {config.model.name}, {config.stage.precision} of "
             f"{config.benchmark.checkpoint}"
         )
-    check_options(config, given_options())
+    check_benchmark(config, given_options())
     here = machine(config.hardware, use_hardware(config.hardware))
     sweep = sweep_folder()
     if sweep is not None:

@@ -21,7 +21,7 @@ from muse.benchmarks.speedup import (
     measure_speedup_pairs,
     measure_speedup_run,
 )
-from muse.benchmarks.suite import check_options, settled
+from muse.benchmarks.suite import check_benchmark, settled
 from muse.config import (
     BenchConfig,
     BenchmarkConfig,
@@ -470,10 +470,10 @@ def test_a_training_without_an_update_is_refused(speedup_config, tmp_path, name,
 
 
 def test_one_update_is_enough_and_other_benchmarks_need_none(speedup_config):
-    check_options(speedup_config(accumulation=8, train_steps=8), ())
-    check_options(speedup_config(accumulation=8, train_steps=0, name="kernels"), ())
+    check_benchmark(speedup_config(accumulation=8, train_steps=8), ())
+    check_benchmark(speedup_config(accumulation=8, train_steps=0, name="kernels"), ())
     config = dataclasses.replace(speedup_config(train_steps=0, name="all"), stage=StageConfig())
-    check_options(config, ())
+    check_benchmark(config, ())
 
 
 RUN = {

@@ -3,7 +3,7 @@ from itertools import product
 
 import pytest
 
-from muse.benchmarks.suite import check_options, settled
+from muse.benchmarks.suite import check_benchmark, settled
 from muse.errors import ConfigError
 
 
@@ -22,23 +22,23 @@ def test_an_option_of_the_flow_that_would_change_nothing_is_refused(bench_config
     """Also where its value is the default: a sweep over it would be a flat line."""
     config = bench_config(2, name=benchmark)
     with pytest.raises(ConfigError, match=rf"stage\.{option} changes nothing .* benchmark\.{option}; give"):
-        check_options(config, {f"stage.{option}"})
+        check_benchmark(config, {f"stage.{option}"})
     value = {"ode_steps": 3, "dt": 0.5, "integrator": "yoshida4"}[option]
-    check_options(
+    check_benchmark(
         bench_config(2, name=benchmark, **{option: value}), {f"stage.{option}", f"benchmark.{option}"}
     )
 
 
 @pytest.mark.parametrize("benchmark", ["energy", "stability", "gradients"])
 def test_what_is_allowed_reaches_the_model(bench_config, benchmark):
-    check_options(bench_config(2, name=benchmark), {"stage.ode_steps", "stage.dt", "stage.integrator"})
+    check_benchmark(bench_config(2, name=benchmark), {"stage.ode_steps", "stage.dt", "stage.integrator"})
     config = changed(bench_config(2, name=benchmark), ode_steps=3, dt=0.5, integrator="yoshida4")
     assert settled(config, benchmark).stage == config.stage
 
 
 @pytest.mark.parametrize("benchmark", ["perplexity", "adjoint"])
 def test_the_integrator_of_the_stage_is_taken_where_the_benchmark_has_none(bench_config, benchmark):
-    check_options(bench_config(2, name=benchmark), {"stage.integrator"})
+    check_benchmark(bench_config(2, name=benchmark), {"stage.integrator"})
     config = changed(bench_config(2, name=benchmark), integrator="yoshida4")
     assert settled(config, benchmark).stage.integrator == "yoshida4"
 
@@ -51,9 +51,9 @@ def test_energy_follows_another_integrator_without_changing_the_model(bench_conf
 
 def test_a_checkpoint_has_the_flow_it_was_trained_with(bench_config):
     config = changed(bench_config(2, name="perplexity", checkpoint="run"), ode_steps=3, dt=0.5)
-    check_options(config, {"stage.ode_steps", "stage.dt"})
+    check_benchmark(config, {"stage.ode_steps", "stage.dt"})
     assert settled(config, "perplexity").stage == config.stage
     with pytest.raises(ConfigError, match=r"benchmark\.dt changes nothing in the perplexity of a checkpoint"):
-        check_options(bench_config(2, name="perplexity", checkpoint="run", dt=0.5), set())
+        check_benchmark(bench_config(2, name="perplexity", checkpoint="run", dt=0.5), set())
     # Of benchmark=all it is the memory's.
-    check_options(bench_config(2, name="all", checkpoint="run", dt=0.5), set())
+    check_benchmark(bench_config(2, name="all", checkpoint="run", dt=0.5), set())
