@@ -16,7 +16,7 @@ import torch
 
 from muse.acceleration.execution import Execution
 from muse.acceleration.kernel_optimizer import Decision, KernelOptimizer
-from muse.acceleration.training import Batches, StackTraining
+from muse.acceleration.training import StackTraining, batch_of
 from muse.compiler import find_compiler
 from muse.config import BenchConfig
 from muse.data import TokenData
@@ -100,7 +100,7 @@ def _measured_plan(config: BenchConfig, data: TokenData, model: LanguageModel) -
     # Compiled code decides by itself what it saves, so compression and compilation exclude each other.
     optimizer = KernelOptimizer(min(stack.level, 2) if forced else stack.level)
     device = model_device(model)
-    tokens, targets = Batches(config, data, range(1))[0]
+    tokens, targets = batch_of(config, data, 0)
     execution, decisions = optimizer.choose(
         model, config.optim, tokens.to(device), targets.to(device), config.benchmark.train_steps
     )

@@ -6,9 +6,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,19 +82,10 @@ class ClippedAdamW:
         return [value for state in states for key, value in state.items() if key != "step"]
 
 
-class Batches(Sequence[tuple[Tensor, Tensor]]):
-    """Batches of a training by their numbers, each made when it is asked for: memory holds one."""
-
-    def __init__(self, config: BenchConfig, data: TokenData, numbers: range) -> None:
-        self.config, self.data, self.numbers = config, data, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, place: Any) -> Any:
-        size, length = self.config.benchmark.batch_size, self.config.model.seq_len
-        assert size is not None
-        return training_batch(self.data.train, self.numbers[place], size, length, self.config.seed)
+def batch_of(config: BenchConfig, data: TokenData, number: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a batch of the training, int64 (benchmark.batch_size, model.seq_len)."""
+    assert config.benchmark.batch_size is not None
+    return training_batch(data.train, number, config.benchmark.batch_size, config.model.seq_len, config.seed)
 
 
 class StackTraining:
@@ -143,7 +132,7 @@ class StackTraining:
             RunError: a loss is not finite.
         """
         began = time.perf_counter()
-        self.mean_loss = self.step.gradients(Batches(self.config, self.data, numbers))
+        self.mean_loss = self.step.gradients([batch_of(self.config, self.data, number) for number in numbers])
         starts, losses = zip(*self.loss.calls, strict=True)
         self.loss.calls.clear()
         self.losses += [loss.item() for loss in losses]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from muse.acceleration import Execution, KernelOptimizer, kernel_optimizer
 from muse.acceleration import plan as plans
 from muse.acceleration.plan import Plan, find_plan, memory_of_update
-from muse.acceleration.training import Batches, StackTraining
+from muse.acceleration.training import StackTraining, batch_of
 from muse.benchmarks import decoding, speedup, suite
 from muse.benchmarks.speedup import (
     DECODE_KEYS,
@@ -202,7 +202,7 @@ def test_plain_updates_are_those_of_pytorch(speedup_config):
     for update in range(3):
         numbers = range(2 * update, 2 * update + 2)
         training.take(numbers)
-        for inputs, targets in Batches(config, data, numbers):
+        for inputs, targets in (batch_of(config, data, number) for number in numbers):
             loss = F.cross_entropy(other(inputs).flatten(0, 1).float(), targets.flatten())
             (loss / 2).backward()
         torch.nn.utils.clip_grad_norm_(other.parameters(), config.optim.clip)
