@@ -12,6 +12,7 @@ from muse.report.sweep import (
     show_cells,
     swept_options,
 )
+from muse.report.sweep_plot import Metric
 
 
 def test_every_cell_is_in_the_summary_also_one_that_failed(tmp_path):
@@ -37,6 +38,14 @@ def test_every_cell_is_in_the_summary_also_one_that_failed(tmp_path):
         ["32", "reused", "2"],
         ["16:", "out", "of", "memory"],
     ]
+
+
+def test_a_sweep_draws_the_metrics_that_were_recorded(tmp_path):
+    record_cell(tmp_path, 0, ["seed=0"], {"vram_gb": 1.0}, "measured")
+    assert not (tmp_path / "summary.png").exists()
+    record_metrics(tmp_path, [Metric("vram_gb", "peak memory [GB]", beside={"other": "beside"})])
+    record_cell(tmp_path, 0, ["seed=0"], {"vram_gb": 1.0}, "measured")
+    assert (tmp_path / "summary.png").exists()
 
 
 def test_many_numbers_stand_below_each_other_with_the_factor_between_two_cells(tmp_path):
