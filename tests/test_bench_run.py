@@ -3,14 +3,16 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from muse import hardware
 from muse.benchmarks import suite
-from muse.benchmarks.criteria_flow import DRIFT_TARGET
-from muse.benchmarks.report import Report
+from muse.benchmarks.energy import DRIFT_TARGET
+from muse.benchmarks.presentation import figures
+from muse.benchmarks.results import Results
 from muse.config import BenchConfig, BenchmarkConfig, HardwareConfig, LoggerConfig, RunConfig, StageConfig
 from muse.errors import ConfigError, RunError
 from muse.hardware import machine
@@ -85,7 +87,7 @@ def test_the_result_is_written_before_anything_is_drawn(tmp_path, monkeypatch):
     def broken(*arguments):
         raise OSError("no fonts")
 
-    monkeypatch.setattr(bench_run, "_plots", broken)
+    monkeypatch.setattr(bench_run, "save_figures", broken)
     with pytest.raises(OSError, match="no fonts"):
         bench_run.run_benchmark(CONFIG, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text())["vram_gb"] == 1.0
@@ -115,8 +117,8 @@ DETAILS = {
 
 def drawn(**details):
     """The axes of each figure."""
-    figures = bench_run._figures(Report(measure, details=details))
-    return {name: figure.axes for name, figure in figures.items()}
+    results = Results(Path("unused"), measure, bench_run.composed_stage, details=details)
+    return {name: figure.axes for name, figure in figures(results).items()}
 
 
 def test_the_picture_of_the_energy_has_the_drift_that_is_allowed():

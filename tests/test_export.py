@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from muse import export
-from muse.benchmarks.step import benchmark_model
+from muse.benchmarks.model import benchmark_model
 from muse.config import (
     BenchConfig,
     BenchmarkConfig,

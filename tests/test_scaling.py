@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from muse.benchmarks.memory import measure_memory
-from muse.benchmarks.step import benchmark_model, training_step
+from muse.benchmarks.model import benchmark_model, training_step
+from muse.benchmarks.vram import measure_memory
 from muse.config import BenchConfig, BenchmarkConfig, ModelConfig, StageConfig, WidthConfig
 from muse.measure.matrix_products import COMPLEX_ATTENTION, ProductRecorder
 from muse.measure.operations import InsideOperations

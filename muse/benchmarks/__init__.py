@@ -1,1 +1,1 @@
-"""Measurements of a model against its baseline."""
+"""Benchmarks: a file for each value of ``benchmark=``, all of which are in suite.py."""

@@ -1,7 +1,8 @@
-"""The flow beside what one would take instead: ``odeint_adjoint`` of torchdiffeq on the same vector field.
+"""``benchmark=adjoint``: the flow beside ``odeint_adjoint`` of torchdiffeq, which one would take instead.
 
-The adjoint of torchdiffeq solves another differential equation backwards in time: what it returns is not the
-gradient of the steps that were taken, but one that they would converge to.
+Both solve the same vector field. The adjoint of torchdiffeq solves another differential equation backwards
+in time: what it returns is not the gradient of the steps that were taken, but one that they would converge
+to.
 """
 
 from __future__ import annotations
@@ -19,15 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muse.benchmarks.kernels import GB, Call, time_in_turns
-from muse.benchmarks.setting import batch_shape
+from muse.benchmarks.benchmark import Benchmark
+from muse.benchmarks.criteria import at_most
+from muse.benchmarks.results import Results
+from muse.benchmarks.workload import Workload, batch_shape
 from muse.config import GRADIENTS, BenchConfig
 from muse.dynamics import INTEGRATORS, HamiltonianNeuralODE, Potential
 from muse.errors import RunError
-from muse.measure.gradient_error import full_precision, joined, relative_error
-from muse.measure.peak_memory import peak_memory
+from muse.measure.gradient_error import ALLOWED, full_precision, joined, relative_error
+from muse.measure.passes import Passes, time_passes
+from muse.measure.peak_memory import GB, peak_memory
 from muse.measure.timing import quantile
 from muse.models.hamiltonian import flow_potential
+from muse.report.sweep_plot import Metric
 
 # Root mean square of a channel of the initial state.
 RMS = 0.7
@@ -36,6 +41,20 @@ CHECKED_TOKENS = 128
 # The two of torchdiffeq with steps of equal size that correspond to leapfrog and to schemes of order 4.
 ORDERS = {"midpoint": 2, "rk4": 4}
 OURS = "leapfrog exact"
+KEYS = (
+    "adjoint_time_ratio_midpoint",
+    "adjoint_time_ratio_rk4",
+    "adjoint_gradient_error_midpoint",
+    "adjoint_gradient_error_rk4",
+    "exact_gradient_error",
+    "exact_peak_gb",
+    "adjoint_peak_gb",
+    "matmul_precision",
+    "fallback_count",
+    "tokens",
+    "channels",
+    "hidden",
+)
 
 Run = Callable[[Tensor], Tensor]
 
@@ -93,8 +112,8 @@ def _measure(config: BenchConfig, device: torch.device, torchdiffeq: Any) -> dic
     rows = {name: _checked(name, method, potential, z[:CHECKED_TOKENS]) for name, method in methods.items()}
     runs = {name: method.build(potential) for name, method in methods.items()}
     leaves = (z.requires_grad_(), *potential.parameters())
-    calls = {name: Call(partial(_called, run), leaves) for name, run in runs.items()}
-    times = time_in_turns(calls, config.benchmark.warmup, config.benchmark.repeats, device)
+    calls = {name: Passes(partial(_called, run), leaves) for name, run in runs.items()}
+    times = time_passes(calls, config.benchmark.warmup, config.benchmark.repeats, device)
     for name, row in rows.items():
         seconds = times[name]["training"]
         ratios = [own / ours for own, ours in zip(seconds, times[OURS]["training"], strict=True)]
@@ -102,7 +121,7 @@ def _measure(config: BenchConfig, device: torch.device, torchdiffeq: Any) -> dic
             # MemTracker says so of the modules of torchdiffeq, which are gone before the backward pass ends.
             warnings.filterwarnings("ignore", "Module is None")
             with peak_memory(device) as meter:
-                calls[name].train()
+                calls[name].training()
                 peak = meter.peak() - meter.before
         row |= {f"training_ms_p{percent}": 1e3 * quantile(seconds, percent / 100) for percent in (20, 50, 80)}
         row |= {
@@ -247,3 +266,27 @@ def _checked(name: str, method: Method, potential: Potential, z: Tensor) -> dict
 def _gradient(run: Run, potential: Potential, z: Tensor, cotangent: Tensor) -> Tensor:
     leaves = (z.clone().requires_grad_(), *potential.parameters())
     return joined(torch.autograd.grad(_end(run, leaves[0]), leaves, cotangent))
+
+
+def judge(config: BenchConfig, results: Results) -> None:
+    """Time and gradient beside those of torchdiffeq."""
+    measured = results.run("adjoint", config)
+    if measured:
+        results.details["adjoint"] = measured["methods"]
+    off = measured["exact_gradient_error"]
+    results.values |= {key: measured[key] for key in KEYS}
+    for method in ("midpoint", "rk4"):
+        times = measured[f"adjoint_time_ratio_{method}"]
+        passed = None if times is None else times > 1
+        results.criteria.append((f"torchdiffeq {method} / exact leapfrog, time", times, "> 1", passed))
+    results.criteria.append(("gradient error of exact", off, f"<= {ALLOWED:g}", at_most(off, ALLOWED)))
+
+
+BENCHMARK = Benchmark(
+    measure={"adjoint": measure_adjoint},
+    judge=judge,
+    shown=(Metric("adjoint_time_ratio_midpoint", "time of torchdiffeq's midpoint / exact"),),
+    stages=("2",),
+    trained=False,
+    workload=lambda config: Workload(2, 512, of_model=True),
+)

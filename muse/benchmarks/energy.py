@@ -1,4 +1,4 @@
-"""Conservation of energy along every flow of a stage 2 model."""
+"""``benchmark=energy``: conservation of energy along every flow of a stage 2 model."""
 
 from __future__ import annotations
 
@@ -13,17 +13,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from muse.benchmarks.perplexity import train_briefly
-from muse.benchmarks.setting import batch_shape
-from muse.benchmarks.step import benchmark_model, random_tokens
+from muse.benchmarks.benchmark import Benchmark, Models
+from muse.benchmarks.criteria import all_of, at_most
+from muse.benchmarks.model import benchmark_model, random_tokens, train_briefly
+from muse.benchmarks.results import Results, Unmeasured
+from muse.benchmarks.workload import Workload, batch_shape
 from muse.config import BenchConfig
 from muse.data import evaluation_batches, load_tokens
 from muse.dynamics import HamiltonianNeuralODE, MLPPotential
-from muse.dynamics.energy import curvature, drift, monotone_share, trajectory
+from muse.dynamics.energy import MONOTONE_SHARE, curvature, drift, monotone_share, trajectory
 from muse.errors import ConfigError, RunError
 from muse.hardware import autocast_dtype
 from muse.measure.gradient_error import full_precision
 from muse.models import LanguageModel
+from muse.report.plots import draw_lines
+from muse.report.sweep_plot import Metric
+from muse.report.wandb_tables import ResultTable, lines_table, model_tables
+
+DRIFT_TARGET = 5e-5
 
 # Tokens of a layer that stand for all in the figures beside the criterion.
 SAMPLE = 512
@@ -238,3 +245,101 @@ def _most(of_layers: list[Tensor]) -> float:
 def _monotone_share(energies: Tensor) -> Tensor:
     share = monotone_share(energies) if energies.isfinite().all() else math.nan
     return torch.tensor(share, dtype=torch.float64)
+
+
+def judge(config: BenchConfig, results: Results) -> None:
+    """Drift of the energy, untrained and trained."""
+    chosen = config.benchmark
+    measured = {}
+    untrained = dataclasses.replace(chosen, checkpoint=None)
+    measured["untrained"] = results.measure(
+        "energy", "untrained", dataclasses.replace(config, benchmark=untrained)
+    )
+    if chosen.checkpoint is not None:
+        measured["trained"] = results.measure("energy", "trained", config)
+    elif chosen.train_steps:
+        measured["trained"] = results.measure("trained energy", "trained", config, shown_as="energy")
+    last = measured.get("trained", measured["untrained"])
+    if "trained" not in measured:
+        # The criterion is about both.
+        measured["trained"] = Unmeasured()
+        results.unjudged["energy_pass"] = (
+            "only the untrained model was measured; give benchmark.checkpoint or benchmark.train_steps"
+        )
+    drifts = {name: values["max_drift"] for name, values in measured.items()}
+    shares = {name: values["monotone_share"] for name, values in measured.items()}
+    kept = all_of([at_most(drift, DRIFT_TARGET) for drift in drifts.values()])
+    swings = all_of([at_most(share, MONOTONE_SHARE) for share in shares.values()])
+    results.values |= {
+        **{key: last[key] for key in ("mean_energy", "max_drift", "mean_drift", "energy_trajectory")},
+        "max_drift_untrained": drifts["untrained"],
+        "max_drift_leapfrog": last["leapfrog_max_drift"],
+        "curvature_dt2": last["curvature_dt2"],
+        "monotonic_violation": None if swings is None else not swings,
+        "energy_pass": all_of([kept, swings]),
+    }
+    for name in measured:
+        passed = at_most(drifts[name], DRIFT_TARGET)
+        results.criteria.append((f"energy drift, {name}", drifts[name], f"< {DRIFT_TARGET:g}", passed))
+        share = shares[name]
+        passed = at_most(share, MONOTONE_SHARE)
+        results.criteria.append((f"monotone tokens, {name}", share, f"<= {MONOTONE_SHARE:g}", passed))
+
+
+def _drifts(models: Models) -> dict[str, list[tuple[float, float]]]:
+    """(time, drift) of every flow that ``energy`` followed, and of leapfrog; the start has no drift."""
+    return {
+        f"{name}, {scheme}": list(zip(values["times"][1:], values[key][1:], strict=True))
+        for name, values in models.items()
+        for scheme, key in (
+            (values["integrator"], "drift_trajectory"),
+            ("leapfrog", "leapfrog_drift_trajectory"),
+        )
+    }
+
+
+def plot(models: Models) -> Any:
+    """The drift over time, and what is allowed."""
+    return draw_lines(
+        "energy drift of the worst token of the worst layer",
+        "time",
+        "|E - E0| / |E0|",
+        _drifts(models),
+        log=True,
+        limit=(f"allowed: {DRIFT_TARGET:g}", DRIFT_TARGET),
+    )
+
+
+def tables(models: Models) -> list[ResultTable]:
+    """The models, and trajectories of the energy and of its drift.
+
+    The drift is a logarithm because W&B's plots have linear axes; what is allowed is a line beside it.
+    """
+    kept = {
+        name: list(zip(values["times"], values["energy_trajectory"], strict=True))
+        for name, values in models.items()
+    }
+    drifts = {
+        line: [(time, math.log10(drift)) for time, drift in points if drift]
+        for line, points in _drifts(models).items()
+    }
+    times = [time for points in drifts.values() for time, _ in points]
+    if times:
+        drifts["allowed"] = [(time, math.log10(DRIFT_TARGET)) for time in (min(times), max(times))]
+    return [
+        *model_tables("energy", models, drawn="max_drift"),
+        lines_table("energy trajectory", "time", "energy", kept),
+        lines_table("energy drift", "time", "log10 drift", drifts),
+    ]
+
+
+BENCHMARK = Benchmark(
+    measure={"energy": measure_energy, "trained energy": measure_trained_energy},
+    judge=judge,
+    plot=plot,
+    shown=(Metric("max_drift", "largest relative energy drift", "", {"max_drift_leapfrog": "leapfrog"}),),
+    stages=("2",),
+    # It follows the model's flow for its steps without changing what the model computes.
+    workload=lambda config: Workload(4, 512, ode_steps=100),
+    tables=tables,
+)

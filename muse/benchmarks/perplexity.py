@@ -1,23 +1,36 @@
-"""Perplexity of a model and of the real baseline on the same text."""
+"""``benchmark=perplexity``: of a model and its baselines on the same text."""
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from muse.benchmarks.setting import batch_shape, flow_of
-from muse.benchmarks.step import benchmark_model
+from muse.benchmarks.baseline import baseline_of
+from muse.benchmarks.benchmark import Benchmark, Models
+from muse.benchmarks.checkpoint import tokens_seen
+from muse.benchmarks.criteria import at_most, ratio
+from muse.benchmarks.model import benchmark_model, train_briefly
+from muse.benchmarks.results import Results, Unmeasured, name_of
+from muse.benchmarks.workload import FLOW, Workload, batch_shape, flow_of
 from muse.config import BenchConfig
 from muse.data import TokenData, load_tokens
 from muse.errors import ConfigError
 from muse.hardware import autocast_dtype
-from muse.models import LanguageModel, build_model, count_parameters
+from muse.models import build_model, count_parameters
+from muse.report.plots import draw_lines, subtracted
+from muse.report.sweep_plot import Metric
+from muse.report.wandb_tables import model_tables
 from muse.training.evaluate import Evaluation, evaluate
-from muse.training.trainer import train
+
+# Of stage 0, and of stage 1.
+DECODER_TARGET = 1.03
+FLOW_TARGET = 1.02
+PARAMETERS_APART = 0.03
 
 
 def measure_perplexity(config: BenchConfig, device: torch.device) -> dict[str, Any]:
@@ -75,33 +88,138 @@ def _evaluate(config: BenchConfig, data: TokenData, device: torch.device) -> Eva
     )
 
 
-def train_briefly(
-    config: BenchConfig, data: TokenData, device: torch.device, folder: Path, curve: list[tuple[int, float]]
-) -> tuple[LanguageModel, Evaluation]:
-    """Train for ``benchmark.train_steps`` steps and evaluate; the checkpoint goes into ``folder``.
+def judge(config: BenchConfig, results: Results) -> None:
+    """Perplexity beside stage 0, and of stage 2 beside stage 1."""
+    (_judge_flow if config.stage.number == "2" else _judge_decoder)(config, results)
 
-    Raises:
-        KeyboardInterrupt: when the training was interrupted.
-    """
-    batch, length = batch_shape(config)
-    config = dataclasses.replace(
-        config,
-        train=dataclasses.replace(
-            config.train,
-            steps=config.benchmark.train_steps,
-            batch_size=batch,
-            eval_every=0,
-            checkpoint_every=0,
-        ),
-        model=dataclasses.replace(config.model, seq_len=length),
-        logger=dataclasses.replace(config.logger, log_every=1),
+
+def _judge_decoder(config: BenchConfig, results: Results) -> None:
+    """Perplexity beside stage 0."""
+    measured = results.measure("perplexity", name_of(config), config)
+    values = results.values
+    values |= {"ppl": measured["ppl"], "ppl_trained": measured["trained"]}
+    if config.stage.number == "0":
+        values |= {"ppl_ratio": None, "ppl_pass": None}
+        return
+    baseline = baseline_of(config, results.stage_of("0"))
+    other = _measure_baseline(config, baseline, results)
+    share = None if "ppl_pass" in results.unjudged else ratio(measured["ppl"], other["ppl"])
+    values |= {
+        "ppl_ratio": share,
+        "ppl_pass": at_most(share, DECODER_TARGET),
+        "ppl_baseline": other["ppl"],
+        "ppl_baseline_trained": other["trained"],
+    }
+    results.criteria.append(
+        (f"perplexity / stage 0 ({measured['trained']})", share, f"<= {DECODER_TARGET}", values["ppl_pass"])
     )
 
-    def log(step: int, metrics: dict[str, float]) -> None:
-        if "train/loss" in metrics:
-            curve.append((step, metrics["train/loss"]))
 
-    model, result = train(config, data, device, folder, log)
-    if result.valid is None:
-        raise KeyboardInterrupt
-    return model, result.valid
+def _judge_flow(config: BenchConfig, results: Results) -> None:
+    """Perplexity beside stage 1, and for show stage 0."""
+    baseline = baseline_of(config, results.stage_of("1"))
+    real = baseline_of(config, results.stage_of("0"))
+    own = results.measure("perplexity", name_of(config), config)
+    one = _measure_baseline(config, baseline, results)
+    trained_here = config.benchmark.checkpoint is None and baseline.benchmark.checkpoint is None
+    zero = results.measure("perplexity", name_of(real), real) if trained_here else Unmeasured()
+    share = None if "ppl_pass" in results.unjudged else ratio(own["ppl"], one["ppl"])
+    size = ratio(own["parameters"], one["parameters"])
+    excess = None if size is None else size - 1
+    values = results.values
+    values |= {
+        "stage2_ppl": own["ppl"],
+        "stage1_ppl": one["ppl"],
+        "stage0_ppl": zero["ppl"],
+        "ppl_ratio": share,
+        "ppl_diff_pct": None if share is None else 100 * (share - 1),
+        "ppl_target": FLOW_TARGET,
+        "ppl_pass": at_most(share, FLOW_TARGET),
+        "ppl_trained": own["trained"],
+        "ppl_baseline_trained": one["trained"],
+        "parameters_apart": excess,
+    }
+    title = f"perplexity / stage 1 ({own['trained']})"
+    results.criteria.append((title, share, f"<= {FLOW_TARGET}", values["ppl_pass"]))
+    equal = None if excess is None else abs(excess) <= PARAMETERS_APART
+    results.criteria.append(("parameters / stage 1 - 1", excess, f"within {PARAMETERS_APART}", equal))
+
+
+def _measure_baseline(config: BenchConfig, baseline: BenchConfig, results: Results) -> dict[str, Any]:
+    """Of the baseline, unless it would be that of a few steps; a comparison that says nothing is unjudged."""
+    own, other = config.benchmark.checkpoint, baseline.benchmark.checkpoint
+    if own is None and other is None:
+        if not config.benchmark.train_steps:
+            results.unjudged["ppl_pass"] = (
+                "both models are untrained; give benchmark.train_steps or checkpoints"
+            )
+    elif own is None or other is None:
+        missing = "benchmark.checkpoint" if own is None else "benchmark.baseline_checkpoint"
+        results.unjudged["ppl_pass"] = (
+            f"a checkpoint says nothing beside {config.benchmark.train_steps} steps of training; give "
+            f"{missing}, too"
+        )
+        return Unmeasured()
+    elif tokens_seen(own) != tokens_seen(other):
+        results.unjudged["ppl_pass"] = (
+            f"{own} was trained on {tokens_seen(own):,} tokens and {other} on {tokens_seen(other):,}"
+        )
+    return results.measure("perplexity", name_of(baseline), baseline)
+
+
+def check(config: BenchConfig) -> None:
+    """See that no other flow is given than that of a checkpoint.
+
+    Raises:
+        ConfigError: one is.
+    """
+    if config.benchmark.name == "perplexity" and config.benchmark.checkpoint is not None:
+        for option in FLOW:
+            if getattr(config.benchmark, option) is not None:
+                raise ConfigError(
+                    f"benchmark.{option} changes nothing in the perplexity of a checkpoint, which has the "
+                    "flow that it was trained with; leave it out"
+                )
+
+
+def workload(config: BenchConfig) -> Workload:
+    """The perplexity of a checkpoint is that of the flow it was trained with."""
+    if config.stage.number != "2":
+        return Workload()
+    return Workload(4, 1024, of_model=config.benchmark.checkpoint is None)
+
+
+def plot(models: Models) -> Any:
+    """The losses of the trainings, and by how much they differ from the last baseline's."""
+    curves = {name: values["curve"] for name, values in models.items()}
+    *others, baseline = curves
+    return draw_lines(
+        "training loss on the same tokens",
+        "step",
+        "loss [nats per token]",
+        curves,
+        differences=(
+            f"difference to {baseline}",
+            {name: subtracted(curves[name], curves[baseline]) for name in others},
+        ),
+    )
+
+
+BENCHMARK = Benchmark(
+    measure={"perplexity": measure_perplexity},
+    judge=judge,
+    plot=plot,
+    shown=(
+        Metric("ppl", "perplexity", "", {"ppl_baseline": "stage 0"}, counted=False, key_of_flow="stage2_ppl"),
+        Metric(
+            "stage2_ppl",
+            "perplexity",
+            "stage 2",
+            {"stage1_ppl": "stage 1", "stage0_ppl": "stage 0"},
+            counted=False,
+        ),
+    ),
+    workload=workload,
+    check=check,
+    tables=partial(model_tables, "perplexity", drawn="ppl"),
+)

@@ -1,4 +1,4 @@
-"""Stage 3a: what the optimisation stack is worth. The same training, plainly and with the stack."""
+"""``benchmark=speedup``: the same training of stage 3a, plainly and with the optimisation stack."""
 
 from __future__ import annotations
 
@@ -6,140 +6,61 @@ import copy
 import dataclasses
 import hashlib
 import json
-import math
 import os
-import platform
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from muse.acceleration import (
-    Execution,
-    InferenceScalingEngine,
-    KernelOptimizer,
-    SemanticCompressor,
-    greedy_decode,
-)
-from muse.acceleration.kernel_optimizer import Decision
-from muse.benchmarks.setting import batch_shape
-from muse.compiler import find_compiler
-from muse.config import BenchConfig
-from muse.data import TokenData, load_tokens, training_batch
-from muse.errors import RunError
-from muse.files import write_json
-from muse.hardware import describe, restored_threads, synchronize
+from muse.acceleration import Execution, InferenceScalingEngine, greedy_decode
+from muse.acceleration.plan import MB, Plan, countable, find_plan, memory_of_update
+from muse.acceleration.training import StackTraining
+from muse.benchmarks.benchmark import Benchmark, Models
+from muse.benchmarks.criteria import GRADIENT_RANGE, all_of, at_least, at_most, percent, ratio, saved
+from muse.benchmarks.decoding import PROMPT, measure_decoding
+from muse.benchmarks.results import Results, Unmeasured
+from muse.benchmarks.workload import Workload, batch_shape
+from muse.config import BenchConfig, StackConfig
+from muse.data import TokenData, load_tokens
+from muse.errors import ConfigError
+from muse.hardware import restored_threads, synchronize
 from muse.measure.gradient_error import joined, relative_error
-from muse.measure.peak_memory import peak_memory
 from muse.measure.timing import quantile
 from muse.models import LanguageModel, build_model, count_parameters
-from muse.models.language_model import model_device
-from muse.models.transformer import continue_logits, empty_past
+from muse.report.plots import draw_lines, subtracted
+from muse.report.sweep_plot import Metric
+from muse.report.wandb_tables import model_tables
 from muse.runs.checkpoints import TrainingState, find_checkpoint, load_state, load_weights
-from muse.runs.provenance import source_hash
 from muse.training.checkpoint import CheckpointWriter
 from muse.training.evaluate import evaluate
-from muse.training.optim import first_non_finite
 
 EPOCHS = 10
 # Of the evaluation and of the sample at the end of each epoch.
 EVALUATED_TOKENS = 4096
-PROMPT, SAMPLED = 16, 64
+SAMPLED = 64
 # Natural text is said to be learned from here on, by the mean of ten batches; batches until that is given up.
 TARGET_LOSS, LONGEST = 6.0, 500
-MB = 1e6
-
-
-@dataclass
-class Plan:
-    """What the stack does in a training on this machine.
-
-    Attributes:
-        execution: the choices of KernelOptimizer.
-        compress: whether SemanticCompressor is used.
-        decisions: what was found about each candidate.
-        seconds: what finding out took, compilation included.
-        compile_seconds: of which compilation.
-    """
-
-    execution: Execution = field(default_factory=Execution)
-    compress: bool = False
-    decisions: list[Decision] = field(default_factory=list)
-    seconds: float = 0.0
-    compile_seconds: float = 0.0
-
-
-@dataclass
-class Training:
-    """A model in training.
-
-    Attributes:
-        config: its options.
-        data: tokenised splits.
-        plan: how it is executed.
-        model: on its device, the plan applied.
-        optimizer: of its parameters.
-        compressor: what its activations are held by, if the plan compresses.
-    """
-
-    config: BenchConfig
-    data: TokenData
-    plan: Plan
-    model: LanguageModel
-    optimizer: torch.optim.AdamW
-    compressor: SemanticCompressor | None
-    norms: list[float] = field(default_factory=list)
-    gradient_range: tuple[float, float] = (math.inf, 0.0)
-
-    def batch(self, index: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a batch of the training, int64 (B, S)."""
-        size, length = batch_shape(self.config)
-        inputs, targets = training_batch(self.data.train, index, size, length, self.config.seed)
-        device = next(self.model.parameters()).device
-        return inputs.to(device), targets.to(device)
-
-    def forward(self, index: int) -> Tensor:
-        """The loss of a batch."""
-        return self.plan.execution.training_loss(
-            self.model, *self.batch(index), saving=self.compressor or nullcontext()
-        )
-
-    def step(self, index: int) -> float:
-        """Forward and backward on a batch, with an update after every ``optim.accumulation``; the loss.
-
-        Raises:
-            RunError: when the loss or a gradient is not finite.
-        """
-        options = self.config.optim
-        loss = self.forward(index)
-        (loss / options.accumulation).backward()
-        value = loss.item()
-        if (index + 1) % options.accumulation == 0:
-            self._update()
-        if not math.isfinite(value) or not all(map(math.isfinite, self.norms[-1:])):
-            raise RunError(
-                f"the loss or gradient is not finite in batch {index + 1}; the first bad value is in "
-                f"{first_non_finite(self.model) or 'the activations'}; a lower optim.lr or stack.level=1 may "
-                "help"
-            )
-        return value
-
-    def _update(self) -> None:
-        clip = self.config.optim.clip or math.inf
-        parameters = list(self.model.parameters())
-        norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None])
-        smallest, largest = self.gradient_range
-        self.gradient_range = (min(smallest, norms.min().item()), max(largest, norms.max().item()))
-        total = torch.linalg.vector_norm(norms)
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, total)
-        self.norms.append(total.item())
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+# Shares of the plain run's time and of its speed, nats, MB.
+SAVED_TARGET = 0.25
+TOKENS_TARGET = 0.2
+LOSS_DIFFERENCE = 0.05
+STACK_MB = 500
+DECODE_KEYS = (
+    "decode_ratio",
+    "decode_plain",
+    "decode_speculative",
+    "decode_texts",
+    "decode_texts_equal",
+    "decode_gap",
+    "decode_equal_unguessed",
+)
+PARTS = ("KernelOptimizer", "SemanticCompressor", "InferenceScalingEngine")
+# The stack that changes nothing.
+PLAIN = StackConfig(level=0, compression="off", speculation=False)
 
 
 def _start(config: BenchConfig, device: torch.device) -> tuple[BenchConfig, TokenData, LanguageModel]:
@@ -151,113 +72,6 @@ def _start(config: BenchConfig, device: torch.device) -> tuple[BenchConfig, Toke
     )
     model = build_model(config.stage, config.model, data.vocab_size, config.seed).to(device)
     return config, data, model.train()
-
-
-def _training(config: BenchConfig, data: TokenData, model: LanguageModel, plan: Plan) -> Training:
-    plan.execution.apply(model)
-    compressor = SemanticCompressor(config.stack.ratio) if plan.compress else None
-    return Training(
-        config, data, plan, model, plan.execution.build_optimizer(model, config.optim), compressor
-    )
-
-
-@restored_threads()
-def find_plan(config: BenchConfig, data: TokenData, model: LanguageModel) -> Plan:
-    """What the stack of ``config`` does here, found by measuring or by an earlier run of the same setting.
-
-    Measured choices differ by chance where two ways are equally fast, and with them the last bits of the
-    losses. So that a rerun has the losses of the run, choices are kept in ``data.cache``;
-    ``benchmark.rerun=true`` measures again. The time that measuring took counts in every run.
-    """
-    path = Path(config.data.cache) / "plans" / f"{_setting(config, model)}.json"
-    if not config.benchmark.rerun:
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            return Plan(
-                **kept
-                | {
-                    "execution": Execution(**kept["execution"]),
-                    "decisions": [Decision(**decision) for decision in kept["decisions"]],
-                }
-            )
-        except (OSError, ValueError, TypeError, KeyError):
-            pass
-    plan = _measured_plan(config, data, model)
-    write_json(path, dataclasses.asdict(plan))
-    return plan
-
-
-def _setting(config: BenchConfig, model: LanguageModel) -> str:
-    """Hash of all that a choice may depend on."""
-    device = next(model.parameters()).device
-    machine = (
-        platform.machine(),
-        describe(device),
-        os.cpu_count(),
-        torch.get_num_threads(),
-        torch.__version__,
-        # A plan that compiles is of no use without a compiler, nor one that had none where there is one.
-        find_compiler(device) if config.stack.level >= 3 else None,
-    )
-    parts = (config.stage, config.model, config.optim, config.stack, config.benchmark.train_steps)
-    options = [part if isinstance(part, int) else dataclasses.asdict(part) for part in parts]
-    text = json.dumps([machine, options, batch_shape(config), config.data.name, source_hash()])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _measured_plan(config: BenchConfig, data: TokenData, model: LanguageModel) -> Plan:
-    stack = config.stack
-    forced = stack.compression == "on"
-    # Compiled code decides by itself what it saves, so compression and compilation exclude each other.
-    optimizer = KernelOptimizer(min(stack.level, 2) if forced else stack.level)
-    size, length = batch_shape(config)
-    device = next(model.parameters()).device
-    tokens, targets = training_batch(data.train, 0, size, length, config.seed)
-    execution, decisions = optimizer.choose(
-        model, config.optim, tokens.to(device), targets.to(device), config.benchmark.train_steps
-    )
-    seconds = optimizer.seconds
-    if forced:
-        decisions.append(Decision("compression", True, None, None, "on by request"))
-    if stack.compression == "auto":
-        began = time.perf_counter()
-        counted = _countable(execution, device)
-        peak = memory_of_update(config, data, copy.deepcopy(model), Plan(counted)) / MB
-        forced = peak > stack.memory_mb
-        verdict = "kept" if forced else "left off, it only costs time"
-        why = f"{verdict}: a step takes {peak:.0f} MB without it, stack.memory_mb={stack.memory_mb:.0f}"
-        if counted != execution:
-            why += "; counted without compilation"
-        if forced and execution.compile:
-            execution = dataclasses.replace(execution, compile=False)
-            why += "; compilation is left off for it"
-        decisions.append(Decision("compression", forced, None, None, why))
-        seconds += time.perf_counter() - began
-    return Plan(execution, forced, decisions, seconds, optimizer.compile_seconds)
-
-
-def _countable(execution: Execution, device: torch.device) -> Execution:
-    """As much of an execution as can be counted: on a CPU nothing sees into compiled code."""
-    return execution if device.type == "cuda" else dataclasses.replace(execution, compile=False)
-
-
-def memory_of_update(config: BenchConfig, data: TokenData, model: LanguageModel, plan: Plan) -> float:
-    """Bytes at the peak of the second update: parameters, gradients, optimiser, activations.
-
-    An update from many batches needs no more than one from two, whose gradients are there while the second
-    runs forward.
-    """
-    device = next(model.parameters()).device
-    batches = min(2, config.optim.accumulation)
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulation=batches))
-    training = _training(config, data, model, plan)
-    for index in range(batches):
-        training.step(index)
-    state = [v for values in training.optimizer.state.values() for k, v in values.items() if k != "step"]
-    with peak_memory(device, model, state) as meter:
-        for index in range(batches, 2 * batches):
-            training.step(index)
-        return float(meter.peak())
 
 
 @restored_threads()
@@ -281,7 +95,7 @@ def measure_speedup_run(
         ``decisions``; ``texts``, the last sample and where the checkpoint is; ``checkpoint_loads``;
         ``losses_hash``, equal for equal losses; ``nan_count`` and ``inf_count`` among all losses, gradient
         norms and, in the end, elements of parameters;
-        ``parameters``; what ``_decoding`` measures; ``target_step``, the batch at which the mean of ten
+        ``parameters``; what ``measure_decoding`` returns; ``target_step``, the batch at which the mean of ten
         losses was first at most ``until``, by default ``TARGET_LOSS`` if the training gets there.
 
     Raises:
@@ -294,33 +108,40 @@ def measure_speedup_run(
     plan = find_plan(config, data, model)
     spent = {"tuning": plan.seconds, "training": 0.0, "evaluation": 0.0, "sampling": 0.0}
     torch.manual_seed(config.seed)
-    training = _training(config, data, model, plan)
+    training = StackTraining(config, data, model, plan.execution, plan.compress)
     engine = InferenceScalingEngine(config.stack.speculation_warmup)
     prompt = data.valid[:PROMPT].tolist()
     sampled = max(1, min(SAMPLED, length - PROMPT))
-    losses: list[float] = []
-    times: list[float] = []
+    losses, times = training.losses, training.seconds
     valid_losses: list[float] = []
     sample = prompt
-    for batch in range(batches):
-        start = time.perf_counter()
-        losses.append(training.step(batch))
-        synchronize(device)
-        times.append(time.perf_counter() - start)
+
+    def end_epoch(batch: int) -> None:
+        """Evaluate and sample, where an epoch ends with this batch."""
+        nonlocal sample
         if (batch + 1) * EPOCHS // batches == batch * EPOCHS // batches:
-            continue
+            return
         start = time.perf_counter()
         valid_losses.append(_evaluated(training))
         spent["evaluation"] += time.perf_counter() - start
         start = time.perf_counter()
         sample = _sampled(training, engine if config.stack.speculation else None, prompt, sampled)
         spent["sampling"] += time.perf_counter() - start
-        epoch = len(valid_losses)
         print(
-            f"  epoch {epoch}/{EPOCHS}: loss {losses[-1]:.3f}, validation {valid_losses[-1]:.3f}, "
-            f"{size * length / median(times):,.0f} tokens/s",
+            f"  epoch {len(valid_losses)}/{EPOCHS}: loss {losses[batch]:.3f}, "
+            f"validation {valid_losses[-1]:.3f}, {size * length / median(times[: batch + 1]):,.0f} tokens/s",
             flush=True,
         )
+
+    for first in range(0, batches, config.optim.accumulation):
+        of_update = range(batches)[first : first + config.optim.accumulation]
+        training.gradients(of_update)
+        # Until the update the weights are those of the one before.
+        for batch in of_update[:-1]:
+            end_epoch(batch)
+        if len(of_update) == config.optim.accumulation:
+            training.update()
+        end_epoch(of_update[-1])
     spent["training"] = sum(times)
     compiled = plan.execution.compile
     last = losses[-max(1, batches // EPOCHS) :]
@@ -333,12 +154,12 @@ def measure_speedup_run(
         "loss": sum(last) / len(last),
         "valid_loss": valid_losses[-1],
         "updates": batches // config.optim.accumulation,
-        "norm_min": min(training.norms, default=None),
-        "norm_max": max(training.norms, default=None),
-        "grad_norm_min": training.gradient_range[0],
-        "grad_norm_max": training.gradient_range[1],
+        "norm_min": min(training.optimizer.norms, default=None),
+        "norm_max": max(training.optimizer.norms, default=None),
+        "grad_norm_min": training.optimizer.gradient_range[0],
+        "grad_norm_max": training.optimizer.gradient_range[1],
         "parameters": count_parameters(model),
-        **_not_finite(training, losses + valid_losses),
+        **_not_finite(training, valid_losses),
         "losses_hash": hashlib.sha256(json.dumps(losses).encode()).hexdigest()[:16],
         "curve": list(enumerate(losses, 1)),
         "decisions": [dataclasses.asdict(decision) for decision in plan.decisions],
@@ -348,26 +169,27 @@ def measure_speedup_run(
     result["texts"]["checkpoint"] = str(path)
     result["checkpoint_loads"] = loads
     if config.stack.speculation:
-        result |= _decoding(training, engine, prompt, sampled)
+        result |= measure_decoding(training, engine, prompt, sampled)
     if until is None:
         result["target_step"] = _batch_of(losses, TARGET_LOSS)
     else:
-        result["target_step"] = _reached(training, losses, until)
+        result["target_step"] = _reached(training, until)
     return result
 
 
-def _not_finite(training: Training, losses: list[float]) -> dict[str, int]:
-    tensors = [torch.tensor(losses), torch.tensor(training.norms), *training.model.parameters()]
+def _not_finite(training: StackTraining, valid_losses: list[float]) -> dict[str, int]:
+    told = training.losses + valid_losses + training.optimizer.norms
+    tensors = [torch.tensor(told), *training.model.parameters()]
     return {
         "nan_count": sum(int(tensor.isnan().sum()) for tensor in tensors),
         "inf_count": sum(int(tensor.isinf().sum()) for tensor in tensors),
     }
 
 
-def _evaluated(training: Training) -> float:
-    precision = torch.bfloat16 if training.plan.execution.products else None
+def _evaluated(training: StackTraining) -> float:
+    precision = torch.bfloat16 if training.execution.products else None
     size, length = batch_shape(training.config)
-    with training.plan.execution.eager(training.model):
+    with training.execution.eager(training.model):
         found = evaluate(
             training.model,
             training.data.valid,
@@ -381,21 +203,21 @@ def _evaluated(training: Training) -> float:
 
 
 def _sampled(
-    training: Training, engine: InferenceScalingEngine | None, prompt: list[int], tokens: int
+    training: StackTraining, engine: InferenceScalingEngine | None, prompt: list[int], tokens: int
 ) -> list[int]:
     model = training.model.eval()
-    with training.plan.execution.eager(model):
+    with training.execution.eager(model):
         decode = engine.decode if engine is not None else greedy_decode
         ids = decode(model, prompt, tokens)
     model.train()
     return ids
 
 
-def _checkpoint(training: Training, step: int, loss: float) -> tuple[Path, bool]:
+def _checkpoint(training: StackTraining, step: int, loss: float) -> tuple[Path, bool]:
     """Save the training; where it is, and whether another model loads the same weights from it."""
     run = Path(training.config.output_root)
     state = TrainingState(step=step, scaler={}, random=[], best_loss=loss, wandb_id=None)
-    tensors = {"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()}
+    tensors = {"model": training.model.state_dict(), "optimizer": training.optimizer.optimizer.state_dict()}
     CheckpointWriter(run / "checkpoints").save(tensors, state, best=True)
     path = find_checkpoint(run)
     assert path is not None
@@ -407,73 +229,17 @@ def _checkpoint(training: Training, step: int, loss: float) -> tuple[Path, bool]
     return path, equal and load_state(path).step == step
 
 
-def _decoding(
-    training: Training, engine: InferenceScalingEngine, prompt: list[int], tokens: int
-) -> dict[str, Any]:
-    """Decode the same texts one token at a time and with guesses, in turns.
-
-    Returns:
-        ``decode_plain`` and ``decode_speculative`` in tokens per second (medians), ``decode_ratio`` and
-        ``tokens_per_pass``; of ``decode_texts`` the ``decode_texts_equal`` whose tokens are those of
-        ``greedy_decode``, and ``decode_equal``, whether all are. Passes of one and of eight tokens round
-        differently, so two tokens may change places whose logits are the same but for that:
-        ``decode_gap`` is the largest difference of their logits where texts part, as a fraction of the
-        largest logit, None where none do; ``decode_equal_unguessed``: whether all texts are those of the same
-        passes with nothing guessed, which round alike.
-    """
-    model = training.model.eval()
-    valid = training.data.valid
-    starts = range(0, min(8 * PROMPT, len(valid) - PROMPT), PROMPT)
-    prompts = [prompt, *(valid[start : start + PROMPT].tolist() for start in starts[1:])]
-    plain_times, times, equal, unguessed, gaps = [], [], [], [], []
-    passes, decoded = engine.passes, engine.decoded
-    checked = InferenceScalingEngine()
-    with training.plan.execution.eager(model):
-        greedy_decode(model, prompt, tokens)
-        for text in prompts:
-            start = time.perf_counter()
-            plain = greedy_decode(model, text, tokens)
-            plain_times.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            guessed = engine.decode(model, text, tokens)
-            times.append(time.perf_counter() - start)
-            unguessed.append(guessed == checked.decode(model, text, tokens, speculate=False))
-            equal.append(guessed == plain)
-            if guessed != plain:
-                gaps.append(_gap(model, plain, guessed))
-    model.train()
-    return {
-        "decode_plain": tokens / median(plain_times),
-        "decode_speculative": tokens / median(times),
-        "decode_ratio": median(p / t for p, t in zip(plain_times, times, strict=True)),
-        "decode_texts": len(equal),
-        "decode_texts_equal": sum(equal),
-        "decode_equal": all(equal),
-        "decode_gap": max(gaps, default=None),
-        "decode_equal_unguessed": all(unguessed),
-        "tokens_per_pass": (engine.decoded - decoded) / max(1, engine.passes - passes),
-    }
-
-
-@torch.no_grad()
-def _gap(model: LanguageModel, plain: list[int], other: list[int]) -> float:
-    """Between the logits of the first tokens that differ, as a fraction of the largest."""
-    at = next(i for i, (a, b) in enumerate(zip(plain, other, strict=True)) if a != b)
-    tokens = torch.tensor(plain[:at], device=model_device(model))
-    logits = continue_logits(model, tokens, empty_past(model, at))[-1]
-    return ((logits[plain[at]] - logits[other[at]]).abs() / logits.abs().max()).item()
-
-
 def _batch_of(losses: list[float], target: float) -> int | None:
     """The batch at which the mean of ten losses is first at most ``target``."""
     ends = range(10, len(losses) + 1)
     return next((end for end in ends if sum(losses[end - 10 : end]) / 10 <= target), None)
 
 
-def _reached(training: Training, losses: list[float], target: float) -> int | None:
-    """Go on training until the mean of ten losses is at most ``target``; the batch of that, or None."""
-    while (end := _batch_of(losses, target)) is None and len(losses) < LONGEST:
-        losses += [training.step(index) for index in range(len(losses), len(losses) + 10)]
+def _reached(training: StackTraining, target: float) -> int | None:
+    """Go on, a batch an update, until the mean of ten losses is at most ``target``; the batch of that."""
+    while (end := _batch_of(training.losses, target)) is None and len(training.losses) < LONGEST:
+        for number in range(len(training.losses), len(training.losses) + 10):
+            training.take(range(number, number + 1))
     return end
 
 
@@ -487,27 +253,27 @@ def measure_speedup_pairs(config: BenchConfig, device: torch.device) -> dict[str
     """
     config, data, model = _start(config, device)
     plans = [Plan(Execution(threads=torch.get_num_threads())), find_plan(config, data, model)]
-    trainings = [_training(config, data, copy.deepcopy(model), plan) for plan in plans]
+    trainings = [
+        StackTraining(config, data, copy.deepcopy(model), plan.execution, plan.compress) for plan in plans
+    ]
     batches = config.optim.accumulation
     times: list[list[float]] = [[], []]
     options = config.benchmark
     for turn in range(options.warmup + options.repeats):
         for training, own in zip(trainings, times, strict=True):
-            if training.plan.execution.threads:
-                torch.set_num_threads(training.plan.execution.threads)
+            if training.execution.threads:
+                torch.set_num_threads(training.execution.threads)
             synchronize(device)
             start = time.perf_counter()
-            for index in range(turn * batches, (turn + 1) * batches):
-                training.step(index)
-            synchronize(device)
+            training.take(range(turn * batches, (turn + 1) * batches))
             if turn >= options.warmup:
                 own.append(time.perf_counter() - start)
-    saved = [1 - stack / plain for plain, stack in zip(*times, strict=True)]
+    shares = [1 - stack / plain for plain, stack in zip(*times, strict=True)]
     return {
-        "pairs": len(saved),
-        "saved": median(saved),
-        "saved_p20": quantile(saved, 0.2),
-        "saved_p80": quantile(saved, 0.8),
+        "pairs": len(shares),
+        "saved": median(shares),
+        "saved_p20": quantile(shares, 0.2),
+        "saved_p80": quantile(shares, 0.8),
         "plain_ms": median(times[0]) * 1e3,
         "stack_ms": median(times[1]) * 1e3,
     }
@@ -529,29 +295,29 @@ def measure_speedup_memory(config: BenchConfig, device: torch.device) -> dict[st
     config, data, model = _start(config, device)
     plan = find_plan(config, data, model)
     off = Plan(dataclasses.replace(plan.execution, compile=False))
-    on = dataclasses.replace(off, compress=True)
     peaks = {
         "plain_mb": Plan(Execution(threads=plan.execution.threads)),
         "uncompressed_mb": off,
-        "compressed_mb": on,
+        "compressed_mb": Plan(off.execution, compress=True),
     }
     measured: dict[str, Any] = {
         name: memory_of_update(config, data, copy.deepcopy(model), other) / MB
         for name, other in peaks.items()
     }
-    used = Plan(_countable(plan.execution, device), plan.compress)
+    used = Plan(countable(plan.execution, device), plan.compress)
     if used.execution.compile:
         measured["stack_mb"] = memory_of_update(config, data, copy.deepcopy(model), used) / MB
     else:
         measured["stack_mb"] = measured["compressed_mb" if plan.compress else "uncompressed_mb"]
     times: list[list[float]] = [[], []]
-    trainings = [_training(config, data, copy.deepcopy(model), other) for other in (off, on)]
+    trainings = [
+        StackTraining(config, data, copy.deepcopy(model), off.execution, compressed)
+        for compressed in (False, True)
+    ]
     for turn in range(1 + config.benchmark.repeats):
         for training, own in zip(trainings, times, strict=True):
-            training.model.zero_grad(set_to_none=True)
             start = time.perf_counter()
-            training.forward(0).backward()
-            synchronize(device)
+            training.gradients(range(1))
             if turn:
                 own.append(time.perf_counter() - start)
     exact, rounded = (
@@ -567,3 +333,259 @@ def measure_speedup_memory(config: BenchConfig, device: torch.device) -> dict[st
         "uncompiled": used.execution != plan.execution,
         "parameters": count_parameters(model),
     }
+
+
+def judge(config: BenchConfig, results: Results) -> None:
+    """Both settings of the accumulation: the one asked for, and an update from every batch."""
+    asked = config.optim.accumulation
+    for accumulation in dict.fromkeys((asked, 1)):
+        optim = dataclasses.replace(config.optim, accumulation=accumulation)
+        _judge_accumulation(dataclasses.replace(config, optim=optim), results, accumulation == asked)
+    values, criteria = results.values, results.criteria
+    memory = results.measure("speedup memory", "stack", config)
+    values |= {
+        "plain_memory_mb": memory["plain_mb"],
+        "peak_memory_mb": memory["stack_mb"],
+        "peak_memory_uncompiled": memory["uncompiled"],
+        "compression_used": memory["compressed"],
+        "compression_ratio": memory["ratio"],
+        "compression_gradient_error": memory["gradient_error"],
+        "compression_time_ratio": memory["time_ratio"],
+        "compression_memory_ratio": ratio(memory["compressed_mb"], memory["uncompressed_mb"]),
+    }
+    peak, held = memory["stack_mb"], memory["ratio"]
+    small = None if peak is None else peak < STACK_MB
+    counted = "the stack without compilation" if memory["uncompiled"] else "the stack"
+    criteria.append((f"peak memory with {counted} [MB]", peak, f"< {STACK_MB}", small))
+    title = "compressed / float32 activations"
+    criteria.append((title, held, f"<= {config.stack.ratio}", at_most(held, config.stack.ratio)))
+    if config.benchmark.ablation:
+        _ablation(config, results)
+
+
+def _judge_accumulation(config: BenchConfig, results: Results, asked: bool) -> None:
+    """Plain run, run with the stack, and both in turns, for one accumulation."""
+    count, label = config.optim.accumulation, _label(config)
+    # Random tokens cannot be learned.
+    learned = config.data.name != "synthetic"
+    # Where an update takes several batches, going on until the loss is reached takes too long.
+    goes_on = learned and count == 1
+    runs = {}
+    for name, stack in (("plain", PLAIN), ("stack", config.stack)):
+        print(f"speedup: {name}, {label} ...", flush=True)
+        place = str(results.folder / f"{name}-{count}")
+        measurement = "speedup until learned" if goes_on and name == "stack" else "speedup"
+        own = dataclasses.replace(config, stack=stack, output_root=place)
+        runs[name] = results.measure(measurement, f"{name}, {label}", own, shown_as="speedup")
+        _place_checkpoint(runs[name], results.folder)
+    print(f"speedup: in turns, {label} ...", flush=True)
+    pairs = results.measure("speedup pairs", label, config)
+    plain, ours = runs["plain"], runs["stack"]
+    if asked:
+        for decision in ours["decisions"] or []:
+            print(f"  {decision['name']}: {decision['why']}")
+    less = saved(ours["seconds"], plain["seconds"])
+    rates = ratio(ours["tokens_per_second"], plain["tokens_per_second"])
+    faster = None if rates is None else rates - 1
+    losses = [run[key] for run in runs.values() for key in ("loss", "valid_loss")]
+    difference = None if None in losses else max(abs(losses[0] - losses[2]), abs(losses[1] - losses[3]))
+    low, high = GRADIENT_RANGE
+    smallest, largest = _over(runs, min, "grad_norm_min"), _over(runs, max, "grad_norm_max")
+    nan, inf = (_over(runs, sum, key) for key in ("nan_count", "inf_count"))
+    not_finite = None if nan is None or inf is None else nan + inf
+    loads = all_of([run["checkpoint_loads"] for run in runs.values()])
+    found = {
+        "speedup_pct": percent(less),
+        "speedup_paired_pct": percent(pairs["saved"]),
+        "speedup_paired_p20_pct": percent(pairs["saved_p20"]),
+        "speedup_paired_p80_pct": percent(pairs["saved_p80"]),
+        "throughput_improvement_pct": percent(faster),
+        "plain_update_ms": pairs["plain_ms"],
+        "stack_update_ms": pairs["stack_ms"],
+        "plain_seconds": plain["seconds"],
+        "stack_seconds": ours["seconds"],
+        "stack_tuning_seconds": ours["tuning_seconds"],
+        "stack_compile_seconds": ours["compile_seconds"],
+        "plain_loss": plain["loss"],
+        "stack_loss": ours["loss"],
+        "loss_diff": difference,
+        "nan_count": nan,
+        "inf_count": inf,
+        "grad_norm_min": smallest,
+        "grad_norm_max": largest,
+        "checkpoints_pass": loads,
+        "left_off": [d["name"] for d in ours["decisions"] if not d["kept"]] if ours else None,
+        "parameters": ours["parameters"],
+    }
+    if config.stack.speculation:
+        found |= {key: ours[key] for key in DECODE_KEYS}
+    if learned:
+        step, last = ours["target_step"], config.benchmark.train_steps
+        within = step is not None and step <= last if ours else None
+        found |= {"target_step": step, "target_within_run": within}
+        if ours and step is None and not goes_on:
+            results.unjudged[_key("target_step", config, asked)] = (
+                f"{last} batches, {label}, do not take the loss to {TARGET_LOSS}, and only the training with "
+                "1 batch an update goes on until it is there"
+            )
+    results.values |= {_key(key, config, asked): value for key, value in found.items()}
+    results.criteria += [
+        (f"time saved, whole run, {label}", less, f">= {SAVED_TARGET}", at_least(less, SAVED_TARGET)),
+        (
+            f"time saved, in turns, {label}",
+            pairs["saved"],
+            f">= {SAVED_TARGET}",
+            at_least(pairs["saved"], SAVED_TARGET),
+        ),
+        (f"throughput gained, {label}", faster, f">= {TOKENS_TARGET}", at_least(faster, TOKENS_TARGET)),
+        (
+            f"final losses apart, {label}",
+            difference,
+            f"<= {LOSS_DIFFERENCE}",
+            at_most(difference, LOSS_DIFFERENCE),
+        ),
+        (f"NaN and Inf, {label}", not_finite, "= 0", at_most(not_finite, 0)),
+        (f"smallest gradient norm, {label}", smallest, f">= {low:g}", at_least(smallest, low)),
+        (f"largest gradient norm, {label}", largest, f"<= {high:g}", at_most(largest, high)),
+        (f"checkpoints load, {label}", loads, "yes", loads),
+    ]
+    if config.stack.speculation:
+        title = f"texts that decode to the tokens of plain greedy decoding, {label}"
+        same = f"{ours['decode_texts_equal']} of {ours['decode_texts']}" if ours else None
+        results.criteria.append((title, same, "all", ours["decode_equal"]))
+    if goes_on:
+        reached = step is not None if ours else None
+        results.criteria.append((f"batch at which the loss is {TARGET_LOSS}, {label}", step, "any", reached))
+
+
+def _key(name: str, config: BenchConfig, asked: bool) -> str:
+    """The key in result.json: the setting that was not asked for has the accumulation in its keys."""
+    return name if asked else f"{name}_accumulation_{config.optim.accumulation}"
+
+
+def _over(runs: dict[str, dict[str, Any]], join: Callable[[list[float]], float], key: str) -> float | None:
+    values = [run[key] for run in runs.values()]
+    return None if None in values else join(values)
+
+
+def _place_checkpoint(run: dict[str, Any], folder: Path) -> None:
+    """Make the path of a run's checkpoint relative to the folder of the results."""
+    if "texts" in run:
+        run["texts"]["checkpoint"] = os.path.relpath(run["texts"]["checkpoint"], folder)
+
+
+def _ablation(config: BenchConfig, results: Results) -> None:
+    """Each part of the stack alone, and the stack without it, against the runs there are already.
+
+    A part pays where it saves time both alone and beside the others.
+    """
+    stack = config.stack
+    forced = dataclasses.replace(stack, compression="on")
+    variants = {
+        "KernelOptimizer alone": dataclasses.replace(PLAIN, level=stack.level),
+        "SemanticCompressor alone": dataclasses.replace(PLAIN, compression="on", ratio=stack.ratio),
+        "InferenceScalingEngine alone": dataclasses.replace(PLAIN, speculation=True),
+        "all three": dataclasses.replace(forced, speculation=True),
+        "without KernelOptimizer": dataclasses.replace(forced, level=0, speculation=True),
+        "without SemanticCompressor": dataclasses.replace(stack, compression="off", speculation=True),
+        "without InferenceScalingEngine": dataclasses.replace(forced, speculation=False),
+    }
+    runs = {"plain": _run_of(results, "plain", config)}
+    for name, variant in variants.items():
+        print(f"ablation: {name} ...", flush=True)
+        place = str(results.folder / "ablation" / name.replace(" ", "-"))
+        own = dataclasses.replace(config, stack=variant, output_root=place)
+        runs[name] = results.run("speedup", own, name)
+        _place_checkpoint(runs[name], results.folder)
+    results.details["ablation"] = {name: run for name, run in runs.items() if run}
+    plain = runs["plain"]["seconds"]
+    shares = {name: saved(run["seconds"], plain) for name, run in runs.items()}
+    results.values["ablation_saved"] = shares
+    pays: dict[str, bool | None] = dict.fromkeys(PARTS)
+    for part in PARTS:
+        alone, whole, without = (shares[key] for key in (f"{part} alone", "all three", f"without {part}"))
+        if alone is None or whole is None or without is None:
+            print(f"  {part}: not measured")
+            continue
+        pays[part] = alone > 0 and whole > without
+        verdict = "pays" if pays[part] else "does not pay"
+        print(
+            f"  {part} {verdict}: alone it saves {alone:.1%} of the plain time, beside the others "
+            f"{whole - without:.1%}"
+        )
+    results.values["ablation_pays"] = pays
+    left = results.values["left_off"]
+    told = "not measured" if left is None else ", ".join(left) or "nothing"
+    print(f"  left off by the stack itself: {told}")
+
+
+def _run_of(results: Results, kind: str, config: BenchConfig) -> dict[str, Any]:
+    runs = results.details.get("speedup", {})
+    return runs.get(f"{kind}, {_label(config)}", Unmeasured())
+
+
+def _label(config: BenchConfig) -> str:
+    count = config.optim.accumulation
+    return f"{count} batches an update" if count > 1 else "1 batch an update"
+
+
+def check(config: BenchConfig) -> None:
+    """See that the trainings update the parameters at least once.
+
+    Raises:
+        ConfigError: there are fewer batches than one update takes.
+    """
+    needed = config.optim.accumulation
+    if config.benchmark.train_steps < needed:
+        raise ConfigError(
+            f"benchmark.train_steps={config.benchmark.train_steps} is too small for benchmark=speedup; it "
+            f"must be at least optim.accumulation={needed}, the batches of one update"
+        )
+
+
+def plot(models: Models) -> Any:
+    """The losses of the trainings, and by how much those with the stack differ from the plain ones."""
+    curves = {name: values["curve"] for name, values in models.items()}
+    plain = {name: name.replace("stack", "plain", 1) for name in curves}
+    differences = {
+        name: subtracted(curve, curves[plain[name]])
+        for name, curve in curves.items()
+        if plain[name] in curves and plain[name] != name
+    }
+    return draw_lines(
+        "training loss, plainly and with the stack",
+        "batch",
+        "loss [nats per token]",
+        curves,
+        differences=("difference to plain", differences),
+    )
+
+
+def curves(models: Models) -> list[tuple[int, dict[str, float]]]:
+    """Losses of the trainings by batch."""
+    by_step: dict[int, dict[str, float]] = {}
+    for name, values in models.items():
+        for step, loss in values["curve"]:
+            by_step.setdefault(step, {})[f"loss/{name}"] = loss
+    return sorted(by_step.items())
+
+
+BENCHMARK = Benchmark(
+    measure={
+        "speedup": measure_speedup_run,
+        "speedup until learned": partial(measure_speedup_run, until=TARGET_LOSS),
+        "speedup pairs": measure_speedup_pairs,
+        "speedup memory": measure_speedup_memory,
+    },
+    judge=judge,
+    plot=plot,
+    shown=(
+        Metric("plain_seconds", "time of the training [s]", "plain", {"stack_seconds": "stack"}, "plain"),
+    ),
+    stages=("3a",),
+    trained=False,
+    workload=lambda config: Workload(16),
+    check=check,
+    tables=partial(model_tables, "speedup", drawn="seconds"),
+    curves=curves,
+)

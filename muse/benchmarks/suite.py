@@ -1,56 +1,145 @@
-"""The benchmarks of the stages and of the kernels: which are run for a stage, and by what they are judged."""
+"""Every benchmark by its name, and what becomes of the options that choose one or all of a stage."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import json
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
-from muse.benchmarks.criteria_decoder import (
-    judge_gradients,
-    judge_memory,
-    judge_perplexity,
-    judge_stability,
-    judge_throughput,
+import torch
+
+from muse.benchmarks import (
+    adjoint,
+    energy,
+    gradients,
+    kernel_criteria,
+    perplexity,
+    speedup,
+    stability,
+    throughput,
+    vram,
 )
-from muse.benchmarks.criteria_flow import (
-    judge_adjoint,
-    judge_energy,
-    judge_flow_memory,
-    judge_flow_perplexity,
-    judge_modes,
-)
-from muse.benchmarks.criteria_kernels import judge_kernels
-from muse.benchmarks.criteria_stack import judge_stack
-from muse.benchmarks.measurements import measure_isolated
-from muse.benchmarks.report import Report
-from muse.benchmarks.setting import settle
-from muse.config import BenchConfig
+from muse.benchmarks.baseline import check_baseline
+from muse.benchmarks.benchmark import Benchmark, Measure
+from muse.benchmarks.results import Results
+from muse.benchmarks.workload import check_flow, settle
+from muse.config import BenchConfig, StageConfig
+from muse.errors import ConfigError, RunError
+from muse.files import finite
+from muse.hardware import describe, use_hardware
+from muse.processes.isolated import run_isolated
+
+# Of what the cells of a sweep measured, it draws what the first of these shows.
+BENCHMARKS: dict[str, Benchmark] = {
+    "vram": vram.BENCHMARK,
+    "throughput": throughput.BENCHMARK,
+    "perplexity": perplexity.BENCHMARK,
+    "speedup": speedup.BENCHMARK,
+    "energy": energy.BENCHMARK,
+    "gradients": gradients.BENCHMARK,
+    "stability": stability.BENCHMARK,
+    "kernels": kernel_criteria.BENCHMARK,
+    "adjoint": adjoint.BENCHMARK,
+}
+# What benchmark=all runs, in this order, where it goes with the stage.
+ALL = ("vram", "throughput", "stability", "gradients", "energy", "perplexity", "speedup")
+MEASUREMENTS: dict[str, Measure] = {
+    name: measure for benchmark in BENCHMARKS.values() for name, measure in benchmark.measure.items()
+}
 
 
-def run_suite(config: BenchConfig, folder: Path) -> Report:
+def chosen(config: BenchConfig) -> dict[str, Benchmark]:
+    """The benchmarks that ``benchmark=`` means."""
+    names = ALL if config.benchmark.name == "all" else (config.benchmark.name,)
+    return {name: BENCHMARKS[name] for name in names if config.stage.number in BENCHMARKS[name].stages}
+
+
+def settled(config: BenchConfig, name: str) -> BenchConfig:
+    """``config`` with what it leaves open as a benchmark has it."""
+    return settle(config, BENCHMARKS[name].workload(config))
+
+
+def check_benchmark(config: BenchConfig, given: Collection[str]) -> None:
+    """See that the options go together, and that each changes something.
+
+    Args:
+        config: with the options of the checkpoint.
+        given: names of the options that the command gives.
+
+    Raises:
+        ConfigError: it is not so; says what to change.
+    """
+    options, number = config.benchmark, config.stage.number
+    if (
+        (options.seq_len or 0) > config.model.seq_len
+        and config.stage.mixer == "none"
+        and options.name != "kernels"
+    ):
+        raise ConfigError(
+            f"benchmark.seq_len={options.seq_len} is longer than the learned positions of "
+            f"stage.mixer=none; it must be at most model.seq_len={config.model.seq_len}"
+        )
+    benchmarks = chosen(config)
+    if not benchmarks:
+        if BENCHMARKS[options.name].stages == ("2",):
+            raise ConfigError(f"benchmark={options.name} is about the flow; it needs stage=2")
+        raise ConfigError(
+            f"benchmark={options.name} does not go with stage={number}; stage=3a has "
+            "benchmark=speedup, and only stage=3a has it"
+        )
+    if options.checkpoint is not None and not any(one.trained for one in benchmarks.values()):
+        raise ConfigError(
+            f"benchmark.checkpoint changes nothing in benchmark={options.name} of "
+            f"stage={number}, which does not measure trained weights; leave it out"
+        )
+    for name, benchmark in benchmarks.items():
+        check_flow(config, given, name, benchmark.workload(config))
+    for benchmark in benchmarks.values():
+        benchmark.check(config)
+    check_baseline(config)
+
+
+def run_suite(config: BenchConfig, folder: Path, stage_of: Callable[[str], StageConfig]) -> Results:
     """Run the chosen benchmark; ``all`` runs every one, and one that fails does not stop the others.
 
-    Each measurement gets a process of its own; checkpoints go below ``folder``. The keys of one that failed
-    are None, ``failures`` says why, and ``all_pass`` is None as long as one criterion is.
+    The keys of one that failed are None, ``failures`` says why, and ``all_pass`` is None as long as one
+    criterion is.
+
+    Args:
+        config: what is measured.
+        folder: of the run; checkpoints go below it.
+        stage_of: composes the options of another stage, a baseline's, from its number.
     """
-    report = Report(measure_isolated)
-    chosen = config.benchmark.name
-    flows = config.stage.number == "2"
-    benchmarks: dict[str, Callable[[BenchConfig, Report], None]] = {
-        "vram": judge_flow_memory if flows else judge_memory,
-        "throughput": judge_modes if flows else judge_throughput,
-        "stability": judge_stability,
-        "gradients": judge_gradients,
-        **({"energy": judge_energy} if flows else {}),
-        "perplexity": judge_flow_perplexity if flows else judge_perplexity,
-    }
-    if config.stage.number == "3a":
-        benchmarks = {"speedup": partial(judge_stack, folder)}
-    apart = {"kernels": judge_kernels, "adjoint": judge_adjoint}
-    for name, benchmark in (benchmarks if chosen == "all" else {**benchmarks, **apart}).items():
-        if chosen in (name, "all"):
-            print(f"{name} ...", flush=True)
-            benchmark(settle(config, name), report)
-    report.judge()
-    return report
+    results = Results(folder, measure_isolated, stage_of)
+    for name, benchmark in chosen(config).items():
+        print(f"{name} ...", flush=True)
+        benchmark.judge(settled(config, name), results)
+    results.judge()
+    return results
+
+
+def measure_isolated(measurement: str, config: BenchConfig) -> dict[str, Any]:
+    """Run a measurement in a process of its own and return what it measured, as JSON has it.
+
+    Peak memory, the allocator's caches and a CUDA context outlive a measurement in its process.
+
+    Raises:
+        RunError: when the process fails or is killed, e.g. for lack of memory.
+    """
+    try:
+        return run_isolated(_measured, measurement, config)
+    except ConfigError as error:
+        # The others may go with the options.
+        raise RunError(str(error)) from error
+
+
+def _measured(measurement: str, config: BenchConfig) -> dict[str, Any]:
+    device = use_hardware(config.hardware)
+    try:
+        values = MEASUREMENTS[measurement](config, device)
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"out of GPU memory: {str(error).splitlines()[0]}") from error
+    precision = {"matmul_precision": torch.get_float32_matmul_precision()}
+    told = finite({**precision, **values, "device": describe(device)})
+    return dict(json.loads(json.dumps(told)))

@@ -1,17 +1,30 @@
-"""Speed of a training step, beside the time of its matrix products alone."""
+"""``benchmark=throughput``: speed of a step beside its matrix products, of stage 2 by gradient mode."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 
-from muse.benchmarks.setting import batch_shape
-from muse.benchmarks.step import benchmark_model, training_step
-from muse.config import BenchConfig
+from muse.benchmarks.baseline import baseline_of
+from muse.benchmarks.benchmark import Benchmark, Models
+from muse.benchmarks.criteria import at_most, ratio
+from muse.benchmarks.gradient_modes import measure_modes
+from muse.benchmarks.model import benchmark_model, training_step
+from muse.benchmarks.results import Results, name_of
+from muse.benchmarks.workload import batch_shape, beside_backpropagation
+from muse.config import GRADIENTS, BenchConfig
 from muse.measure.matrix_products import COMPLEX_ATTENTION, ProductRecorder, replayed
 from muse.measure.operations import InsideOperations
 from muse.measure.timing import quantile, times_in_turns
+from muse.report.plots import draw_stacked
+from muse.report.sweep_plot import Metric
+from muse.report.wandb_tables import model_tables
+
+# Time of a step, exact / full backpropagation.
+TIME_TARGET = 1.6
 
 
 def measure_throughput(config: BenchConfig, device: torch.device) -> dict[str, float]:
@@ -59,3 +72,73 @@ def measure_throughput(config: BenchConfig, device: torch.device) -> dict[str, f
         "products_and_sdpa_ratio": quantile([s / (o + a) for s, o, _, a in rounds], 0.5),
         "product_tflops": flops / quantile(bare, 0.5) / 1e12,
     }
+
+
+def judge(config: BenchConfig, results: Results) -> None:
+    """Speed beside stage 0, and of stage 2 beside full backpropagation."""
+    (_judge_flow if config.stage.number == "2" else _judge_decoder)(config, results)
+
+
+def _judge_decoder(config: BenchConfig, results: Results) -> None:
+    """Speed of a training step beside its matrix products and stage 0; nothing is judged."""
+    measured = results.measure("throughput", name_of(config), config)
+    results.values |= {
+        "tokens_per_second": measured["tokens_per_second"],
+        "products_ratio": measured["products_ratio"],
+        "products_and_sdpa_ratio": measured["products_and_sdpa_ratio"],
+    }
+    if config.stage.number != "0":
+        baseline = baseline_of(config, results.stage_of("0"))
+        other = results.measure("throughput", name_of(baseline), baseline)
+        results.values["tokens_per_second_ratio"] = ratio(
+            measured["tokens_per_second"], other["tokens_per_second"]
+        )
+
+
+def _judge_flow(config: BenchConfig, results: Results) -> None:
+    """Gradients and times of a step by gradient mode."""
+    measured = results.measure("modes", name_of(config), config)
+    share, correct = measured["ratio_exact_to_backprop"], measured["gradients_correct"]
+    if correct is False:
+        results.unjudged["step_ratio_backprop"] = "the time of a wrong gradient means nothing"
+    elif measured["fallbacks_exact"]:
+        results.unjudged["step_ratio_backprop"] = (
+            f"{measured['fallbacks_exact']} flows of exact went on with checkpointing, whose time it would be"
+        )
+    errors = [measured[f"gradient_error_{mode}"] for mode in GRADIENTS]
+    # An error that is not finite arrives as None.
+    worst = None if None in errors else max(errors)
+    allowed = measured["gradient_error_allowed"]
+    target = "finite" if allowed is None else f"<= {allowed:.2g}"
+    results.criteria.append(("gradient error of the worst mode", worst, target, correct))
+    results.values |= {
+        "tokens_per_second": measured["tokens_per_second"],
+        "step_ratio_backprop": share,
+        "step_ratio_checkpoint": ratio(share, measured["ratio_checkpoint_to_backprop"]),
+        "gradient_error": measured["gradient_error_exact"],
+        "gradients_correct": correct,
+    }
+    title = "time of a step, exact / full backpropagation"
+    results.criteria.append((title, share, f"<= {TIME_TARGET}", at_most(share, TIME_TARGET)))
+
+
+def plot(models: Models) -> Any:
+    """The time of a step that its matrix products take, and the rest."""
+    bars = {
+        name: {
+            "matrix products": values["products_ms"],
+            "everything else": max(0.0, values["step_ms_p50"] - values["products_ms"]),
+        }
+        for name, values in models.items()
+    }
+    return draw_stacked("time of a training step", "ms", bars)
+
+
+BENCHMARK = Benchmark(
+    measure={"throughput": measure_throughput, "modes": measure_modes},
+    judge=judge,
+    plot=plot,
+    shown=(Metric("tokens_per_second", "tokens per second"),),
+    workload=beside_backpropagation,
+    tables=partial(model_tables, "throughput", drawn="tokens_per_second"),
+)

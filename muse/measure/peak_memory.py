@@ -14,6 +14,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from muse.hardware import synchronize
 from muse.measure.operations import InsideOperations
 
+# In bytes.
+GB = 1e9
+
 
 class MemoryMeter:
     """What ``peak_memory`` counts; bytes.

@@ -55,7 +55,7 @@ LAYOUT: dict[str, tuple[Panel, ...]] = {
     "memory": (
         Panel("peak, stage 1 and its baselines [GB]", "bars", ("vram_gb", "vram_baseline_gb")),
         Panel(
-            "peak by way to the gradient [GB]",
+            "peak by gradient mode [GB]",
             "bars",
             ("vram_symplectic_gb", "vram_reversible_gb", "vram_checkpoint_gb", "vram_full_backprop_gb"),
         ),

@@ -5,18 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from muse.files import write_atomically, write_json
 from muse.report.plots import save
-from muse.report.sweep_plot import draw_search, draw_sweep
+from muse.report.sweep_plot import Metric, draw_search, draw_sweep
 from muse.report.table import table
 
 SUMMARY = "summary.json"
 CELLS = "cells"
 # Of a search alone.
 SEARCH = "search.json"
+# Of benchmarks alone.
+METRICS = "drawn.json"
 # What a cell is called until it ends; one that is killed keeps the name.
 UNFINISHED = "unfinished"
 INCOMPLETE = ("failed", "interrupted", UNFINISHED)
@@ -48,13 +52,17 @@ def record_search(sweep: Path, searched: dict[str, bool]) -> None:
     write_json(sweep / SEARCH, searched)
 
 
-def _searched(sweep: Path) -> dict[str, bool]:
-    """What the multirun searches; nothing where it sweeps."""
+def record_metrics(sweep: Path, metrics: Sequence[Metric]) -> None:
+    """Write into the folder ``sweep`` the metrics of which the first that was measured is drawn."""
+    write_json(sweep / METRICS, [asdict(metric) for metric in metrics])
+
+
+def _recorded(path: Path) -> Any:
+    """What was recorded in a file; None where nothing was."""
     try:
-        searched: dict[str, bool] = json.loads((sweep / SEARCH).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {}
-    return searched
+        return None
 
 
 def read_cells(sweep: Path) -> list[dict[str, Any]]:
@@ -73,7 +81,7 @@ def write_summary(sweep: Path) -> list[dict[str, Any]]:
     while (cells := read_cells(sweep)) != written:
         write_json(sweep / SUMMARY, cells)
         write_atomically(sweep / "summary.csv", _csv(cells))
-        _plot(sweep / "summary.png", cells, _searched(sweep))
+        _plot(sweep, cells)
         written = cells
     return cells
 
@@ -83,7 +91,7 @@ def show_cells(cells: list[dict[str, Any]]) -> str:
 
     What is too much for a line is a column for each cell; of two there is also the second over the first.
     """
-    swept, cells = _told_apart(cells)
+    swept, cells = _labelled(cells)
     numbers = (key for cell in cells for key, value in cell.items() if isinstance(value, int | float))
     keys = list(dict.fromkeys(numbers))
 
@@ -112,7 +120,7 @@ def swept_options(cells: list[dict[str, Any]]) -> list[str]:
     return sorted((name for name in names if variety[name] > 1), key=lambda name: -variety[name])
 
 
-def _told_apart(cells: list[dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
+def _labelled(cells: list[dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
     """The options that differ and the cells; a single cell has none, so its number is made one."""
     if swept := swept_options(cells):
         return swept, cells
@@ -133,14 +141,15 @@ def _csv(cells: list[dict[str, Any]]) -> str:
 MOST_COLUMNS = 12
 
 
-def _plot(path: Path, cells: list[dict[str, Any]], searched: dict[str, bool]) -> None:
-    if searched:
+def _plot(sweep: Path, cells: list[dict[str, Any]]) -> None:
+    if searched := _recorded(sweep / SEARCH):
         figure = draw_search(cells, searched)
     else:
-        swept, told_apart = _told_apart(cells)
-        figure = draw_sweep(told_apart, swept)
+        swept, labelled = _labelled(cells)
+        metrics = [Metric(**metric) for metric in _recorded(sweep / METRICS) or []]
+        figure = draw_sweep(labelled, swept, metrics)
     if figure is not None:
-        save(figure, path)
+        save(figure, sweep / "summary.png")
 
 
 def _scalar(value: object) -> bool:

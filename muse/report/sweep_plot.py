@@ -42,6 +42,7 @@ class Metric:
         beside: keys of other values of a cell, and their names.
         reference: the one beside it that the others are divided by in a panel of their own.
         counted: whether it is an amount, which begins at zero.
+        key_of_flow: of the same value in a cell of stage 2, which may stand beside those of other stages.
     """
 
     key: str
@@ -50,41 +51,10 @@ class Metric:
     beside: Mapping[str, str] = field(default_factory=dict)
     reference: str = ""
     counted: bool = True
+    key_of_flow: str = ""
 
 
-# The first that was measured is drawn.
-METRICS = (
-    Metric(OBJECTIVE, "validation loss [nats per token]", counted=False),
-    Metric("vram_gb", "peak memory [GB]", "", {"vram_baseline_gb": "stage 0"}, "stage 0"),
-    Metric(
-        "vram_symplectic_gb",
-        "peak memory [GB]",
-        "exact",
-        {
-            "vram_reversible_gb": "reversible",
-            "vram_checkpoint_gb": "checkpoint",
-            "vram_full_backprop_gb": "backprop",
-        },
-        "backprop",
-    ),
-    Metric("tokens_per_second", "tokens per second"),
-    Metric("ppl", "perplexity", "", {"ppl_baseline": "stage 0"}, counted=False),
-    Metric(
-        "stage2_ppl",
-        "perplexity",
-        "stage 2",
-        {"stage1_ppl": "stage 1", "stage0_ppl": "stage 0"},
-        counted=False,
-    ),
-    Metric("plain_seconds", "time of the training [s]", "plain", {"stack_seconds": "stack"}, "plain"),
-    Metric("max_drift", "largest relative energy drift", "", {"max_drift_leapfrog": "leapfrog"}),
-    Metric("grad_norm_max", "largest gradient norm"),
-    Metric("nan_count", "NaN in the logits"),
-    Metric("kernels_worst_ratio", "slowest operation: time of eager / ours"),
-    Metric("adjoint_time_ratio_midpoint", "time of torchdiffeq's midpoint / exact"),
-)
-# The same of a cell of stage 2, which stands beside those of other stages.
-OF_STAGE_2 = {"vram_gb": "vram_symplectic_gb", "ppl": "stage2_ppl"}
+TRAINING = Metric(OBJECTIVE, "validation loss [nats per token]", counted=False)
 # From here on lines, or bars beside each other, are too many to be told apart.
 MOST_LINES = 8
 # Bars that have room for their numbers.
@@ -130,8 +100,10 @@ def scale_of(option: str, cells: Cells, log: bool | None = None) -> Scale:
     return Scale(option, places, True, wanted)
 
 
-def draw_sweep(cells: Cells, swept: Sequence[str]) -> Any:
+def draw_sweep(cells: Cells, swept: Sequence[str], metrics: Sequence[Metric] = ()) -> Any:
     """What the cells measured over the options that differ between them.
+
+    That is the loss of trainings, else the first of the metrics that was measured.
 
     Numbers are on the horizontal axis, with a line for each combination of the other options. Where there
     are none, names are on the vertical axis, with a bar or a point for each combination. Where these are too
@@ -141,7 +113,8 @@ def draw_sweep(cells: Cells, swept: Sequence[str]) -> Any:
     Returns:
         The figure; None where nothing that can be drawn was measured.
     """
-    metric = next((metric for metric in METRICS if any(_known(cell, metric.key) for cell in cells)), None)
+    measured = (one for one in (TRAINING, *metrics) if any(_known(cell, one.key) for cell in cells))
+    metric = next(measured, None)
     if metric is None:
         return None
     options = [option for option in swept if option != REPEATED] or list(swept)
@@ -400,8 +373,7 @@ def _means(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _key(cell: Mapping[str, Any], metric: Metric) -> str | None:
-    keys = (metric.key, OF_STAGE_2.get(metric.key, metric.key))
-    return next((key for key in keys if _known(cell, key)), None)
+    return next((key for key in (metric.key, metric.key_of_flow) if _known(cell, key)), None)
 
 
 def _known(cell: Mapping[str, Any], key: str) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from muse.benchmarks.adjoint import measure_adjoint
-from muse.benchmarks.setting import settle
+from muse.benchmarks.suite import settled
 from muse.config import GRADIENTS
 from muse.errors import RunError
 
@@ -18,7 +18,7 @@ THEIRS = [f"torchdiffeq {scheme}{label}" for label in ("", ", every state") for 
 def adjoint_config(bench_config):
     def build(integrator="yoshida4", **benchmark):
         options = {"ode_steps": 6, "dt": 0.5, **benchmark}
-        config = settle(bench_config(2, name="adjoint", **options), "adjoint")
+        config = settled(bench_config(2, name="adjoint", **options), "adjoint")
         return dataclasses.replace(config, stage=dataclasses.replace(config.stage, integrator=integrator))
 
     return build

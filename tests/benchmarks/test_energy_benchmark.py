@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from muse.benchmarks import energy
 from muse.benchmarks.energy import measure_energy, measure_trained_energy
-from muse.benchmarks.setting import settle
-from muse.benchmarks.step import benchmark_model
+from muse.benchmarks.model import benchmark_model
+from muse.benchmarks.suite import settled
 from muse.config import DataConfig, TokenizerConfig
 from muse.errors import ConfigError, RunError
 
@@ -21,7 +21,7 @@ LISTS = ("times", "energy_trajectory", "drift_trajectory", "leapfrog_drift_traje
 def energy_config(bench_config):
     def build(stage=None, **benchmark):
         config = bench_config(2, **{"name": "energy", "ode_steps": 40, "dt": 0.1, **benchmark})
-        return settle(
+        return settled(
             dataclasses.replace(config, stage=dataclasses.replace(config.stage, **stage or {})), "energy"
         )
 
@@ -179,6 +179,6 @@ def test_an_energy_that_is_no_number_is_seen_in_any_layer(energy_config, monkeyp
 
 
 def test_only_a_flow_has_an_energy(bench_config):
-    config = settle(bench_config(1, name="energy", ode_steps=2, dt=0.1), "energy")
+    config = settled(bench_config(1, name="energy", ode_steps=2, dt=0.1), "energy")
     with pytest.raises(ConfigError, match="stage=2"):
         measure_energy(config, CPU)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.complex_attention import complex_attention_forward
-from muse.benchmarks import kernels, suite
+from muse.benchmarks import kernel_criteria, kernels, suite
 from muse.benchmarks.kernels import (
     FAMILIES,
     Call,
@@ -18,9 +18,9 @@ from muse.benchmarks.kernels import (
     normal_leaves,
     sizes_of,
 )
-from muse.benchmarks.setting import settle
+from muse.benchmarks.suite import settled
 from muse.errors import RunError
-from muse.launch import bench as bench_run
+from muse.launch.bench import composed_stage
 
 CPU = torch.device("cpu")
 PEAK = 1e12
@@ -101,7 +101,7 @@ def test_a_wrong_operation_has_no_speed(bench_config, wrong, where):
 
 
 def test_a_right_operation_has_figures_that_fit_together(bench_config):
-    config = settle(bench_config(name="kernels", repeats=3, compile=False, dtypes=["float32"]), "kernels")
+    config = settled(bench_config(name="kernels", repeats=3, compile=False, dtypes=["float32"]), "kernels")
     row = measure_kernels("attention", config, CPU)["cases"]["attention real, float32"]
     assert row["correct"] is True
     assert row["error"] is None
@@ -132,7 +132,7 @@ def test_an_operation_that_raises_is_an_error_and_hides_no_other(bench_config, m
         yield Case("sound", (z,), torch.sin, torch.sin)
 
     monkeypatch.setitem(FAMILIES, "pointwise", build)
-    config = settle(bench_config(compile=False, dtypes=["float32"]), "kernels")
+    config = settled(bench_config(compile=False, dtypes=["float32"]), "kernels")
     rows = measure_kernels("pointwise", config, CPU)["cases"]
     assert rows["broken, float32"]["correct"] is False
     assert rows["broken, float32"]["error"] == "failed: no such kernel"
@@ -168,7 +168,7 @@ def test_a_missing_compiler_is_one_sentence(bench_config, monkeypatch):
     assert row["correct"] is True
     assert row["alternatives"]["compiled"] == {"note": "torch.compile failed: No working C++ compiler found"}
     row |= {"family": "pointwise", "operation": "sine", "dtype": "float32"}
-    tables = "\n".join(bench_run._kernel_tables({"sine, float32": row}))
+    tables = "\n".join(kernel_criteria.text({"sine, float32": row}))
     assert "sine, float32: torch.compile failed: No working C++ compiler found" in tables
 
 
@@ -197,7 +197,7 @@ def run(monkeypatch, config, answers):
         return {"cases": answer, "device": "a device"}
 
     monkeypatch.setattr(suite, "measure_isolated", measure_isolated)
-    return suite.run_suite(config, Path("unused"))
+    return suite.run_suite(config, Path("unused"), composed_stage)
 
 
 @pytest.mark.parametrize(
@@ -242,14 +242,14 @@ def test_all_leaves_the_kernels_out(bench_config, monkeypatch):
         raise RunError("enough")
 
     monkeypatch.setattr(suite, "measure_isolated", measure_isolated)
-    suite.run_suite(bench_config(name="all"), Path("unused"))
+    suite.run_suite(bench_config(name="all"), Path("unused"), composed_stage)
     assert asked
     assert not [name for name in asked if "kernels" in name]
 
 
 def test_sizes_follow_the_model_where_options_are_open(bench_config):
-    sizes = sizes_of(settle(bench_config(), "kernels"))
+    sizes = sizes_of(settled(bench_config(), "kernels"))
     assert (sizes.width, sizes.heads, sizes.head_dim, sizes.hidden) == (16, 2, 8, 32)
     open_none = bench_config(width=6, heads=3, head_dim=5, hidden=7, ode_steps=4)
-    sizes = sizes_of(settle(open_none, "kernels"))
+    sizes = sizes_of(settled(open_none, "kernels"))
     assert (sizes.width, sizes.heads, sizes.head_dim, sizes.hidden, sizes.steps) == (6, 3, 5, 7, 4)

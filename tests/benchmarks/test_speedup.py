@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -6,19 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from muse.acceleration import Execution, KernelOptimizer, kernel_optimizer
-from muse.benchmarks import speedup, suite
-from muse.benchmarks.criteria_stack import DECODE_KEYS, PLAIN
-from muse.benchmarks.setting import check_updates, settle
+from muse.acceleration import plan as plans
+from muse.acceleration.plan import Plan, find_plan, memory_of_update
+from muse.acceleration.training import StackTraining, batch_of
+from muse.benchmarks import decoding, speedup, suite
 from muse.benchmarks.speedup import (
-    Plan,
-    find_plan,
+    DECODE_KEYS,
+    PLAIN,
     measure_speedup_memory,
     measure_speedup_pairs,
     measure_speedup_run,
-    memory_of_update,
 )
+from muse.benchmarks.suite import check_benchmark, settled
 from muse.config import (
     BenchConfig,
     BenchmarkConfig,
@@ -32,6 +35,7 @@ from muse.config import (
 )
 from muse.errors import ConfigError, RunError
 from muse.launch import bench as bench_run
+from muse.launch.bench import composed_stage
 
 CPU = torch.device("cpu")
 WIDTH = WidthConfig(d_model=32, layers=2, heads=2, kv_heads=2, d_ff=64)
@@ -60,7 +64,7 @@ def speedup_config(tmp_path):
             seed=42,
             output_root=str(tmp_path / "out"),
         )
-        return settle(config, "speedup")
+        return settled(config, "speedup")
 
     return build
 
@@ -91,14 +95,15 @@ def kept_threads(monkeypatch):
 def test_chosen_threads_do_not_outlive_the_measurement(speedup_config, measure, monkeypatch):
     # The next measurement in this process would look for a plan of another machine, and make other choices.
     threads = torch.get_num_threads()
-    monkeypatch.setattr(
-        speedup, "_measured_plan", lambda *_: Plan(Execution(threads=threads + 1), seconds=1.0)
-    )
+    monkeypatch.setattr(plans, "_measured_plan", lambda *_: Plan(Execution(threads=threads + 1), seconds=1.0))
     during = []
-    step = speedup.Training.step
-    monkeypatch.setattr(
-        speedup.Training, "step", lambda self, i: during.append(torch.get_num_threads()) or step(self, i)
-    )
+    gradients = StackTraining.gradients
+
+    def noting(training, numbers):
+        during.append(torch.get_num_threads())
+        gradients(training, numbers)
+
+    monkeypatch.setattr(StackTraining, "gradients", noting)
     measure(speedup_config(train_steps=2), CPU)
     assert threads + 1 in during
     assert torch.get_num_threads() == threads
@@ -164,12 +169,46 @@ def test_an_update_from_two_batches_is_that_of_one_twice_as_large(speedup_config
     for config, batches in ((two, 4), (one, 2)):
         config, data, model = started(config)
         # In float32 AdamW makes whole steps of gradients that are rounding errors.
-        training = speedup._training(config, data, model.double(), Plan())
-        for index in range(batches):
-            training.step(index)
-        assert len(training.norms) == 2
+        training = StackTraining(config, data, model.double(), Execution())
+        for numbers in (range(batches // 2), range(batches // 2, batches)):
+            training.take(numbers)
+        assert len(training.optimizer.norms) == 2
         models.append(model)
     for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.allclose(a, b, atol=1e-8)
+
+
+def test_an_epoch_that_ends_within_an_update_has_the_weights_before_it(speedup_config, monkeypatch):
+    """Of 20 batches ten epochs end after two each, and every third one with an update of three batches."""
+    seen = []
+
+    def evaluated(training):
+        seen.append((len(training.optimizer.norms), training.model.embedding.weight.sum().item()))
+        return 1.0
+
+    monkeypatch.setattr(speedup, "_evaluated", evaluated)
+    result = measure_speedup_run(speedup_config(PLAIN, accumulation=3), CPU)
+    assert [updates for updates, _ in seen] == [2 * epoch // 3 for epoch in range(1, 11)]
+    assert len(result["curve"]) == 20
+    assert (result["updates"], len({weights for _, weights in seen})) == (6, 7)
+
+
+def test_plain_updates_are_those_of_pytorch(speedup_config):
+    """Written out as one would without the stack."""
+    config, data, model = started(speedup_config(PLAIN, accumulation=2))
+    other = copy.deepcopy(model.double())
+    training = StackTraining(config, data, model, Execution())
+    adamw = Execution().build_optimizer(other, config.optim)
+    for update in range(3):
+        numbers = range(2 * update, 2 * update + 2)
+        training.take(numbers)
+        for inputs, targets in (batch_of(config, data, number) for number in numbers):
+            loss = F.cross_entropy(other(inputs).flatten(0, 1).float(), targets.flatten())
+            (loss / 2).backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), config.optim.clip)
+        adamw.step()
+        adamw.zero_grad()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-8)
 
 
@@ -204,7 +243,7 @@ def test_a_plan_that_compiles_is_not_used_once_the_compiler_is_gone(speedup_conf
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     monkeypatch.setattr(kernel_optimizer, "COMPILE_SECONDS", -math.inf)
-    monkeypatch.setattr(speedup, "find_compiler", lambda _: "/bin/compiler")
+    monkeypatch.setattr(plans, "find_compiler", lambda _: "/bin/compiler")
     config, data, model = started(speedup_config(StackConfig(level=3)))
     plan = find_plan(config, data, model)
     (path,) = Path(config.data.cache).glob("plans/*.json")
@@ -212,14 +251,14 @@ def test_a_plan_that_compiles_is_not_used_once_the_compiler_is_gone(speedup_conf
     path.write_text(json.dumps(kept | {"execution": kept["execution"] | {"compile": True}}))
     assert find_plan(config, data, model).execution == dataclasses.replace(plan.execution, compile=True)
 
-    monkeypatch.setattr(speedup, "find_compiler", lambda _: None)
+    monkeypatch.setattr(plans, "find_compiler", lambda _: None)
     result = measure_speedup_run(config, CPU)
     (decision,) = (d for d in result["decisions"] if d["name"] == "compile")
     assert decision["kept"] is False
     assert decision["why"] == "left off: cannot compile here: no compiler found"
     assert result["updates"] == 20
 
-    monkeypatch.setattr(speedup, "find_compiler", lambda _: "/bin/compiler")
+    monkeypatch.setattr(plans, "find_compiler", lambda _: "/bin/compiler")
     assert find_plan(config, data, model).execution.compile
 
 
@@ -235,7 +274,7 @@ def test_a_plan_with_other_threads_is_found_again(speedup_config, monkeypatch):
 def test_a_plan_that_does_not_compile_needs_no_compiler(speedup_config, monkeypatch):
     config, data, model = started(speedup_config(StackConfig(level=2)))
     plan = find_plan(config, data, model)
-    monkeypatch.setattr(speedup, "find_compiler", lambda _: None)
+    monkeypatch.setattr(plans, "find_compiler", lambda _: None)
     assert find_plan(config, data, model) == plan
 
 
@@ -306,9 +345,9 @@ def test_memory_of_compiled_code_is_that_of_the_stack_where_it_can_be_counted(
     speedup_config, counted, monkeypatch
 ):
     execution = Execution(loss=True, compile=True)
-    assert speedup._countable(execution, torch.device("cuda")) == execution
-    assert speedup._countable(execution, CPU) == Execution(loss=True)
-    monkeypatch.setattr(speedup, "_countable", lambda execution, _: execution)
+    assert speedup.countable(execution, torch.device("cuda")) == execution
+    assert speedup.countable(execution, CPU) == Execution(loss=True)
+    monkeypatch.setattr(speedup, "countable", lambda execution, _: execution)
     measured = measure_speedup_memory(speedup_config(), CPU)
     assert measured["uncompiled"] is False
     assert (measured["stack_mb"], measured["uncompressed_mb"]) == (2, 1)
@@ -339,7 +378,7 @@ def test_a_training_that_diverges_is_one_sentence(speedup_config):
 
 def test_guessed_tokens_are_held_against_plain_greedy_decoding(speedup_config, monkeypatch):
     """Not against the same engine without guesses, which might be wrong as well."""
-    greedy, texts = speedup.greedy_decode, []
+    greedy, texts = decoding.greedy_decode, []
 
     def other(model, prompt, tokens):
         ids = greedy(model, prompt, tokens)
@@ -347,7 +386,7 @@ def test_guessed_tokens_are_held_against_plain_greedy_decoding(speedup_config, m
         # The first call warms up; of the texts two come out otherwise.
         return ids if len(texts) not in (3, 5) else [*ids[:-1], (ids[-1] + 1) % 300]
 
-    monkeypatch.setattr(speedup, "greedy_decode", other)
+    monkeypatch.setattr(decoding, "greedy_decode", other)
     result = measure_speedup_run(speedup_config(), CPU)
     assert result["decode_equal"] is False
     assert result["decode_texts_equal"] == result["decode_texts"] - 2 == 6
@@ -357,9 +396,9 @@ def test_guessed_tokens_are_held_against_plain_greedy_decoding(speedup_config, m
 
 def test_what_is_not_finite_is_counted_in_losses_norms_and_parameters(speedup_config):
     config, data, model = started(speedup_config())
-    training = speedup._training(config, data, model, Plan())
+    training = StackTraining(config, data, model, Execution())
     assert speedup._not_finite(training, [1.0]) == {"nan_count": 0, "inf_count": 0}
-    training.norms = [math.inf]
+    training.optimizer.norms = [math.inf]
     next(model.parameters()).data[0, :3] = math.nan
     assert speedup._not_finite(training, [math.nan, 1.0, -math.inf]) == {"nan_count": 4, "inf_count": 2}
 
@@ -380,7 +419,13 @@ def test_a_training_that_does_not_go_on_says_when_the_loss_was_reached(
     speedup_config, monkeypatch, target, step
 ):
     falling = [6.0] * 10 + [1.0] * 10
-    monkeypatch.setattr(speedup.Training, "step", lambda _, index: falling[index])
+
+    def gradients(training, numbers):
+        training.losses += [falling[number] for number in numbers]
+        training.seconds += [1.0 for _ in numbers]
+
+    monkeypatch.setattr(StackTraining, "gradients", gradients)
+    monkeypatch.setattr(StackTraining, "update", lambda _: None)
     monkeypatch.setattr(speedup, "TARGET_LOSS", target)
     assert measure_speedup_run(speedup_config(PLAIN), CPU)["target_step"] == step
 
@@ -425,10 +470,10 @@ def test_a_training_without_an_update_is_refused(speedup_config, tmp_path, name,
 
 
 def test_one_update_is_enough_and_other_benchmarks_need_none(speedup_config):
-    check_updates(speedup_config(accumulation=8, train_steps=8))
-    check_updates(speedup_config(accumulation=8, train_steps=0, name="kernels"))
+    check_benchmark(speedup_config(accumulation=8, train_steps=8), ())
+    check_benchmark(speedup_config(accumulation=8, train_steps=0, name="kernels"), ())
     config = dataclasses.replace(speedup_config(train_steps=0, name="all"), stage=StageConfig())
-    check_updates(config)
+    check_benchmark(config, ())
 
 
 RUN = {
@@ -497,7 +542,7 @@ def report_of(monkeypatch, config, memory=None, pairs=None, change=None, **stack
         return found if change is None else change(name, config, found)
 
     monkeypatch.setattr(suite, "measure_isolated", measure)
-    return suite.run_suite(config, Path("unused"))
+    return suite.run_suite(config, Path("unused"), composed_stage)
 
 
 def test_everything_passes_when_it_does(speedup_config, monkeypatch):
@@ -622,7 +667,7 @@ def test_the_ablation_says_what_does_not_pay(speedup_config, monkeypatch, capsys
         return {**STACK, "seconds": time}
 
     monkeypatch.setattr(suite, "measure_isolated", measure)
-    report = suite.run_suite(speedup_config(ablation=True), Path("unused"))
+    report = suite.run_suite(speedup_config(ablation=True), Path("unused"), composed_stage)
     saved = report.values["ablation_saved"]
     assert saved["plain"] == 0
     assert saved["KernelOptimizer alone"] == pytest.approx(0.4)

@@ -2,12 +2,15 @@ import dataclasses
 import json
 from pathlib import Path
 
+import hydra
 import pytest
+from hydra import initialize_config_dir
 
 from muse.benchmarks import suite
-from muse.benchmarks.measurements import measure_isolated
-from muse.config import GRADIENTS, TrainConfig
+from muse.benchmarks.suite import measure_isolated
+from muse.config import BENCHMARKS, CONF, GRADIENTS, TrainConfig, build_config, register_schemas
 from muse.errors import RunError
+from muse.launch.bench import composed_stage
 
 GOOD = {
     "vram": lambda config: {"peak": 0.5 if config.stage.number != "0" else 1.0},
@@ -89,6 +92,30 @@ STAGE_1_KEYS = [
 ]
 
 
+def test_every_value_of_the_option_is_a_benchmark_with_a_file_of_options():
+    files = {path.stem for path in (CONF / "benchmark").glob("*.yaml")}
+    assert files == set(BENCHMARKS) == {*suite.BENCHMARKS, "all"}
+    assert set(suite.ALL) < set(suite.BENCHMARKS)
+
+
+def test_measurements_have_names_of_their_own():
+    names = [name for benchmark in suite.BENCHMARKS.values() for name in benchmark.measure]
+    assert len(names) == len(set(names)) == len(suite.MEASUREMENTS)
+
+
+@pytest.mark.parametrize("number", ["0", "1", "2"])
+def test_a_stage_is_composed_as_a_command_that_says_nothing_else_has_it(compose, number):
+    composed = compose("bench", overrides=[f"stage='{number}'"])
+    assert composed_stage(number) == build_config(composed).stage
+
+
+@pytest.fixture
+def compose():
+    register_schemas()
+    with initialize_config_dir(config_dir=str(CONF.resolve()), version_base="1.3"):
+        yield hydra.compose
+
+
 def run(monkeypatch, config, **changed):
     return reported(monkeypatch, config, **changed).values
 
@@ -96,7 +123,7 @@ def run(monkeypatch, config, **changed):
 def reported(monkeypatch, config, **changed):
     measured = {**(GOOD_FLOW if config.stage.number == "2" else GOOD), **changed}
     monkeypatch.setattr(suite, "measure_isolated", lambda name, config: measured[name](config))
-    return suite.run_suite(config, Path("unused"))
+    return suite.run_suite(config, Path("unused"), composed_stage)
 
 
 def test_all_passes_when_everything_does_and_has_the_keys_of_the_seeds(bench_config, monkeypatch):

@@ -78,7 +78,7 @@ def assert_same_checkpoints(first: Path, second: Path, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory) -> Callable[[str], Training]:
-    """The undisturbed run on one rank, by its way to the gradient."""
+    """The undisturbed run on one rank, by its gradient mode."""
 
     @functools.cache
     def train(gradient: str) -> Training:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from muse.benchmarks import suite
+from muse.benchmarks import presentation, suite
+from muse.benchmarks.results import Results
 from muse.config import (
     BenchConfig,
     HardwareConfig,
@@ -20,9 +21,10 @@ from muse.config import (
     WidthConfig,
 )
 from muse.data import TokenData
+from muse.launch.bench import composed_stage
 from muse.report.dashboard import LAYOUT, build_workspace, layout_table, main
 from muse.report.wandb_run import STEP
-from muse.report.wandb_tables import ResultTable, result_tables
+from muse.report.wandb_tables import ResultTable
 from muse.training.trainer import train
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "dashboard.md"
@@ -71,11 +73,12 @@ def test_bars_and_tables_show_what_benchmarks_report(tmp_path, monkeypatch):
     tables: list[ResultTable] = []
     for number, activation in (("1", "split_gelu"), ("2", "split_gelu"), ("3a", "gelu")):
         stage = StageConfig(number=number, activation=activation)
-        report = suite.run_suite(BenchConfig(stage=stage), tmp_path)
+        report = suite.run_suite(BenchConfig(stage=stage), tmp_path, composed_stage)
         values |= {key for key, value in report.values.items() if isinstance(value, int | float | str)}
-        tables += result_tables(report.details, report.criteria)
+        tables += presentation.tables(report)
     # benchmark=kernels is no part of benchmark=all.
-    tables += result_tables({"kernels": {"norm": {"error": "wrong"}}}, [])
+    kernels = {"kernels": {"norm": {"error": "wrong"}}}
+    tables += presentation.tables(Results(tmp_path, suite.measure_isolated, composed_stage, details=kernels))
     assert keys("bars") <= values
     assert keys("table") <= {f"tables/{table.name}" for table in tables}
 

@@ -2,11 +2,21 @@ import csv
 import json
 import multiprocessing
 
+from muse.benchmarks.presentation import METRICS
 from muse.report import sweep
-from muse.report.sweep import read_cells, record_cell, record_search, show_cells, swept_options
+from muse.report.sweep import (
+    read_cells,
+    record_cell,
+    record_metrics,
+    record_search,
+    show_cells,
+    swept_options,
+)
+from muse.report.sweep_plot import Metric
 
 
 def test_every_cell_is_in_the_summary_also_one_that_failed(tmp_path):
+    record_metrics(tmp_path, METRICS)
     record_cell(tmp_path, 0, ["stage='1'", "benchmark.seq_len=8"], {"vram_gb": 1.0}, "measured")
     record_cell(tmp_path, 2, ["stage='1'", "benchmark.seq_len=32"], {"vram_gb": 2.0}, "reused")
     cells = record_cell(
@@ -28,6 +38,14 @@ def test_every_cell_is_in_the_summary_also_one_that_failed(tmp_path):
         ["32", "reused", "2"],
         ["16:", "out", "of", "memory"],
     ]
+
+
+def test_a_sweep_draws_the_metrics_that_were_recorded(tmp_path):
+    record_cell(tmp_path, 0, ["seed=0"], {"vram_gb": 1.0}, "measured")
+    assert not (tmp_path / "summary.png").exists()
+    record_metrics(tmp_path, [Metric("vram_gb", "peak memory [GB]", beside={"other": "beside"})])
+    record_cell(tmp_path, 0, ["seed=0"], {"vram_gb": 1.0}, "measured")
+    assert (tmp_path / "summary.png").exists()
 
 
 def test_many_numbers_stand_below_each_other_with_the_factor_between_two_cells(tmp_path):

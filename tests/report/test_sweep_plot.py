@@ -7,6 +7,7 @@ import math
 import pytest
 from matplotlib.colors import to_hex
 
+from muse.benchmarks.presentation import METRICS
 from muse.report.sweep import swept_options
 from muse.report.sweep_plot import draw_search, draw_sweep, scale_of
 
@@ -24,7 +25,7 @@ def sweep(option, values, key="valid_loss"):
 
 
 def draw(cells):
-    return draw_sweep(cells, swept_options(cells))
+    return draw_sweep(cells, swept_options(cells), METRICS)
 
 
 def texts(labels):

@@ -15,7 +15,7 @@ import muse.launch.cli
 import muse.launch.sweep
 import muse.processes.signals
 from muse.benchmarks import suite
-from muse.benchmarks.measurements import MEASUREMENTS
+from muse.benchmarks.suite import MEASUREMENTS
 from muse.config import BenchConfig
 from muse.hardware import describe, use_hardware
 from muse.launch import train as train_cell

@@ -3,7 +3,7 @@ from itertools import product
 
 import pytest
 
-from muse.benchmarks.setting import check_flow, settle
+from muse.benchmarks.suite import check_benchmark, settled
 from muse.errors import ConfigError
 
 
@@ -22,36 +22,38 @@ def test_an_option_of_the_flow_that_would_change_nothing_is_refused(bench_config
     """Also where its value is the default: a sweep over it would be a flat line."""
     config = bench_config(2, name=benchmark)
     with pytest.raises(ConfigError, match=rf"stage\.{option} changes nothing .* benchmark\.{option}; give"):
-        check_flow(config, {f"stage.{option}"})
+        check_benchmark(config, {f"stage.{option}"})
     value = {"ode_steps": 3, "dt": 0.5, "integrator": "yoshida4"}[option]
-    check_flow(bench_config(2, name=benchmark, **{option: value}), {f"stage.{option}", f"benchmark.{option}"})
+    check_benchmark(
+        bench_config(2, name=benchmark, **{option: value}), {f"stage.{option}", f"benchmark.{option}"}
+    )
 
 
 @pytest.mark.parametrize("benchmark", ["energy", "stability", "gradients"])
 def test_what_is_allowed_reaches_the_model(bench_config, benchmark):
-    check_flow(bench_config(2, name=benchmark), {"stage.ode_steps", "stage.dt", "stage.integrator"})
+    check_benchmark(bench_config(2, name=benchmark), {"stage.ode_steps", "stage.dt", "stage.integrator"})
     config = changed(bench_config(2, name=benchmark), ode_steps=3, dt=0.5, integrator="yoshida4")
-    assert settle(config, benchmark).stage == config.stage
+    assert settled(config, benchmark).stage == config.stage
 
 
 @pytest.mark.parametrize("benchmark", ["perplexity", "adjoint"])
 def test_the_integrator_of_the_stage_is_taken_where_the_benchmark_has_none(bench_config, benchmark):
-    check_flow(bench_config(2, name=benchmark), {"stage.integrator"})
+    check_benchmark(bench_config(2, name=benchmark), {"stage.integrator"})
     config = changed(bench_config(2, name=benchmark), integrator="yoshida4")
-    assert settle(config, benchmark).stage.integrator == "yoshida4"
+    assert settled(config, benchmark).stage.integrator == "yoshida4"
 
 
 def test_energy_follows_another_integrator_without_changing_the_model(bench_config):
-    settled = settle(bench_config(2, name="energy", integrator="yoshida4"), "energy")
-    assert settled.stage.integrator == "blanes_moan_rkn4"
-    assert settled.benchmark.integrator == "yoshida4"
+    config = settled(bench_config(2, name="energy", integrator="yoshida4"), "energy")
+    assert config.stage.integrator == "blanes_moan_rkn4"
+    assert config.benchmark.integrator == "yoshida4"
 
 
 def test_a_checkpoint_has_the_flow_it_was_trained_with(bench_config):
     config = changed(bench_config(2, name="perplexity", checkpoint="run"), ode_steps=3, dt=0.5)
-    check_flow(config, {"stage.ode_steps", "stage.dt"})
-    assert settle(config, "perplexity").stage == config.stage
+    check_benchmark(config, {"stage.ode_steps", "stage.dt"})
+    assert settled(config, "perplexity").stage == config.stage
     with pytest.raises(ConfigError, match=r"benchmark\.dt changes nothing in the perplexity of a checkpoint"):
-        check_flow(bench_config(2, name="perplexity", checkpoint="run", dt=0.5), set())
+        check_benchmark(bench_config(2, name="perplexity", checkpoint="run", dt=0.5), set())
     # Of benchmark=all it is the memory's.
-    check_flow(bench_config(2, name="all", checkpoint="run", dt=0.5), set())
+    check_benchmark(bench_config(2, name="all", checkpoint="run", dt=0.5), set())

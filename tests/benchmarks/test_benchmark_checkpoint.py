@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from muse.benchmarks.step import baseline_of, benchmark_model
-from muse.benchmarks.stored import check_baseline, of_checkpoint
+from muse.benchmarks.baseline import baseline_of, check_baseline
+from muse.benchmarks.checkpoint import with_checkpoint_options
+from muse.benchmarks.model import benchmark_model
 from muse.config import BenchConfig, DataConfig, TokenizerConfig, TrainConfig
 from muse.errors import ConfigError
+from muse.launch.bench import composed_stage
 from muse.models import build_model
 from muse.runs.checkpoints import TrainingState
 from muse.training.checkpoint import CheckpointWriter
@@ -47,7 +49,7 @@ def test_stage_model_text_and_tokenizer_come_from_the_checkpoint(bench_config, r
     run = run_of(trained)
     for checkpoint in (run, f"{run}/checkpoints/step_1"):
         config = with_checkpoint(BenchConfig(), checkpoint)
-        taken = of_checkpoint(config, {"benchmark.checkpoint"})
+        taken = with_checkpoint_options(config, {"benchmark.checkpoint"})
         for name in ("stage", "model", "tokenizer"):
             assert getattr(taken, name) == getattr(trained, name), name
         assert taken.data == dataclasses.replace(trained.data, cache=config.data.cache)
@@ -68,15 +70,18 @@ def test_another_map_than_the_one_that_was_trained_is_refused(bench_config, run_
     config, trained = bench_config(2), changed(bench_config(2), **{option: value})
     checkpoint = run_of(trained)
     with pytest.raises(ConfigError, match=rf"stage\.{option}: {value} → "):
-        of_checkpoint(with_checkpoint(config, checkpoint), {f"stage.{option}"})
-    assert of_checkpoint(with_checkpoint(trained, checkpoint), {f"stage.{option}"}).stage == trained.stage
+        with_checkpoint_options(with_checkpoint(config, checkpoint), {f"stage.{option}"})
+    assert (
+        with_checkpoint_options(with_checkpoint(trained, checkpoint), {f"stage.{option}"}).stage
+        == trained.stage
+    )
 
 
 def test_another_way_to_compute_the_same_map_is_the_commands_if_it_is_given(bench_config, run_of):
     config = with_checkpoint(
         bench_config(2), run_of(changed(bench_config(2), gradient="backprop", dropout=0.1))
     )
-    own = of_checkpoint(config, {"stage.gradient", "stage"}).stage
+    own = with_checkpoint_options(config, {"stage.gradient", "stage"}).stage
     assert (own.gradient, own.dropout) == ("exact", 0.1)
 
 
@@ -87,7 +92,7 @@ def test_all_that_is_said_against_a_checkpoint_is_named(bench_config, run_of):
     config.model.seq_len, config.data.name = 64, "wikitext2"
     given = {"model.complex.heads", "stage", "data", "model.seq_len", "model"}
     with pytest.raises(ConfigError) as error:
-        of_checkpoint(with_checkpoint(config, run_of(other)), given)
+        with_checkpoint_options(with_checkpoint(config, run_of(other)), given)
     told = "(data: stdlib → wikitext2, model.complex.heads: 4 → 2, model.seq_len: 32 → 64, stage: 2 → 1)"
     assert told in str(error.value)
 
@@ -98,10 +103,10 @@ def test_a_text_that_was_moved_is_found_where_the_command_says(bench_config, run
         dataclasses.replace(bench_config(), data=moved),
         run_of(dataclasses.replace(bench_config(), data=there)),
     )
-    assert of_checkpoint(config, {"data.path"}).data == moved
+    assert with_checkpoint_options(config, {"data.path"}).data == moved
     (tmp_path / "there").write_text("text")
     with pytest.raises(ConfigError, match=r"data\.path: "):
-        of_checkpoint(config, {"data.path"})
+        with_checkpoint_options(config, {"data.path"})
 
 
 @pytest.mark.parametrize("exported", [False, True])
@@ -117,7 +122,7 @@ def test_the_vocabulary_is_that_of_the_weights(bench_config, run_of, tmp_path, e
         checkpoint, state = run, TrainingState(1, {}, [], 1.0, None)
         (run / "checkpoints" / "step_1").rmdir()
         CheckpointWriter(run / "checkpoints").save({"model": model.state_dict()}, state, best=True)
-    config = of_checkpoint(with_checkpoint(BenchConfig(), str(checkpoint)), set())
+    config = with_checkpoint_options(with_checkpoint(BenchConfig(), str(checkpoint)), set())
     assert config.model.vocab_size == 61
     assert benchmark_model(config, torch.device("cpu")).embedding.weight.shape[0] == 61
 
@@ -127,8 +132,8 @@ def test_exported_weights_say_what_they_are_of(bench_config, tmp_path):
     stored = dataclasses.asdict(changed(config, dt=0.5))
     save_file({"w": torch.zeros(1)}, file, {"config": json.dumps(stored)})
     with pytest.raises(ConfigError, match=r"stage\.dt: 0\.5 → 1\.0"):
-        of_checkpoint(with_checkpoint(config, str(file)), {"stage.dt"})
-    assert of_checkpoint(with_checkpoint(config, str(file)), set()).stage.dt == 0.5
+        with_checkpoint_options(with_checkpoint(config, str(file)), {"stage.dt"})
+    assert with_checkpoint_options(with_checkpoint(config, str(file)), set()).stage.dt == 0.5
 
 
 @pytest.mark.parametrize("name", ["nothing", "bare.safetensors", "damaged.safetensors"])
@@ -136,17 +141,17 @@ def test_weights_that_do_not_say_so_are_refused(bench_config, tmp_path, name):
     save_file({"w": torch.zeros(1)}, tmp_path / "bare.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"no")
     with pytest.raises(ConfigError, match=f"{name} does not say"):
-        of_checkpoint(with_checkpoint(bench_config(2), str(tmp_path / name)), set())
+        with_checkpoint_options(with_checkpoint(bench_config(2), str(tmp_path / name)), set())
 
 
 def test_a_baseline_is_measured_as_it_was_trained(bench_config, run_of):
     best = run_of(changed(bench_config(1), score="magnitude", precision="bf16-mixed"))
-    baseline = baseline_of(bench_config(2, baseline_checkpoint=best), stage_number="1")
+    baseline = baseline_of(bench_config(2, baseline_checkpoint=best), composed_stage("1"))
     assert baseline.benchmark.checkpoint == best
     assert baseline.stage.score == "magnitude"
     assert baseline.stage.precision == "bf16"
     with pytest.raises(ConfigError, match="is of stage=2; give one of stage=1"):
-        baseline_of(bench_config(2, baseline_checkpoint=run_of(bench_config(2))), stage_number="1")
+        baseline_of(bench_config(2, baseline_checkpoint=run_of(bench_config(2))), composed_stage("1"))
 
 
 def test_a_baseline_of_another_stage_text_or_tokenizer_is_refused_before_anything_is_measured(

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from muse.benchmarks import modes
+from muse.benchmarks import gradient_modes
 from muse.benchmarks.adjoint import measure_adjoint
 from muse.benchmarks.energy import measure_energy
-from muse.benchmarks.memory import measure_memory
-from muse.benchmarks.modes import gradient_errors, measure_modes
-from muse.benchmarks.setting import settle
+from muse.benchmarks.gradient_modes import gradient_errors, measure_modes
+from muse.benchmarks.suite import settled
+from muse.benchmarks.vram import measure_memory
 from muse.config import GRADIENTS
 from muse.dynamics import MLPPotential, hamiltonian_ode
 from muse.measure.gradient_error import full_precision, joined, relative_error
@@ -23,7 +23,7 @@ def modes_config(bench_config):
     def build(**stage):
         config = bench_config(2, name="throughput", ode_steps=4)
         config = dataclasses.replace(config, stage=dataclasses.replace(config.stage, **stage))
-        return settle(config, "throughput")
+        return settled(config, "throughput")
 
     return build
 
@@ -55,7 +55,7 @@ def test_a_wrong_gradient_has_no_speed(modes_config, monkeypatch):
         def backward(ctx, grad):
             return 2 * grad
 
-    build = modes.build_model
+    build = gradient_modes.build_model
 
     def wrong(stage, *args):
         model = build(stage, *args)
@@ -63,7 +63,7 @@ def test_a_wrong_gradient_has_no_speed(modes_config, monkeypatch):
             model.blocks[0].register_forward_hook(lambda *call: TwiceTooLarge.apply(call[-1]))
         return model
 
-    monkeypatch.setattr(modes, "build_model", wrong)
+    monkeypatch.setattr(gradient_modes, "build_model", wrong)
     measured = measure_modes(modes_config(), CPU)
     assert measured["gradients_correct"] is False
     assert measured["gradient_error_exact"] > 0.1
@@ -85,7 +85,7 @@ def test_half_precision_forces_are_held_against_backprop_in_half_precision(modes
 def test_one_model_takes_the_steps_of_all_modes_each_by_its_own_way(modes_config, monkeypatch):
     """Four models with their optimisers do not fit where one does."""
     built, taken = [], []
-    build, step = modes.benchmark_model, modes.training_step
+    build, step = gradient_modes.benchmark_model, gradient_modes.training_step
 
     def noting(config, device):
         built.append(build(config, device))
@@ -101,10 +101,10 @@ def test_one_model_takes_the_steps_of_all_modes_each_by_its_own_way(modes_config
 
         return optimizer, taking
 
-    monkeypatch.setattr(modes, "benchmark_model", noting)
-    monkeypatch.setattr(modes, "training_step", steps)
+    monkeypatch.setattr(gradient_modes, "benchmark_model", noting)
+    monkeypatch.setattr(gradient_modes, "training_step", steps)
     config = modes_config()
-    modes._step_seconds(
+    gradient_modes._step_seconds(
         dataclasses.replace(config, benchmark=dataclasses.replace(config.benchmark, warmup=1)), CPU
     )
     assert len(built) == 1
@@ -114,7 +114,7 @@ def test_one_model_takes_the_steps_of_all_modes_each_by_its_own_way(modes_config
 
 def build_of(config, mode):
     stage = dataclasses.replace(config.stage, gradient=mode)
-    return modes.build_model(stage, config.model, 97).blocks[0].flow.odes[0]
+    return gradient_modes.build_model(stage, config.model, 97).blocks[0].flow.odes[0]
 
 
 @pytest.mark.filterwarnings("ignore:blocks:UserWarning")

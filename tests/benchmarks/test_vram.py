@@ -3,9 +3,12 @@ import dataclasses
 import pytest
 import torch
 
-from muse.benchmarks.memory import GB, measure_memory
-from muse.benchmarks.setting import settle
-from muse.benchmarks.step import baseline_of, benchmark_model
+from muse.benchmarks.baseline import baseline_of
+from muse.benchmarks.model import benchmark_model
+from muse.benchmarks.suite import settled
+from muse.benchmarks.vram import measure_memory
+from muse.launch.bench import composed_stage
+from muse.measure.peak_memory import GB
 
 CPU = torch.device("cpu")
 
@@ -45,7 +48,7 @@ def test_the_peak_does_not_grow_with_the_steps_of_an_exact_flow(bench_config):
     def peak(gradient, steps):
         config = bench_config(2, seq_len=64, ode_steps=steps)
         config = dataclasses.replace(config, stage=dataclasses.replace(config.stage, gradient=gradient))
-        return measure_memory(settle(config, "vram"), CPU)["peak"]
+        return measure_memory(settled(config, "vram"), CPU)["peak"]
 
     few, many = peak("exact", 2), peak("exact", 10)
     assert many == pytest.approx(few, rel=0.05)
@@ -54,10 +57,10 @@ def test_the_peak_does_not_grow_with_the_steps_of_an_exact_flow(bench_config):
 
 def test_the_baseline_differs_in_the_stage_only(bench_config):
     config = bench_config(1, "bf16")
-    baseline = baseline_of(config)
+    baseline = baseline_of(config, composed_stage("0"))
     assert (baseline.stage.number, baseline.stage.precision) == ("0", "fp32")
     assert (baseline.model, baseline.optim, baseline.seed) == (config.model, config.optim, config.seed)
-    assert baseline_of(config, "bf16").stage.precision == "bf16"
+    assert baseline_of(config, composed_stage("0"), "bf16").stage.precision == "bf16"
 
 
 def test_the_benchmark_model_is_the_configured_one(bench_config):

@@ -1,12 +1,13 @@
-"""What a benchmark found, and why something of it is missing."""
+"""What benchmarks found, and why something of it is missing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from muse.config import BenchConfig
+from muse.config import BenchConfig, StageConfig
 from muse.errors import RunError
 
 
@@ -18,11 +19,13 @@ class Unmeasured(dict[str, Any]):
 
 
 @dataclass
-class Report:
-    """What a benchmark found.
+class Results:
+    """What benchmarks found.
 
     Attributes:
-        apart: runs a measurement by its name.
+        folder: of the run.
+        isolated: runs a measurement, by its name, in a process of its own.
+        stage_of: composes the options of another stage from its number.
         values: the keys of result.json; a criterion that could not be measured is None.
         details: everything measured, by measurement and model.
         criteria: rows of the table: criterion, measured, target, whether it passes.
@@ -30,7 +33,9 @@ class Report:
         unjudged: keys of criteria that are None though nothing failed, and why.
     """
 
-    apart: Callable[[str, BenchConfig], dict[str, Any]]
+    folder: Path
+    isolated: Callable[[str, BenchConfig], dict[str, Any]]
+    stage_of: Callable[[str], StageConfig]
     values: dict[str, Any] = field(default_factory=dict)
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
     criteria: list[tuple[str, object, str, bool | None]] = field(default_factory=list)
@@ -40,7 +45,7 @@ class Report:
     def run(self, measurement: str, config: BenchConfig, model: str = "") -> dict[str, Any]:
         """What a measurement returns; one that fails is noted and has found nothing."""
         try:
-            return self.apart(measurement, config)
+            return self.isolated(measurement, config)
         except RunError as error:
             print(f"  {error}", flush=True)
             self.failures[f"{measurement}, {model}" if model else measurement] = str(error)
@@ -62,27 +67,6 @@ class Report:
         self.values["all_pass"] = None if open_ else all(passes)
 
 
-def ratio(value: float | None, baseline: float | None) -> float | None:
-    """value / baseline; None where one is missing or the baseline is 0."""
-    return value / baseline if value is not None and baseline else None
-
-
-def saved(value: float | None, baseline: float | None) -> float | None:
-    """The share of the baseline that the value does without."""
-    part = ratio(value, baseline)
-    return None if part is None else 1 - part
-
-
-def at_most(value: float | None, target: float) -> bool | None:
-    """Whether value <= target; None where it is missing."""
-    return None if value is None else value <= target
-
-
-def at_least(value: float | None, target: float) -> bool | None:
-    """Whether value >= target; None where it is missing."""
-    return None if value is None else value >= target
-
-
-def all_of(passes: list[bool | None]) -> bool | None:
-    """False as soon as one is, else None as long as one is."""
-    return False if False in passes else None if None in passes or not passes else True
+def name_of(config: BenchConfig) -> str:
+    """What a model is called among others."""
+    return f"stage {config.stage.number} {config.stage.precision}"

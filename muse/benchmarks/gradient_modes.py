@@ -1,4 +1,4 @@
-"""The four ways to the gradient of a flow: are they right, and what does a training step take with each."""
+"""The four gradient modes of a flow: are they right, and what does a training step take with each."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muse.benchmarks.setting import batch_shape, flow_of
-from muse.benchmarks.step import benchmark_model, random_tokens, training_step
+from muse.benchmarks.model import benchmark_model, random_tokens, training_step
+from muse.benchmarks.workload import batch_shape, flow_of
 from muse.config import GRADIENTS, BenchConfig
 from muse.dynamics import HamiltonianNeuralODE, flow_metrics
 from muse.measure.gradient_error import ALLOWED, full_precision, joined, relative_error
@@ -99,7 +99,7 @@ def _step_seconds(config: BenchConfig, device: torch.device) -> tuple[dict[str, 
 
 
 def _use(model: LanguageModel, mode: str, fraction_bits: int) -> None:
-    """Let every flow go on by this way to its gradient, as if it had never fallen back."""
+    """Let every flow go on in this mode, as if it had never fallen back."""
     for flow in model.modules():
         if isinstance(flow, HamiltonianNeuralODE):
             flow.gradient, flow.scale = mode, 2.0**fraction_bits if mode == "exact" else 0.0

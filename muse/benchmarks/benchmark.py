@@ -1,0 +1,50 @@
+"""What a benchmark declares: how it measures, what passes, what is drawn, and which number a sweep shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from muse.benchmarks.results import Results
+from muse.benchmarks.workload import Workload
+from muse.config import BenchConfig
+from muse.report.sweep_plot import Metric
+from muse.report.wandb_tables import ResultTable
+
+Measure = Callable[[BenchConfig, torch.device], dict[str, Any]]
+# What was measured under the name of a benchmark, by model.
+Models = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A value of ``benchmark=``, declared at the end of the file of that name.
+
+    Attributes:
+        measure: measurements by name; each runs in a process of its own.
+        judge: has them run, and adds keys of result.json and criteria to the results.
+        plot: draws the models.
+        shown: numbers of which a sweep draws the first that was measured.
+        stages: it goes with.
+        trained: whether it measures trained weights, if there are any.
+        workload: what it is measured at where options leave that open.
+        check: raises ConfigError for options that do not go together.
+        tables: of the models, for W&B; by default all single values of each.
+        text: of the models, for the terminal; by default likewise.
+        curves: metrics by step, for the log.
+    """
+
+    measure: Mapping[str, Measure]
+    judge: Callable[[BenchConfig, Results], None]
+    plot: Callable[[Models], Any] | None = None
+    shown: tuple[Metric, ...] = ()
+    stages: tuple[str, ...] = ("0", "1", "2")
+    trained: bool = True
+    workload: Callable[[BenchConfig], Workload] = lambda config: Workload()
+    check: Callable[[BenchConfig], None] = lambda config: None
+    tables: Callable[[Models], list[ResultTable]] | None = None
+    text: Callable[[Models], list[str]] | None = None
+    curves: Callable[[Models], list[tuple[int, dict[str, float]]]] | None = None
