@@ -16,7 +16,7 @@ from muse.data import TokenData
 from muse.models import LanguageModel, build_model
 from muse.runs.checkpoints import find_checkpoint, load_weights
 from muse.training.evaluate import Evaluation
-from muse.training.step import TrainingStep
+from muse.training.step import TakenStep, TrainingStep
 from muse.training.trainer import train
 
 
@@ -42,15 +42,15 @@ def benchmark_model(config: BenchConfig, device: torch.device) -> LanguageModel:
 
 def training_step(
     config: BenchConfig, model: LanguageModel, device: torch.device
-) -> tuple[TrainingStep, Callable[[], None]]:
+) -> tuple[TrainingStep, Callable[[], TakenStep]]:
     """The step that trains a model, and a function that takes one on random tokens."""
     step = TrainingStep(model, config.optim, config.hardware, config.stage.precision, config.seed)
     batch = random_tokens(config, device)
     model.train()
     numbers = itertools.count()
 
-    def take() -> None:
-        step.take(next(numbers), [batch])
+    def take() -> TakenStep:
+        return step.take(next(numbers), [batch])
 
     return step, take
 

@@ -47,7 +47,7 @@ def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     """
     model = benchmark_model(config, device)
     step, take = training_step(config, model, device)
-    take()
+    errors = [take().reconstruction_error]
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     model.zero_grad(set_to_none=True)
     step.optimizer.attach_gradients()
@@ -62,10 +62,11 @@ def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, Any]:
             return loss_of(features, targets, reduction)
 
         model.loss_of = noting  # type: ignore[method-assign]
-        take()
+        errors.append(take().reconstruction_error)
         peak = meter.peak()
     parameters = _bytes(list(model.parameters()))
     optimiser = _bytes(state)
+    missed = [error for error in errors if error is not None]
     activations = after_forward - meter.before
     return {
         "peak": peak / GB,
@@ -78,6 +79,7 @@ def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, Any]:
         **flow_of(config),
         "matmul_precision": torch.get_float32_matmul_precision(),
         **flow_metrics(model),
+        **({"flow/reconstruction_error": max(missed)} if missed else {}),
     }
 
 

@@ -214,7 +214,7 @@ def test_a_layer_used_twice(mode, kind):
 )
 def test_double_backward_is_refused(mode, kind):
     ode, z = make(mode, kind), state(5, 16).requires_grad_()
-    with pytest.raises(RuntimeError, match="no second derivative; stage.gradient=backprop has"):
+    with pytest.raises(RuntimeError, match=r"no second derivative; stage\.gradient=backprop has"):
         torch.autograd.grad(moved(ode, z).square().sum(), z, create_graph=True)
 
 
