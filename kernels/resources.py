@@ -189,7 +189,7 @@ def _registers_and_spills(compiled: Any, target: Target) -> tuple[int, int]:
 
 def operations() -> dict[str, Callable[[], dict[str, Callable[[], object]]]]:
     """The launches to compile, by operation."""
-    names = sorted(path.parent.name for path in TABLE.parent.glob("*/triton_code.py"))
+    names = sorted(path.parent.name for path in Path(__file__).parent.glob("*/triton_code.py"))
     files = {name: import_module(f"kernels.{name}.triton_code") for name in names}
     return {name: file.compile_cases for name, file in files.items()}
 

@@ -148,10 +148,10 @@ def test_a_state_that_is_lost_names_the_layer_and_the_step(energy_config):
 def test_a_state_that_is_lost_beside_the_criterion_hides_nothing(energy_config, monkeypatch):
     follow = energy.trajectory
 
-    def lost(flow, z, steps, dt, *args, **options):
+    def lost(flow, q, p, steps, dt, *args, **options):
         if dt == flow.dt:
             raise RunError("lost")
-        return follow(flow, z, steps, dt, *args, **options)
+        return follow(flow, q, p, steps, dt, *args, **options)
 
     monkeypatch.setattr(energy, "trajectory", lost)
     measured = measure_energy(energy_config({"dt": 0.8}), CPU)

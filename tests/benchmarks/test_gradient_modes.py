@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from kernels import symplectic
 from muse.benchmarks import gradient_modes
 from muse.benchmarks.adjoint import measure_adjoint
 from muse.benchmarks.energy import measure_energy
@@ -120,7 +121,8 @@ def build_of(config, mode):
 @pytest.mark.filterwarnings("ignore:blocks:UserWarning")
 def test_a_mode_that_falls_back_has_no_time(modes_config, monkeypatch):
     # Every state leaves this range.
-    monkeypatch.setattr(hamiltonian_ode, "LIMIT", 1.0)
+    for module in (symplectic, hamiltonian_ode):
+        monkeypatch.setattr(module, "LIMIT", 1.0)
     measured = measure_modes(modes_config(), CPU)
     assert measured["fallbacks_exact"] == 4
     assert measured["ratio_exact_to_backprop"] is measured["tokens_per_second"] is None
