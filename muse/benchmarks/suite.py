@@ -13,7 +13,7 @@ from muse.benchmarks import (
     adjoint,
     energy,
     gradients,
-    kernel_criteria,
+    kernels,
     perplexity,
     speedup,
     stability,
@@ -39,7 +39,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "energy": energy.BENCHMARK,
     "gradients": gradients.BENCHMARK,
     "stability": stability.BENCHMARK,
-    "kernels": kernel_criteria.BENCHMARK,
+    "kernels": kernels.BENCHMARK,
     "adjoint": adjoint.BENCHMARK,
 }
 # What benchmark=all runs, in this order, where it goes with the stage.

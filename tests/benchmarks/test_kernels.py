@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from kernels.complex_attention import complex_attention_forward
-from muse.benchmarks import kernel_criteria, kernels, suite
-from muse.benchmarks.kernels import (
+from muse.benchmarks import kernels, suite
+from muse.benchmarks.kernel_cases import (
     FAMILIES,
-    Call,
     Case,
     largest_deviation,
     measure_case,
@@ -21,6 +20,7 @@ from muse.benchmarks.kernels import (
 from muse.benchmarks.suite import settled
 from muse.errors import RunError
 from muse.launch.bench import composed_stage
+from muse.measure.passes import Passes, outputs
 
 CPU = torch.device("cpu")
 PEAK = 1e12
@@ -50,9 +50,9 @@ def test_every_operation_is_right(cases, dtype):
 def test_every_alternative_computes_the_same(cases):
     compared = 0
     for name, case in cases().items():
-        exact = kernels._outputs(case.plain(*(x.detach().double() for x in case.inputs)))
+        exact = outputs(case.plain(*(x.detach().double() for x in case.inputs)))
         for other, (function, inputs) in case.others.items():
-            for out, expected in zip(kernels._outputs(function(*inputs)), exact, strict=True):
+            for out, expected in zip(outputs(function(*inputs)), exact, strict=True):
                 planes = torch.stack((out.real, out.imag), -2) if out.is_complex() else out
                 assert torch.allclose(planes.double(), expected, atol=1e-4), (name, other)
             compared += 1
@@ -141,21 +141,21 @@ def test_an_operation_that_raises_is_an_error_and_hides_no_other(bench_config, m
 
 def test_memory_counts_what_an_operation_allocates_inside(monkeypatch):
     q, k, v = (torch.randn(1, 2, 64, 2, 8, requires_grad=True) for _ in range(3))
-    call = Call(lambda *x: complex_attention_forward(*x, "phase", True)[0], (q, k, v))
-    measured = memory_of(call.train, CPU)
+    call = Passes(lambda *x: complex_attention_forward(*x, "phase", True)[0], (q, k, v))
+    measured = memory_of(call.training, CPU)
     results = 4 * q.nbytes
     # A matrix of the scores alone is 32 KiB; it lives inside the operation only.
     scores = 4 * 2 * 64 * 64
     assert measured > results + scores
     monkeypatch.setattr("muse.measure.peak_memory.InsideOperations", nullcontext)
-    assert memory_of(call.train, CPU) < results + scores
+    assert memory_of(call.training, CPU) < results + scores
 
 
 def test_memory_is_what_comes_on_top_of_what_there_is():
     x = torch.randn(1000, requires_grad=True)
-    call = Call(torch.sin, (x,))
+    call = Passes(torch.sin, (x,))
     # The output and the gradient, and the cosine on the way to it.
-    assert 2 * x.nbytes <= memory_of(call.train, CPU) <= 4 * x.nbytes
+    assert 2 * x.nbytes <= memory_of(call.training, CPU) <= 4 * x.nbytes
 
 
 def test_a_missing_compiler_is_one_sentence(bench_config, monkeypatch):
@@ -168,7 +168,7 @@ def test_a_missing_compiler_is_one_sentence(bench_config, monkeypatch):
     assert row["correct"] is True
     assert row["alternatives"]["compiled"] == {"note": "torch.compile failed: No working C++ compiler found"}
     row |= {"family": "pointwise", "operation": "sine", "dtype": "float32"}
-    tables = "\n".join(kernel_criteria.text({"sine, float32": row}))
+    tables = "\n".join(kernels.text({"sine, float32": row}))
     assert "sine, float32: torch.compile failed: No working C++ compiler found" in tables
 
 
