@@ -34,6 +34,7 @@ from kernels.complex_rotary import rotate
 from kernels.complex_rotary.plain import rotate as plain_rotate
 from kernels.planar import modulus_floor
 from kernels.symplectic import symplectic_flow
+from kernels.symplectic.plain import plain_flow, plain_force
 from muse.benchmarks.workload import batch_shape
 from muse.config import BenchConfig
 from muse.hardware import synchronize
@@ -412,7 +413,7 @@ def symplectic_cases(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> Iterat
         ("flow, b1 by token", normal(*shape[:2], sizes.hidden), 0.5),
     ):
         ours, plain, checkpointed, fixed_point = (
-            partial(function, kicks=kicks, drifts=drifts, spring=spring)
+            partial(function, kicks=kicks, drifts=drifts, confinement=spring)
             for function in (flow, plain_flow, checkpointed_flow, fixed_point_flow)
         )
         inputs = (q, p, w1, b1, w2)
@@ -424,48 +425,29 @@ def symplectic_cases(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> Iterat
 
 
 def flow(
-    q: Tensor, p: Tensor, *parameters: Tensor, kicks: list[float], drifts: list[float], spring: float
+    q: Tensor, p: Tensor, *parameters: Tensor, kicks: list[float], drifts: list[float], confinement: float
 ) -> tuple[Tensor, Tensor]:
     """The operation without its peak."""
     w1, b1, w2 = parameters
-    q, p, _ = symplectic_flow(q, p, w1, b1, w2, kicks, drifts, confinement=spring, scale=SCALE)
-    return q, p
-
-
-def plain_force(q: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, spring: float) -> Tensor:
-    """In the dtype of q, products in that of the weights."""
-    hidden = F.linear(q.to(w1.dtype), w1) + b1 if b1.dim() > 1 else F.linear(q.to(w1.dtype), w1, b1)
-    force = ((-w2 * F.gelu(hidden)) @ w1).to(q.dtype)
-    return force - spring * q if spring else force
-
-
-def plain_flow(
-    q: Tensor, p: Tensor, *parameters: Tensor, kicks: list[float], drifts: list[float], spring: float
-) -> tuple[Tensor, Tensor]:
-    """Autograd through the loop, in floating point."""
-    w1, b1, w2 = parameters
-    for kick, drift in zip(kicks, drifts, strict=True):
-        p = p + kick * plain_force(q, w1, b1, w2, spring)
-        if drift:
-            q = q + drift * p
+    q, p, _ = symplectic_flow(q, p, w1, b1, w2, kicks, drifts, confinement=confinement, scale=SCALE)
     return q, p
 
 
 def checkpointed_flow(
-    q: Tensor, p: Tensor, *parameters: Tensor, kicks: list[float], drifts: list[float], spring: float
+    q: Tensor, p: Tensor, *parameters: Tensor, kicks: list[float], drifts: list[float], confinement: float
 ) -> tuple[Tensor, Tensor]:
     """Autograd that keeps the state of every stage only."""
     for kick, drift in zip(kicks, drifts, strict=True):
-        stage = partial(plain_flow, kicks=[kick], drifts=[drift], spring=spring)
+        stage = partial(plain_flow, kicks=[kick], drifts=[drift], confinement=confinement)
         q, p = checkpoint(stage, q, p, *parameters, use_reentrant=False)
     return q, p
 
 
 def fixed_point_flow(
-    q: Tensor, p: Tensor, *parameters: Tensor, kicks: list[float], drifts: list[float], spring: float
+    q: Tensor, p: Tensor, *parameters: Tensor, kicks: list[float], drifts: list[float], confinement: float
 ) -> tuple[Tensor, Tensor]:
     """The maths of ours: whole numbers are added, and subtracted again in the backward pass."""
-    q, p = _FixedPoint.apply(q, p, *parameters, kicks, drifts, spring)
+    q, p = _FixedPoint.apply(q, p, *parameters, kicks, drifts, confinement)
     return q, p
 
 
@@ -480,22 +462,22 @@ class _FixedPoint(torch.autograd.Function):
         w2: Tensor,
         kicks: list[float],
         drifts: list[float],
-        spring: float,
+        confinement: float,
     ) -> tuple[Tensor, Tensor]:
         whole_q, whole_p = (torch.round(x * SCALE).int() for x in (q, p))
         for kick, drift in zip(kicks, drifts, strict=True):
-            force = plain_force(whole_q / SCALE, w1, b1, w2, spring)
+            force = plain_force(whole_q / SCALE, w1, b1, w2, confinement=confinement)
             whole_p = whole_p + torch.round(kick * SCALE * force).int()
             if drift:
                 whole_q = whole_q + torch.round(drift * whole_p).int()
         ctx.save_for_backward(whole_q, whole_p, w1, b1, w2)
-        ctx.scheme = kicks, drifts, spring
+        ctx.scheme = kicks, drifts, confinement
         return whole_q / SCALE, whole_p / SCALE
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_p: Tensor) -> tuple[Tensor | None, ...]:
         q, p, *parameters = ctx.saved_tensors
-        kicks, drifts, spring = ctx.scheme
+        kicks, drifts, confinement = ctx.scheme
         sums = [torch.zeros_like(x) for x in parameters]
         for kick, drift in reversed(list(zip(kicks, drifts, strict=True))):
             if drift:
@@ -504,7 +486,7 @@ class _FixedPoint(torch.autograd.Function):
             leaves = [x.detach().requires_grad_() for x in (q / SCALE, *parameters)]
             with torch.enable_grad():
                 at, w1, b1, w2 = leaves
-                force = plain_force(at, w1, b1, w2, spring)
+                force = plain_force(at, w1, b1, w2, confinement=confinement)
             change, *changes = torch.autograd.grad(force, leaves, kick * grad_p)
             grad_q = grad_q + change
             sums = [total + x for total, x in zip(sums, changes, strict=True)]
