@@ -33,7 +33,7 @@ from muse.launch.composition import prepare_hydra
 from muse.options import allowed_values, options_of
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-# What is below conf/hydra is about Hydra itself (tests/test_sweep.py).
+# What is below conf/hydra is about Hydra itself (tests/launch/test_sweep.py).
 FILES = sorted(
     path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.relative_to(CONF).parts[0] != "hydra"
 )

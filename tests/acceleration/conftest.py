@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from acceleration_helpers import CountingCompiler
+from support.acceleration import CountingCompiler
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from acceleration_helpers import VOCAB, batch, build, exact, gradients, joined, relative_error
+from support.acceleration import VOCAB, batch, build, exact, gradients, joined, relative_error
 
 from muse.acceleration import Execution
 from muse.config import OptimConfig

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from acceleration_helpers import VOCAB, build
+from support.acceleration import VOCAB, build
 
 from muse.acceleration import InferenceScalingEngine, greedy_decode
 from muse.acceleration.inference_scaling import ORDERS, PASS, Acceptance

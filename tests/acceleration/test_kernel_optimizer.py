@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from acceleration_helpers import batch, build
+from support.acceleration import batch, build
 
 from muse.acceleration import Execution, KernelOptimizer, kernel_optimizer
 from muse.acceleration.kernel_optimizer import COMPILE_SECONDS, NOISE, Decision

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from acceleration_helpers import batch, build, gradients, joined, relative_error
+from support.acceleration import batch, build, gradients, joined, relative_error
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from muse.acceleration import Execution, SemanticCompressor

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from waiting import PATIENCE
+from support.waiting import PATIENCE
 
 from muse.config import ConfigError, DataConfig
 from muse.data import SPLITS, Corpus, count_words, hub, load_corpus

@@ -15,8 +15,8 @@ import pytest
 from support.configs import run_config, small_sizes, stage_config
 from support.ranks import Ranks
 from support.runs import logged, read_json, run_folders, same, stored
+from support.waiting import wait_until
 from torch.distributed.checkpoint import FileSystemWriter
-from waiting import wait_until
 
 from muse.config import RunConfig, TokenizerConfig
 from muse.files import find_files

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_helpers import run_config, run_ranks, run_train, token_data
 from support.configs import SEQ_LEN, VOCAB, stage_config
+from support.distributed import run_config, run_ranks, run_train, token_data
 from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import distribute_tensor

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_helpers import Training, run_config, run_ranks, run_train, whole
 from support.configs import VOCAB, stage_config
+from support.distributed import Training, run_config, run_ranks, run_train, whole
 from support.runs import same
 from torch import Tensor, nn
 

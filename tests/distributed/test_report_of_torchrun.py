@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed_helpers import Job
+from support.distributed import Job
 from support.processes import copying_context
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_helpers import Training, go_on, run_config, run_ranks, run_train
 from support.configs import VOCAB, stage_config
+from support.distributed import Training, go_on, run_config, run_ranks, run_train
 from support.runs import crash_at, same, stored
 
 from muse.config import RunConfig

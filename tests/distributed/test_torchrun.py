@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed_helpers import Job, options, script, train_py, wait_for_steps
+from support.distributed import Job, options, script, train_py, wait_for_steps
 from support.processes import be_command
 from support.ranks import Ranks
 from support.runs import errors, logged, read_json, run_folders, same, stored

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from dynamics_helpers import (
+from support.dynamics import (
     MODES,
     Frozen,
     assert_equal,

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from dynamics_helpers import (
+from support.dynamics import (
     POTENTIALS,
     Harmonic,
     HenonHeiles,

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch._inductor.config
-from dynamics_helpers import (
+from support.dynamics import (
     MODES,
     POTENTIALS,
     Harmonic,

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from dynamics_helpers import (
+from support.dynamics import (
     POTENTIALS,
     Frozen,
     Harmonic,

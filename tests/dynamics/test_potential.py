@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from dynamics_helpers import (
+from support.dynamics import (
     POTENTIALS,
     Harmonic,
     HenonHeiles,

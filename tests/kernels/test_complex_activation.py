@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from pointwise import DTYPES, case, results, turned
+from support.pointwise import DTYPES, case, results, turned
 
 from kernels.complex_activation import ACTIVATIONS, complex_activation, triton_code
 from kernels.launch import TARGETS, compiling_for

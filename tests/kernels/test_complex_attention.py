@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from rounding import assert_as_accurate
+from support.rounding import assert_as_accurate
 
 from kernels import complex_attention as operation
 from kernels.complex_attention import (

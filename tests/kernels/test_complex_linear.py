@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from rounding import assert_as_accurate
+from support.rounding import assert_as_accurate
 
 from kernels.complex_activation.plain import activation as activate
 from kernels.complex_linear import (

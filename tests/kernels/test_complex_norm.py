@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from pointwise import DTYPES, case, results
+from support.pointwise import DTYPES, case, results
 
 from kernels.complex_norm import add_complex_rms_norm, complex_layer_norm, complex_rms_norm, triton_code
 from kernels.launch import TARGETS, compiling_for

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pointwise import DTYPES, table_of
+from support.pointwise import DTYPES, table_of
 
 from kernels.complex_rotary import rotate, split_heads
 from muse.planar import to_complex

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from pointwise import DTYPES, OPERATIONS, case, results, scattered, table_of, turned
-from rounding import assert_as_accurate
+from support.pointwise import DTYPES, OPERATIONS, case, results, scattered, table_of, turned
+from support.rounding import assert_as_accurate
 
 from kernels import chunks, complex_activation, complex_norm, complex_rotary
 from kernels.complex_activation import ACTIVATIONS

@@ -4,9 +4,9 @@ import itertools
 import math
 
 import pytest
-import rounding
 import torch
 import torch.nn.functional as F
+from support import rounding
 from support.flows import force, held_flow, leapfrog, reconstruct
 from torch import Tensor
 from torch.autograd import gradcheck

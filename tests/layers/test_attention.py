@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from rounding import assert_as_accurate
+from support.rounding import assert_as_accurate
 
 from kernels.complex_attention import SCORES
 from muse.layers import ComplexAttention, KVCache

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rounding import assert_as_accurate
+from support.rounding import assert_as_accurate
 
 from muse.layers import ComplexLayerNorm, ComplexRMSNorm
 from muse.planar import from_complex, multiply, to_complex

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models_helpers import CONF, model_config, stage_config
+from support.models import CONF, model_config, stage_config
 
 from muse.models import build_model, count_parameters
 

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from rounding import assert_as_accurate
+from support.rounding import assert_as_accurate
 
 from muse.models import count_parameters
 from muse.training.optim import gradient_norm

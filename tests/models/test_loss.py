@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from rounding import assert_as_accurate
+from support.rounding import assert_as_accurate
 from torch.utils.flop_counter import FlopCounterMode
 
 from muse.models import linear_cross_entropy, loss

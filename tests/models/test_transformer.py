@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models_helpers import model_config, stage_config
+from support.models import model_config, stage_config
 
 from muse.config import ModelConfig, StageConfig, WidthConfig
 from muse.models import build_model, count_parameters, transformer

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from waiting import wait_until
+from support.waiting import wait_until
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import wandb
-from waiting import PATIENCE, wait_until
+from support.waiting import PATIENCE, wait_until
 
 from muse.config import DataConfig, LoggerConfig, ModelConfig, RunConfig
 from muse.report.metrics import MetricsLog, read_metrics

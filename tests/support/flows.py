@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import rounding
 import torch
 from torch import Tensor
 
 from kernels.symplectic import advance, symplectic_flow
 from kernels.symplectic.plain import plain_flow
+from support import rounding
 
 
 def leapfrog(steps: int, dt: float) -> tuple[list[float], list[float]]:

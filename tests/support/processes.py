@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from waiting import PATIENCE
+
+from support.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 

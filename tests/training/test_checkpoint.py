@@ -22,9 +22,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from support.configs import SEQ_LEN, VOCAB, small_sizes, stage_config
 from support.runs import CrashError, contents, crash_at, same, stored
+from support.training import Recorder, assert_one_sentence, run_config, run_train, snapshot
+from support.waiting import PATIENCE
 from torch import nn
-from training_helpers import Recorder, assert_one_sentence, run_config, run_train, snapshot
-from waiting import PATIENCE
 
 from muse.config import OptimConfig
 from muse.errors import RunError

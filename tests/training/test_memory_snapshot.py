@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.configs import VOCAB
 from support.runs import read_json
-from training_helpers import run_config
+from support.training import run_config
 
 from muse.models import build_model
 from muse.training.memory_snapshot import memory_snapshot

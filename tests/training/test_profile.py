@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from support.runs import CrashError, crash_at, read_json, same, stored
+from support.training import Recorder, prepare_model, run_config, run_train
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from training_helpers import Recorder, prepare_model, run_config, run_train
 
 from muse.config import RunConfig
 from muse.errors import ConfigError, RunError

@@ -24,8 +24,8 @@ import torch.distributed.checkpoint as dcp
 from support.configs import SEQ_LEN, TRAIN_TOKENS, VOCAB, token_data
 from support.marks import needs_vectors
 from support.runs import CrashError, contents, crash_at, same, stored
-from training_helpers import Recorder, prepare_model, run_config, run_train, snapshot
-from waiting import PATIENCE
+from support.training import Recorder, prepare_model, run_config, run_train, snapshot
+from support.waiting import PATIENCE
 
 from muse.dynamics import MLPPotential
 from muse.errors import RunError

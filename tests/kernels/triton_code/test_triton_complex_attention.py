@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dtypes import DTYPES, HALVES, in_each_half
 from padding import padded
-from rounding import SAMPLES, assert_as_accurate
+from support.dtypes import DTYPES, HALVES, in_each_half
+from support.rounding import SAMPLES, assert_as_accurate
 
 from kernels.complex_attention import SCORES, complex_attention, complex_attention_forward
 from kernels.complex_attention.plain import flash, future_keys

@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from dtypes import DTYPES, HALVES, in_each_half
 from padding import padded
-from rounding import assert_as_accurate
+from support.dtypes import DTYPES, HALVES, in_each_half
+from support.rounding import assert_as_accurate
 
 import kernels.complex_linear as implementation
 from kernels.complex_activation import complex_activation

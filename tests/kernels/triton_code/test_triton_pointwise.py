@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dtypes import DTYPES, in_each_half
-from pointwise import NORMS, OPERATIONS, case, results, scattered
-from rounding import assert_as_accurate
+from support.dtypes import DTYPES, in_each_half
+from support.pointwise import NORMS, OPERATIONS, case, results, scattered
+from support.rounding import assert_as_accurate
 
 from kernels.complex_activation import complex_activation
 from kernels.complex_norm import add_complex_rms_norm, complex_rms_norm

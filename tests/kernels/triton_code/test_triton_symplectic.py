@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 
 import pytest
-import rounding
 import torch
-from dtypes import in_each_half
+from support import rounding
+from support.dtypes import in_each_half
 from support.flows import force, held_flow, leapfrog, reconstruct
 from torch import Tensor
 

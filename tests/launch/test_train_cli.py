@@ -22,7 +22,7 @@ import yaml
 from support.configs import SMALL_MODEL, write_text
 from support.processes import ROOT, Copies, be_command, environment_apart
 from support.runs import errors, logged, read_json, run_folders, same, stored
-from waiting import PATIENCE, wait_until
+from support.waiting import PATIENCE, wait_until
 
 from muse.export import load_exported
 from muse.files import find_files

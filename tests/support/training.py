@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support import configs
-from support.configs import stage_config, token_data
 from torch import nn
 
 from muse.config import RunConfig
 from muse.data import TokenData
 from muse.models import LanguageModel
 from muse.training import trainer
+from support import configs
+from support.configs import stage_config, token_data
 
 
 @dataclass

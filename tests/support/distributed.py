@@ -16,19 +16,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from support import configs
-from support.configs import WIDTH
-from support.processes import ROOT, be_command
-from support.ranks import Ranks
-from support.runs import CrashError, logged, run_folders
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from waiting import PATIENCE, wait_until
 
 from muse.config import RunConfig, StageConfig
 from muse.data import TokenData
 from muse.processes.ranks import process_group
 from muse.training import parallel, trainer
+from support import configs
+from support.configs import WIDTH
+from support.processes import ROOT, be_command
+from support.ranks import Ranks
+from support.runs import CrashError, logged, run_folders
+from support.waiting import PATIENCE, wait_until
 
 # What happens after a step.
 React = Callable[[int], None]
@@ -90,7 +90,7 @@ def train_py(
 
 def script(place: Path, prepare: Callable[[], None], *arguments: Any) -> Path:
     """A train.py that first calls ``prepare``, a function of a test module, with plain values."""
-    folders = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
+    folders = [str(ROOT), str(ROOT / "tests")]
     module, name = prepare.__module__, prepare.__name__
     path = place / f"{name}_{'_'.join(map(str, arguments))}.py"
     path.write_text(

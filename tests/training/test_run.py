@@ -1,4 +1,4 @@
-"""Runs that go on, in this process; tests/test_train_cli.py has them as a user starts them."""
+"""Runs that go on, in this process; tests/launch/test_train_cli.py has them as a user starts them."""
 
 from __future__ import annotations
 

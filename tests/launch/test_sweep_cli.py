@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from support.commands import keep_here, run_here
 from support.configs import SMALL_MODEL, write_text
 from support.processes import ROOT, environment_apart
-from waiting import PATIENCE, wait_until
+from support.waiting import PATIENCE, wait_until
 
 from muse.export import export_run
 from muse.files import find_files

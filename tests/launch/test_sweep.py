@@ -16,7 +16,7 @@ from muse.errors import ConfigError
 from muse.launch import sweep
 from muse.launch.sweep import PLUGINS, check_plugins, digest, searched_options
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 @dataclass

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from waiting import PATIENCE
+from support.waiting import PATIENCE
 
 # As OmegaConf does where a value is taken into a container.
 STARTING = """

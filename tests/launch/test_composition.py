@@ -25,7 +25,7 @@ from muse.errors import ConfigError
 from muse.launch import cli, sweep
 from muse.launch.composition import Loader, prepare_hydra
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 @dataclass

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from rounding import assert_as_accurate
 from torch import Tensor, nn
 
 from muse.dynamics import DuffingPotential, HamiltonianNeuralODE, MLPPotential, Potential, flow_metrics
+from support.rounding import assert_as_accurate
 
 # The modes, and exact with the comparison on request.
 MODES = {name: {"gradient": name} for name in ("exact", "reversible", "checkpoint", "backprop")} | {

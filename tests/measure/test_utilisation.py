@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.configs import SEQ_LEN, VOCAB, stage_config
-from training_helpers import run_config
+from support.training import run_config
 
 from muse.config import RunConfig
 from muse.measure import utilisation as module

@@ -14,7 +14,7 @@ from muse import config
 from muse.config import BenchConfig, BenchmarkConfig, OptimConfig, RunConfig, StageConfig
 from muse.options import allowed_values, nearest, options_of, summary, type_name
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GROUPS = [
     value
     for value in vars(config).values()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rounding import FACTOR, RandomRounding, allowed_errors, errors_to_expect, find_fault, unit
 
 from kernels.complex_activation import ACTIVATIONS, complex_activation
 from kernels.complex_attention import SCORES, complex_attention_forward
@@ -13,6 +12,7 @@ from kernels.complex_norm import add_complex_rms_norm, complex_layer_norm, compl
 from kernels.complex_rotary import rotate, split_heads
 from kernels.symplectic import symplectic_flow
 from muse.models import linear_cross_entropy
+from support.rounding import FACTOR, RandomRounding, allowed_errors, errors_to_expect, find_fault, unit
 
 TOKENS, WIDTH, HEADS = 40, 24, 3
 WEIGHTS = [(2, WIDTH, WIDTH), (2 * WIDTH, WIDTH), (2 * WIDTH,), (50, WIDTH)]
