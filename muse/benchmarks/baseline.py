@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from muse.benchmarks.checkpoint import FREE
 from muse.config import BenchConfig, StageConfig, WidthConfig
 from muse.errors import ConfigError
-from muse.runs.options import differences, stored_options, told
+from muse.runs.options import differences, format_changes, stored_options
 
 # What two models must have in common to be compared.
 TEXT = ("data.name", "data.path", "data.variant", "tokenizer.name", "tokenizer.vocab_size", "tokenizer.path")
@@ -66,8 +66,8 @@ def check_baseline(config: BenchConfig) -> None:
         raise ConfigError(
             f"benchmark.baseline_checkpoint={checkpoint} was trained on another text than "
             f"benchmark.checkpoint={config.benchmark.checkpoint}, or with another tokenizer "
-            f"({told(changes)}), so their perplexities cannot be compared; give one that was trained on the "
-            "same"
+            f"({format_changes(changes)}), so their perplexities cannot be compared; give one that was "
+            "trained on the same"
         )
 
 

@@ -35,6 +35,7 @@ from muse.report.plots import draw_lines, subtracted
 from muse.report.sweep_plot import Metric
 from muse.report.wandb_tables import model_tables
 from muse.runs.checkpoints import TrainingState, find_checkpoint, load_state, load_weights
+from muse.runs.folder import CHECKPOINTS
 from muse.training.checkpoint import CheckpointWriter
 from muse.training.evaluate import evaluate
 
@@ -218,7 +219,7 @@ def _checkpoint(training: StackTraining, step: int, loss: float) -> tuple[Path, 
     run = Path(training.config.output_root)
     state = TrainingState(step=step, scaler={}, random=[], best_loss=loss, wandb_id=None)
     tensors = {"model": training.model.state_dict(), "optimizer": training.optimizer.optimizer.state_dict()}
-    CheckpointWriter(run / "checkpoints").save(tensors, state, best=True)
+    CheckpointWriter(run / CHECKPOINTS).save(tensors, state, best=True)
     path = find_checkpoint(run)
     assert path is not None
     config = training.config

@@ -16,7 +16,7 @@ from kernels.symplectic import LIMIT, undone_flow
 from muse.dynamics.integrators import Stages, stages
 from muse.dynamics.potential import Potential
 from muse.errors import RunError
-from muse.processes.ranks import largest, ranks
+from muse.processes.ranks import all_reduced_max, ranks
 
 
 class HamiltonianNeuralODE(nn.Module):
@@ -252,7 +252,7 @@ def agree_on_fallbacks(model: nn.Module) -> None:
     flows = flows_of(model)
     if not flows or ranks() == 1:
         return
-    counts = largest(torch.stack([flow.fallback_count for flow in flows]))
+    counts = all_reduced_max(torch.stack([flow.fallback_count for flow in flows]))
     for flow, count in zip(flows, counts.unbind(), strict=True):
         flow.fallback_count.copy_(count)
         _remember_fallback(flow, None)

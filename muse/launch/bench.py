@@ -25,7 +25,7 @@ from muse.launch.sweep import given_options, record, sweep_folder
 from muse.processes.torchrun import launched_ranks
 from muse.report.metrics import MetricsLog
 from muse.report.sweep import record_metrics
-from muse.runs.options import RESULT_FILE
+from muse.runs.folder import RESULT_FILE
 from muse.runs.provenance import identity, provenance, source_hash
 
 

@@ -95,14 +95,14 @@ def all_gathered(value: T) -> list[T]:
     return values
 
 
-def summed(values: Tensor) -> Tensor:
+def all_reduced_sum(values: Tensor) -> Tensor:
     """Sum over the ranks, in place."""
     if ranks() > 1:
         dist.all_reduce(values)
     return values
 
 
-def largest(values: Tensor) -> Tensor:
+def all_reduced_max(values: Tensor) -> Tensor:
     """Maximum over the ranks, in place."""
     if ranks() > 1:
         dist.all_reduce(values, dist.ReduceOp.MAX)

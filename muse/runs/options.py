@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from muse.config import BenchConfig, RunConfig
 from muse.errors import ConfigError
 from muse.options import options_of
-from muse.runs.folder import RESULT_FILE as RESULT_FILE
 from muse.runs.folder import RUN_FILE, read_run
 
 C = TypeVar("C", bound=RunConfig)
@@ -140,8 +139,8 @@ def refuse_changes(option: str, place: Path, changes: Changes) -> None:
     """
     if changes:
         raise ConfigError(
-            f"{option}={place} was trained with other options ({told(changes)}); leave these out, they come "
-            "from the run"
+            f"{option}={place} was trained with other options ({format_changes(changes)}); leave these out, "
+            "they come from the run"
         )
 
 
@@ -156,7 +155,7 @@ def stage_and_model(stage: str, model: str, resume: str, checkpoint: str | None)
     return f"stage{stage}-{model}"
 
 
-def told(changes: Mapping[str, tuple[Any, Any]]) -> str:
+def format_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
     """The changes as ``train.steps: 8 → 12, seed: 0 → 1``, of many the first ones and how many there are."""
     parts = [
         f"{name_as_given(name)}: {format_value(old)} → {format_value(new)}"

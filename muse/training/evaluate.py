@@ -15,7 +15,7 @@ from muse.data import Counts, evaluation_batches
 from muse.dynamics import deferred_checks, flows_of
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
-from muse.processes.ranks import rank, ranks, summed
+from muse.processes.ranks import all_reduced_sum, rank, ranks
 
 # Bytes a word on average beyond which what stands between white space is no word: Chinese, or DNA.
 LONGEST_WORDS = 40
@@ -105,7 +105,7 @@ def _total(
         with torch.autocast(device.type, precision, enabled=precision is not None):
             total += model.loss(inputs, targets, reduction="sum")
         predicted += int(mask.sum())
-    return (summed(total) if ranks() > 1 else total).item(), predicted
+    return (all_reduced_sum(total) if ranks() > 1 else total).item(), predicted
 
 
 def _no_word_ppl(total: float, counts: Counts | None, whole: bool) -> str | None:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from muse.config import OptimConfig
 from muse.errors import ConfigError
 from muse.layers import ComplexLinear
-from muse.processes.ranks import all_gathered, distributed_like, local, summed
+from muse.processes.ranks import all_gathered, all_reduced_sum, distributed_like, local
 
 # Elements of a bfloat16 parameter that are updated at a time: their float32 copies fit the last-level cache.
 SLICE_ELEMENTS = 2**20
@@ -281,7 +281,7 @@ def gradient_norm(model: nn.Module) -> Tensor:
     ]
     norm = torch.linalg.vector_norm(torch.cat([norms.float().flatten() for norms in rows]))
     if any(isinstance(gradient, DTensor) for gradient in gradients):
-        norm = summed(norm.square()).sqrt()
+        norm = all_reduced_sum(norm.square()).sqrt()
     return norm
 
 

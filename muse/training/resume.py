@@ -15,7 +15,7 @@ from muse.processes.ranks import ranks
 from muse.report.metrics import read_metrics
 from muse.runs.checkpoints import find_checkpoint
 from muse.runs.folder import RESULT_FILE, RUN_FILE, read_run
-from muse.runs.options import Changes, differences, is_among, may_change, refuse_changes, told
+from muse.runs.options import Changes, differences, format_changes, is_among, may_change, refuse_changes
 from muse.runs.provenance import UNIDENTIFYING, UNIDENTIFYING_OPTIONS
 from muse.training.schedule import learning_rate, same_until
 
@@ -108,7 +108,7 @@ def _newest_of_same_options(config: RunConfig, in_sweep: bool) -> Previous | Non
     )
     print(
         f"resume=auto found no run of these options, so a new one begins; the nearest, {nearest.run}, has "
-        f"others: {told(changes)}{hint if not in_sweep else ''}"
+        f"others: {format_changes(changes)}{hint if not in_sweep else ''}"
     )
     return None
 

@@ -21,7 +21,7 @@ from muse.report.run_plot import plot_flow, plot_loss_curve
 from muse.report.table import table
 from muse.runs.checkpoints import adopt_checkpoints, find_sound_checkpoint, load_state
 from muse.runs.folder import RESULT_FILE, RUN_FILE, SAMPLE_FILE, read_result
-from muse.runs.options import told
+from muse.runs.options import format_changes
 from muse.runs.provenance import provenance
 from muse.training.profile import require_steps
 from muse.training.resume import (
@@ -91,7 +91,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
     earlier: list[dict[str, Any]] = []
     history: dict[str, Any] = {}
     if found is not None and previous is not None and state is not None:
-        changes = f", {told(found.changes)}" if found.changes else ""
+        changes = f", {format_changes(found.changes)}" if found.changes else ""
         print(f"resuming {previous} after step {state.step}{changes}")
         warn_of_changes(config, found, state.step)
         earlier = lines_before(previous, state.step, config.train.steps)

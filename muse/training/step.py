@@ -15,7 +15,7 @@ from muse.errors import RunError
 from muse.hardware import autocast_dtype
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
-from muse.processes.ranks import rank, ranks, summed
+from muse.processes.ranks import all_reduced_sum, rank, ranks
 from muse.training.checkpoint import random_state, restore_random_state
 from muse.training.optim import ModelOptimizer, first_non_finite, gradient_norm
 from muse.training.parallel import ParallelLoss
@@ -137,7 +137,7 @@ class TrainingStep:
         columns[2, rank()] = signal or 0
         columns[3, rank()] = [flow.fallen_back for flow in self.flows] != self.fallen_back
         if ranks() > 1:
-            columns = summed(columns)
+            columns = all_reduced_sum(columns)
         # All that the host waits for.
         found = torch.cat((columns, norm.double().expand(1, ranks()))).tolist()
         losses, errors, signals, differing, norms = found

@@ -18,8 +18,9 @@ from muse.data import TokenData, evaluation_windows, training_batch
 from muse.dynamics import flow_metrics, watched_flows
 from muse.errors import ConfigError, RunError, of_all_ranks
 from muse.models import LanguageModel, build_model, count_parameters
-from muse.processes.ranks import largest, rank, ranks
+from muse.processes.ranks import all_reduced_max, rank, ranks
 from muse.runs.checkpoints import TrainingState, find_checkpoint, load_state, load_tensors
+from muse.runs.folder import CHECKPOINTS
 from muse.training.checkpoint import CheckpointWriter, restore_random_state
 from muse.training.evaluate import Evaluation, evaluate
 from muse.training.interrupt import deferred_interrupt
@@ -187,7 +188,7 @@ class Trainer:
         self.unlogged: list[tuple[float, float, float | None]] = []
         if resume_from is not None and state is not None:
             self._restore(resume_from, state)
-        self.writer = CheckpointWriter(run / "checkpoints", options.async_checkpoint)
+        self.writer = CheckpointWriter(run / CHECKPOINTS, options.async_checkpoint)
         self.tokens_per_step = options.batch_size * config.optim.accumulation * seq_len
         self.speeds: list[float] = []
         self.model.train()
@@ -355,4 +356,4 @@ def _means(steps: list[tuple[float, float, float | None]]) -> dict[str, float]:
 
 def _agreed(signal: int | None, device: torch.device) -> int | None:
     """The signal that a rank was sent, on all."""
-    return int(largest(torch.tensor(signal or 0, device=device))) or None
+    return int(all_reduced_max(torch.tensor(signal or 0, device=device))) or None

@@ -59,7 +59,7 @@ MOMENTS: dict[str, tuple[Any, str, bool, Callable[..., bool]]] = {
     "having taken over checkpoints": (train_run, "adopt_checkpoints", AFTER, first_time),
     "loading": (trainer, "load_tensors", BEFORE, first_time),
     "computing": (TrainingStep, "gradients", BEFORE, second_time),
-    "agreeing": (training_step, "summed", BEFORE, second_time),
+    "agreeing": (training_step, "all_reduced_sum", BEFORE, second_time),
     "having agreed": (TrainingStep, "agree", AFTER, second_time),
     "evaluating": (trainer, "evaluate", BEFORE, first_time),
     "saving": (CheckpointWriter, "save", BEFORE, second_time),

@@ -27,7 +27,16 @@ from torch.distributed.tensor import distribute_tensor
 from muse.data import Counts
 from muse.errors import ConfigError, RunError
 from muse.models import build_model
-from muse.processes.ranks import all_gathered, barrier, broadcast, largest, on_first_rank, rank, ranks, summed
+from muse.processes.ranks import (
+    all_gathered,
+    all_reduced_max,
+    all_reduced_sum,
+    barrier,
+    broadcast,
+    on_first_rank,
+    rank,
+    ranks,
+)
 from muse.runs.checkpoints import find_checkpoint, find_damage
 from muse.training import trainer
 from muse.training.evaluate import evaluate
@@ -43,8 +52,8 @@ def told() -> dict[str, Any]:
         "same": broadcast(f"from rank {rank()}"),
         "gathered": all_gathered({"rank": rank()}),
         "first": on_first_rank(lambda: os.getpid()) == broadcast(os.getpid()),
-        "summed": summed(torch.tensor([1.0, rank()])).tolist(),
-        "largest": largest(torch.tensor([rank(), -rank()])).tolist(),
+        "summed": all_reduced_sum(torch.tensor([1.0, rank()])).tolist(),
+        "largest": all_reduced_max(torch.tensor([rank(), -rank()])).tolist(),
     }
 
 

@@ -24,10 +24,10 @@ from muse.errors import ConfigError
 from muse.runs.folder import RUN_FILE
 from muse.runs.options import (
     differences,
+    format_changes,
     may_change,
     stage_and_model,
     stored_options,
-    told,
     with_options_of,
 )
 from muse.runs.provenance import ROOT
@@ -117,7 +117,7 @@ def test_a_run_from_before_an_option_existed_had_its_default(run):
 def test_an_option_that_is_gone_is_told(run):
     older = stored_options(run)
     older["stage"]["magic"] = 3
-    assert told(differences(older, TRAINED)) == "stage.magic: 3 → no option of this version"
+    assert format_changes(differences(older, TRAINED)) == "stage.magic: 3 → no option of this version"
     (run / RUN_FILE).write_text(json.dumps({"config": older}))
     with pytest.raises(ConfigError, match=r"stage\.magic=3, which is no option of this version"):
         taken(RunConfig(), run)
@@ -125,8 +125,8 @@ def test_an_option_that_is_gone_is_told(run):
 
 def test_many_changes_are_counted():
     changes = {f"train.option{n:02}": (n, None) for n in range(13)}
-    assert told(changes).startswith("train.option00: 0 → null, train.option01: 1 → null, ")
-    assert told(changes).endswith("train.option09: 9 → null and 3 more")
+    assert format_changes(changes).startswith("train.option00: 0 → null, train.option01: 1 → null, ")
+    assert format_changes(changes).endswith("train.option09: 9 → null and 3 more")
 
 
 def test_the_folder_of_a_run_is_named_after_the_run_that_goes_on(run):
