@@ -40,7 +40,7 @@ TORCHRUNS = {"torchrun": "torch.distributed.run", "python -m muse.torchrun": "mu
 # Only these are not run, and why.
 NOT_RUN = {
     "python -m venv": "the gate does it (.ci/run)",
-    'pip install -e ".[ray]"': "nothing installs Ray, which is large; launch/test_sweep.py plays its launcher",
+    'pip install -e ".[ray]"': "nothing installs Ray, which is large; test_sweep.py plays its launcher",
     "pip install": "the gate installs .[dev] (.ci/run), which has the other extras",
     "python -m pytest": "the gate does it (.ci/run)",
     "python -m kernels.resources": "writes kernels/resources.json, which tests hold against the source",
