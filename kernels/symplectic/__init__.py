@@ -38,10 +38,9 @@ from torch import Tensor
 
 from kernels.launch import use_triton
 from kernels.operator import operator
-from kernels.symplectic.eager import _flow_backward_eager, _flow_eager
+from kernels.symplectic import eager, triton_code
 from kernels.symplectic.plain import phi_of
 from kernels.symplectic.scheme import LIMIT, POTENTIALS, Scheme, Weights, to_fixed_point
-from kernels.symplectic.triton_code import _flow_backward_triton, _flow_triton
 
 # Of ``undone_flow``.
 Advance = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -63,28 +62,18 @@ def _symplectic_flow(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Final state as it is held, int32 if scale > 0, and the peak. q and p are floating point or so held."""
-    run = _flow_triton if use_triton(w1) else _flow_eager
+    code = triton_code if use_triton(w1) else eager
     weights, scheme = _weights(w1, b1, w2, phi, confinement), Scheme(kicks, drifts, scale)
     with torch.autocast(q.device.type, enabled=False):
-        end_q, end_p, peak = run(_flat(q), _flat(p), weights, scheme)
+        end_q, end_p, peak = code.flow(_flat(q), _flat(p), weights, scheme)
         if not scale and q.numel():
             peak = torch.maximum(end_q.abs().amax(), end_p.abs().amax()).float()
     return end_q.view(q.shape), end_p.view(p.shape), peak
 
 
 @_symplectic_flow.register_fake
-def _(
-    q: Tensor,
-    p: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    kicks: list[float],
-    drifts: list[float],
-    phi: str,
-    confinement: float,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, p: Tensor, w1: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    scale = settings[-1]
     end_q, end_p = (x.new_empty(x.shape, dtype=torch.int32 if scale else x.dtype) for x in (q, p))
     return end_q, end_p, w1.new_empty((), dtype=torch.float32)
 
@@ -109,10 +98,10 @@ def _symplectic_flow_backward(
 
     The gradients of the parameters are empty if not wanted.
     """
-    run = _flow_backward_triton if use_triton(w1) else _flow_backward_eager
+    code = triton_code if use_triton(w1) else eager
     weights, scheme = _weights(w1, b1, w2, phi, confinement), Scheme(kicks, drifts, scale)
     with torch.autocast(grad_q.device.type, enabled=False):
-        *states, grad_w1, grad_b1, grad_w2 = run(
+        *states, grad_w1, grad_b1, grad_w2 = code.flow_backward(
             _flat(grad_q), _flat(grad_p), _flat(end_q), _flat(end_p), weights, scheme, parameters
         )
     start_q, start_p, grad_q, grad_p = (x.view(grad_q.shape) for x in states)
@@ -120,21 +109,8 @@ def _symplectic_flow_backward(
 
 
 @_symplectic_flow_backward.register_fake
-def _(
-    grad_q: Tensor,
-    grad_p: Tensor,
-    end_q: Tensor,
-    end_p: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    kicks: list[float],
-    drifts: list[float],
-    phi: str,
-    confinement: float,
-    scale: float,
-    parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    grad_q, grad_p, end_q, end_p, w1, b1, w2, *_, parameters = arguments
     start_q, start_p, grad_q, grad_p = (x.new_empty(x.shape) for x in (end_q, end_p, grad_q, grad_p))
     grad_w1, grad_b1, grad_w2 = (x.new_empty(x.shape if parameters else 0) for x in (w1, b1, w2))
     return start_q, start_p, grad_q, grad_p, grad_w1, grad_b1, grad_w2

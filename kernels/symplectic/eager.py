@@ -196,7 +196,7 @@ def _run(q: Tensor, p: Tensor, field: _Field, scheme: Scheme, rows: _Rows) -> fl
     return peak
 
 
-def _flow_eager(q: Tensor, p: Tensor, weights: Weights, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+def flow(q: Tensor, p: Tensor, weights: Weights, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
     """Final state (tokens, D), and the peak. A floating-point q becomes whole if the state is."""
     whole = scheme.scale > 0 and q.is_floating_point()
     end_q, end_p = (torch.empty_like(x, dtype=torch.int32 if whole else x.dtype) for x in (q, p))
@@ -241,7 +241,7 @@ def _adjoint_kick(
         sums.bias.add_(more.b if sums.bias.dim() > 1 else more.b.sum(0, dtype=sums.bias.dtype))
 
 
-def _flow_backward_eager(
+def flow_backward(
     grad_q: Tensor,
     grad_p: Tensor,
     end_q: Tensor,

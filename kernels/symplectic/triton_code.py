@@ -412,8 +412,8 @@ def _launch_stages(
     return peaks
 
 
-def _flow_triton(q: Tensor, p: Tensor, weights: Weights, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
-    """As _flow_eager."""
+def flow(q: Tensor, p: Tensor, weights: Weights, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+    """As the eager ``flow``."""
     largest = []
     if scheme.scale and q.is_floating_point():
         (q, largest_q), (p, largest_p) = (to_fixed_point(x, scheme.scale) for x in (q, p))
@@ -483,7 +483,7 @@ def _summed(partial: _Partial | None, weights: Weights) -> tuple[Tensor, Tensor,
     return partial.w1.sum(0).to(w1.dtype), partial.b1.sum(0).to(b1.dtype), partial.w2.sum(0).to(w2.dtype)
 
 
-def _flow_backward_triton(
+def flow_backward(
     grad_q: Tensor,
     grad_p: Tensor,
     end_q: Tensor,
@@ -492,7 +492,7 @@ def _flow_backward_triton(
     scheme: Scheme,
     parameters: bool,
 ) -> tuple[Tensor, ...]:
-    """As _flow_backward_eager: the flow kernel undoes a stage, then its adjoint is taken."""
+    """As the eager ``flow_backward``: the flow kernel undoes a stage, then its adjoint is taken."""
     grad_q, grad_p, q, p = grad_q.clone(), grad_p.clone(), end_q.clone(), end_p.clone()
     operands = _operands(weights)
     options = _options("flow", weights.w1)
@@ -524,7 +524,7 @@ def compile_cases() -> dict[str, Callable[[], object]]:
         b1 = make(tokens, hidden) if by_token else make(hidden)
         return Weights(make(hidden, width), b1, make(hidden), phi, 0.0)
 
-    def flow(
+    def case(
         dtype: torch.dtype,
         width: int,
         phi: str = "gelu_integral",
@@ -537,18 +537,18 @@ def compile_cases() -> dict[str, Callable[[], object]]:
         weights = make_weights(dtype, width, phi, by_token)
         # A single kick: whatever the stages, the launches compile to the same.
         scheme = Scheme((1.0,), (0.0,), scale)
-        _flow_triton(end, end, weights, scheme)
+        flow(end, end, weights, scheme)
         if backward:
-            _flow_backward_triton(grad, grad, end, end, weights, scheme, True)
+            flow_backward(grad, grad, end, end, weights, scheme, True)
 
     cases: dict[str, Callable[[], object]] = {}
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         for width in (64, 128, 256, 512, 1024):
-            cases[f"{name} {width} exact"] = functools.partial(flow, dtype, width)
-            cases[f"{name} {width} exact, b1 by token"] = functools.partial(flow, dtype, width, by_token=True)
+            cases[f"{name} {width} exact"] = functools.partial(case, dtype, width)
+            cases[f"{name} {width} exact, b1 by token"] = functools.partial(case, dtype, width, by_token=True)
     for phi in ("silu", "gelu"):
-        cases[f"bfloat16 64 {phi}"] = functools.partial(flow, torch.bfloat16, 64, phi)
-    cases["bfloat16 128 float"] = functools.partial(flow, torch.bfloat16, 128, scale=0.0, backward=False)
-    cases["float32 512 float"] = functools.partial(flow, torch.float32, 512, scale=0.0, by_token=True)
+        cases[f"bfloat16 64 {phi}"] = functools.partial(case, torch.bfloat16, 64, phi)
+    cases["bfloat16 128 float"] = functools.partial(case, torch.bfloat16, 128, scale=0.0, backward=False)
+    cases["float32 512 float"] = functools.partial(case, torch.float32, 512, scale=0.0, by_token=True)
     return cases

@@ -449,13 +449,13 @@ def test_never_holds_the_hidden_state():
     tensors = make(4096, 16, 64)
     q, p, *weights = tensors
     with Watch():
-        ends = eager._flow_eager(
+        ends = eager.flow(
             q,
             p,
             Weights(*weights, "gelu_integral", 0.0),
             Scheme(*leapfrog(2, 0.1), SCALE),
         )
-        eager._flow_backward_eager(
+        eager.flow_backward(
             q,
             p,
             *ends[:2],
