@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.configs import small_width
 
 from muse import export
 from muse.benchmarks.model import benchmark_model
@@ -26,7 +27,6 @@ from muse.config import (
     RunConfig,
     StageConfig,
     TrainConfig,
-    WidthConfig,
 )
 from muse.errors import ConfigError, RunError
 from muse.export import export_run, load_exported
@@ -48,7 +48,7 @@ STAGES = {
 
 
 def run_config(**stage: Any) -> RunConfig:
-    width = WidthConfig(d_model=8, layers=2, heads=2, kv_heads=1, d_ff=12)
+    width = small_width(d_ff=12)
     return RunConfig(
         stage=StageConfig(**{"precision": "fp32", "dropout": 0.1, **stage}),
         # More than the vocabulary of the data has, as it may be.

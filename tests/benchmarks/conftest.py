@@ -1,8 +1,9 @@
 import dataclasses
 
 import pytest
+from support.configs import small_width
 
-from muse.config import BenchConfig, BenchmarkConfig, ModelConfig, StageConfig, WidthConfig
+from muse.config import BenchConfig, BenchmarkConfig, ModelConfig, StageConfig
 
 
 @pytest.fixture(scope="session")
@@ -10,7 +11,7 @@ def bench_config():
     """A benchmark of a model that takes milliseconds; keyword arguments replace fields of its parts."""
 
     def build(number=1, precision="fp32", **benchmark):
-        width = WidthConfig(d_model=16, layers=2, heads=2, kv_heads=2, d_ff=32)
+        width = small_width(d_model=16, kv_heads=2, d_ff=32)
         return BenchConfig(
             stage=StageConfig(
                 number=str(number), precision=precision, activation="gelu" if number == 0 else "split_gelu"

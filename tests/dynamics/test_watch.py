@@ -7,16 +7,17 @@ import math
 
 import pytest
 import torch
+from support.configs import small_width
 from torch import Tensor, nn
 
-from muse.config import StageConfig, WidthConfig
+from muse.config import StageConfig
 from muse.dynamics import HamiltonianNeuralODE, flows_of, watched_flows
 from muse.dynamics.energy import curvature, drift, energy, trajectory
 from muse.dynamics.watch import TOKENS
 from muse.models import LanguageModel
 from muse.models.hamiltonian import hamiltonian_decoder
 
-WIDTH = WidthConfig(d_model=8, layers=2, heads=2, kv_heads=2, d_ff=16)
+WIDTH = small_width(kv_heads=2)
 STAGE = StageConfig(number="2", precision="fp32", ode_steps=3, dt=0.5, integrator="leapfrog")
 NAMES = [f"blocks_{block}_flow_{flow}" for block in (0, 1) for flow in (0, 1)]
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.configs import small_width
 
 from muse.benchmarks import presentation, suite
 from muse.benchmarks.results import Results
@@ -18,7 +19,6 @@ from muse.config import (
     RunConfig,
     StageConfig,
     TrainConfig,
-    WidthConfig,
 )
 from muse.data import TokenData
 from muse.launch.bench import composed_stage
@@ -39,7 +39,7 @@ def test_the_documentation_shows_the_layout():
 
 
 def test_lines_show_what_a_training_logs(tmp_path):
-    width = WidthConfig(d_model=8, layers=1, heads=2, kv_heads=2, d_ff=16)
+    width = small_width(layers=1, kv_heads=2)
     config = RunConfig(
         stage=StageConfig(number="2", precision="fp32", gradient="reversible"),
         model=ModelConfig("nano", 13, 8, real=width, complex=width),

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from support.configs import small_width
 from support.runs import same
 from torch import nn
 
-from muse.config import ModelConfig, OptimConfig, StageConfig, WidthConfig
+from muse.config import ModelConfig, OptimConfig, StageConfig
 from muse.layers import ComplexEmbedding, ComplexLinear, ComplexRMSNorm
 from muse.models import build_model
 from muse.runs.checkpoints import TrainingState, find_checkpoint, load_tensors
@@ -17,7 +18,7 @@ from muse.training.checkpoint import CheckpointWriter
 from muse.training.optim import ModelOptimizer, first_non_finite, gradient_norm
 
 DTYPES = [torch.float32, torch.bfloat16]
-WIDTH = WidthConfig(d_model=8, layers=1, heads=2, kv_heads=1, d_ff=12)
+WIDTH = small_width(layers=1, d_ff=12)
 MODEL = ModelConfig(vocab_size=30, seq_len=8, real=WIDTH, complex=WIDTH)
 
 
