@@ -98,7 +98,8 @@ def activation_bytes(stage: StageConfig, model: ModelConfig, seq_len: int, devic
       Fused attention keeps its output a second time, (B, H, S, d): + 2 D, and 4 bytes a head.
     - Stage 2, a block: 2 D (5 + 2 k), since a flow keeps no input, and of each flow 8 D bytes for its final
       state (int32) and 8 D for the context (float32): independent of ode_steps. ``reversible`` and ``verify``
-      keep the initial state, too, 8 D; ``checkpoint`` 8 D a segment; ``backprop`` q (4 D) and what goes into
+      keep the initial state, too, 8 D, half of which is in ``reversible`` what the flow before it ended with;
+      ``checkpoint`` 8 D a segment; ``backprop`` q (4 D) and what goes into
       and comes out of the hidden units (8 U) of every force, and the first p, but also float32 copies of the
       potential's weights, which are left out here.
     - Stage 0, a block, plain PyTorch: norms keep their input and its quotient, in float32 on a CPU:
@@ -132,8 +133,14 @@ def activation_bytes(stage: StageConfig, model: ModelConfig, seq_len: int, devic
             )
         layer += size * heads * seq_len
         table += seq_len**2
-    layer += size * 2 * (d + width.d_ff) if stage.number == "1" else stage.flows * _flow_bytes(stage, model)
+    layer += size * 2 * (d + width.d_ff) if stage.number == "1" else _bytes_of_flows(stage, model)
     return Activations(layer=layer, end=size * 4 * d + 4, table=table)
+
+
+def _bytes_of_flows(stage: StageConfig, model: ModelConfig) -> float:
+    """Of a token, in a block."""
+    shared = 4.0 * model.complex.d_model * (stage.gradient == "reversible")
+    return stage.flows * _flow_bytes(stage, model) - (stage.flows - 1) * shared
 
 
 def _flow_bytes(stage: StageConfig, model: ModelConfig) -> float:

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from padding import padded
 from support.dtypes import DTYPES, HALVES, in_each_half
+from support.padding import padded
 from support.rounding import SAMPLES, assert_as_accurate
 
 from kernels.complex_attention import SCORES, complex_attention, complex_attention_forward

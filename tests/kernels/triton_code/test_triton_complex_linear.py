@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from padding import padded
 from support.dtypes import DTYPES, HALVES, in_each_half
+from support.padding import padded
 from support.rounding import assert_as_accurate
 
 import kernels.complex_linear as implementation
