@@ -30,6 +30,12 @@ INTEGRATORS = (
     "yoshida6",
     "kahan_li6",
     "suzuki_umeno8",
+    "position_verlet",
+    "yoshida4_drift_first",
+    "blanes_moan4_drift_first",
+    "yoshida6_drift_first",
+    "kahan_li6_drift_first",
+    "suzuki_umeno8_drift_first",
 )
 # Activations of the feed-forward block, by the stage.
 REAL_ACTIVATIONS = ("gelu", "swiglu")
@@ -85,7 +91,8 @@ class StageConfig:
     dt: float = option(1.0, "size of a step.", above=0)
     integrator: str = option(
         "blanes_moan_rkn4",
-        "splitting scheme of a step; the number in its name is its order, leapfrog's is 2.",
+        "splitting scheme of a step; the number in its name is its order, that of leapfrog and of "
+        "position_verlet is 2. The latter and those in drift_first need a force less.",
         choices=INTEGRATORS,
     )
     gradient: str = option(

@@ -1,7 +1,8 @@
 """Symplectic splitting schemes for separable Hamiltonians H = T(p) + V(q), from one table.
 
 A step of dt is a list of stages, each a kick and a drift: p += kick dt F(q), then q += drift dt p. All
-schemes are symmetric in time. The formulas are from
+schemes are symmetric in time. A scheme that begins with a drift and ends with one has a name in
+``drift_first``, but position Verlet, leapfrog's. The formulas are from
 
 - Yoshida, "Construction of higher order symplectic integrators", Phys. Lett. A 150, 1990;
 - Kahan and Li, "Composition constants for raising the orders of unconventional schemes", Math. Comp. 66,
@@ -69,6 +70,11 @@ def _kick_first(
     return tuple(_symmetric(kicks)), (*half, *reversed(half), 0.0)
 
 
+def _drift_first(scheme: Splitting) -> Splitting:
+    """The scheme with kicks and drifts in each other's places, for one that keeps its order."""
+    return Splitting(scheme.order, (0.0, *scheme.drifts[:-1]), scheme.kicks)
+
+
 _YOSHIDA_4 = 1 / (2 - 2 ** (1 / 3))
 
 INTEGRATORS = {
@@ -124,10 +130,16 @@ INTEGRATORS = {
         ),
     ),
 }
+# A Runge-Kutta-Nystroem scheme has no such twin: its order needs a kinetic energy quadratic in p.
+INTEGRATORS |= {
+    "position_verlet" if name == "leapfrog" else f"{name}_drift_first": _drift_first(scheme)
+    for name, scheme in INTEGRATORS.items()
+    if name != "blanes_moan_rkn4"
+}
 
 
 def stages(integrator: str, steps: int, dt: float) -> Stages:
-    """The stages of ``steps`` steps of size ``dt``; the last kick of a step is one with the next's first.
+    """The stages of ``steps`` steps of size ``dt``; the last half of a step is one with the next's first.
 
     Raises:
         ValueError: the integrator is not known, or there is no step.
@@ -140,6 +152,7 @@ def stages(integrator: str, steps: int, dt: float) -> Stages:
     kicks, drifts = list(step.kicks), list(step.drifts)
     for _ in range(steps - 1):
         kicks[-1] += step.kicks[0]
+        drifts[-1] += step.drifts[0]
         kicks += step.kicks[1:]
-        drifts[-1:] = step.drifts
+        drifts += step.drifts[1:]
     return Stages(tuple(dt * kick for kick in kicks), tuple(dt * drift for drift in drifts))

@@ -61,7 +61,7 @@ PAIRS = [
 some_pairs = pytest.mark.parametrize(("mode", "kind"), PAIRS)
 some_mlp_pairs = pytest.mark.parametrize(("mode", "kind"), [pair for pair in PAIRS if pair[1] != "duffing"])
 some_mlps = pytest.mark.parametrize("kind", ["mlp", "confined_context"])
-INTEGRATORS = ("leapfrog", "yoshida4", "blanes_moan_rkn4")
+INTEGRATORS = ("leapfrog", "yoshida4", "blanes_moan_rkn4", "position_verlet")
 
 
 def make(

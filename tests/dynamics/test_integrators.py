@@ -43,20 +43,22 @@ def test_coefficients_sum_to_one(name):
 def test_stages_read_the_same_backwards(name, steps):
     """To the last bit, so that a fixed-point flow goes back the way it came."""
     part = stages(name, steps, 0.3)
-    # A kick first and last; the drift after the last is none.
-    assert part.kicks[0] != 0
-    assert part.drifts[-1] == 0
-    assert part.kicks == part.kicks[::-1]
-    assert part.drifts[:-1] == part.drifts[-2::-1]
+    # Kick, drift, kick, ...: the first or the last of them is none.
+    halves = [half for stage in zip(part.kicks, part.drifts, strict=True) for half in stage]
+    assert (halves[0] != 0) != (halves[-1] != 0)
+    moves = [half for half in halves if half]
+    assert len(moves) == len(halves) - 1
+    assert moves == moves[::-1]
+    assert (halves[0] == 0) == (name == "position_verlet" or name.endswith("_drift_first"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_neighbouring_kicks_are_merged(name):
+def test_neighbouring_halves_are_merged(name):
     scheme = INTEGRATORS[name]
     for steps in (1, 2, 10):
         part = stages(name, steps, 0.1)
-        assert part.forces == steps * scheme.forces + 1
-        assert part.forces == len(part.kicks) == len(part.drifts)
+        assert part.forces == steps * scheme.forces + (part.kicks[0] != 0)
+        assert len(part.kicks) == len(part.drifts) == steps * scheme.forces + 1
 
 
 def test_leapfrog():
@@ -65,9 +67,19 @@ def test_leapfrog():
         assert stages("leapfrog", steps, 0.1).forces == steps + 1
 
 
+def test_position_verlet():
+    assert stages("position_verlet", 3, 0.5) == Stages((0.0, 0.5, 0.5, 0.5), (0.25, 0.5, 0.5, 0.25))
+    for steps in (1, 10, 100):
+        assert stages("position_verlet", steps, 0.1).forces == steps
+
+
 def test_forces_of_a_step():
-    """What each costs, for comparisons at equal cost."""
-    assert {name: scheme.forces for name, scheme in INTEGRATORS.items()} == {
+    """What each costs, for comparisons at equal cost: as much, whether it begins with a kick or a drift."""
+    forces = {name: scheme.forces for name, scheme in INTEGRATORS.items()}
+    for name in NAMES:
+        assert forces[name] == forces[name.removesuffix("_drift_first")]
+    assert forces.pop("position_verlet") == forces["leapfrog"]
+    assert {name: count for name, count in forces.items() if not name.endswith("_drift_first")} == {
         "leapfrog": 1,
         "yoshida4": 3,
         "blanes_moan4": 6,
