@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.planar import modulus_floor, upcast
+from kernels.products import matmul
 
 SCORES = ("real", "magnitude", "phase")
 
@@ -48,10 +49,10 @@ def held(q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool) -> Tensor:
     group = (q.shape[1] // heads, queries)
     rows = (q * q.shape[-1] ** -0.5).flatten(-2).unflatten(1, (heads, group[0])).flatten(2, 3)
     flat_k, flat_v = k.flatten(-2), v.flatten(-2)
-    s_re = rows @ flat_k.mT
+    s_re = matmul(rows, flat_k.mT)
     size = s_re
     if score != "real":
-        s_re, s_im = upcast(s_re), upcast(_minus_i(rows) @ flat_k.mT)
+        s_re, s_im = upcast(s_re), upcast(matmul(_minus_i(rows), flat_k.mT))
         size = (s_re.square() + s_im.square() + modulus_floor(q.dtype) ** 2).sqrt()
     logits = size
     if causal:
@@ -61,12 +62,12 @@ def held(q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool) -> Tensor:
     weight = logits.softmax(-1)
     if score == "phase":
         weight = weight / size
-        real, imag = (weight * s_re).to(v.dtype) @ flat_v, (weight * s_im).to(v.dtype) @ flat_v
+        real, imag = (matmul((weight * s).to(v.dtype), flat_v) for s in (s_re, s_im))
         # i times the part of Im s.
         re, im = imag.chunk(2, dim=-1)
         out = real + torch.cat((-im, re), dim=-1)
     else:
-        out = weight.to(v.dtype) @ flat_v
+        out = matmul(weight.to(v.dtype), flat_v)
     return out.unflatten(2, group).flatten(1, 2).unflatten(-1, v.shape[-2:])
 
 
@@ -86,10 +87,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: str, mask: Mask) -> Tensor:
             weight = size.softmax(-1)
             if score == "phase":
                 weight.div_(size)
-                result = (weight * s_re).to(v.dtype) @ flat_v
-                _add_i(result, (weight * s_im).to(v.dtype) @ flat_v)
+                result = matmul((weight * s_re).to(v.dtype), flat_v)
+                _add_i(result, matmul((weight * s_im).to(v.dtype), flat_v))
             else:
-                result = weight.to(v.dtype) @ flat_v
+                result = matmul(weight.to(v.dtype), flat_v)
             _put(result, out[:, :, part], queries)
     return out
 
@@ -110,25 +111,25 @@ def backward(
             to_k, to_v = (x[:, :, part][:, :, keys].flatten(-2) for x in (grad_k, grad_v))
             s_re, s_im, size = _scores(rows, flat_k, score, mask.causal, queries)
             weight = size.softmax(-1)
-            c_re = grad_rows @ flat_v.mT
+            c_re = matmul(grad_rows, flat_v.mT)
             if score == "real":
                 ds_re = torch.ops.aten._softmax_backward_data(c_re, weight, -1, weight.dtype)
-                to_v += weight.mT @ grad_rows
-                to_k += ds_re.mT @ rows
-                _put((ds_re @ flat_k).mul_(scale), grad_q[:, :, part], queries)
+                to_v += matmul(weight.mT, grad_rows)
+                to_k += matmul(ds_re.mT, rows)
+                _put(matmul(ds_re, flat_k).mul_(scale), grad_q[:, :, part], queries)
                 continue
             c_re = upcast(c_re)
             if score == "magnitude":
-                to_v += weight.to(v.dtype).mT @ grad_rows
+                to_v += matmul(weight.to(v.dtype).mT, grad_rows)
                 slope = torch.ops.aten._softmax_backward_data(c_re, weight, -1, weight.dtype).div_(size)
                 ds_re, ds_im = s_re.mul_(slope), s_im.mul_(slope)
             else:
                 turned = _minus_i(grad_rows)
-                c_im = upcast(turned @ flat_v.mT)
+                c_im = upcast(matmul(turned, flat_v.mT))
                 s_re.div_(size)
                 s_im.div_(size)
-                to_v += (weight * s_re).to(v.dtype).mT @ grad_rows
-                to_v += (weight * s_im).to(v.dtype).mT @ turned
+                to_v += matmul((weight * s_re).to(v.dtype).mT, grad_rows)
+                to_v += matmul((weight * s_im).to(v.dtype).mT, turned)
                 along = (c_re * s_re).addcmul_(c_im, s_im)
                 slope = torch.ops.aten._softmax_backward_data(along, weight, -1, weight.dtype)
                 weight.div_(size)
@@ -136,10 +137,10 @@ def backward(
                 ds_re = s_re.mul_(slope).addcmul_(c_re, weight)
                 ds_im = s_im.mul_(slope).addcmul_(c_im, weight)
             ds_re, ds_im = ds_re.to(k.dtype), ds_im.to(k.dtype)
-            to_k += ds_re.mT @ rows
-            to_k += ds_im.mT @ _minus_i(rows)
-            result = ds_re @ flat_k
-            _add_i(result, ds_im @ flat_k)
+            to_k += matmul(ds_re.mT, rows)
+            to_k += matmul(ds_im.mT, _minus_i(rows))
+            result = matmul(ds_re, flat_k)
+            _add_i(result, matmul(ds_im, flat_k))
             _put(result.mul_(scale), grad_q[:, :, part], queries)
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
@@ -198,11 +199,11 @@ def _scores(
     rows: Tensor, k: Tensor, score: str, causal: bool, queries: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Re s, Im s and the logits, Re s or |s|, which are -inf where a key is in the future."""
-    s_re = rows @ k.mT
+    s_re = matmul(rows, k.mT)
     if score == "real":
         s_im = size = s_re
     else:
-        s_re, s_im = upcast(s_re), upcast(_minus_i(rows) @ k.mT)
+        s_re, s_im = upcast(s_re), upcast(matmul(_minus_i(rows), k.mT))
         size = s_re.square().addcmul_(s_im, s_im).add_(modulus_floor(rows.dtype) ** 2).sqrt_()
     if causal:
         count = queries.stop - queries.start

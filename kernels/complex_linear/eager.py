@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.complex_activation.eager import activation as activate
 from kernels.planar import upcast
+from kernels.products import linear, matmul
 
 
 def real_form(weight: Tensor) -> Tensor:
@@ -36,9 +36,9 @@ def product(
         y = _three_products(x, weight.mT if adjoint else weight, adjoint)
         y = y if bias is None else y.add_(bias)
     elif adjoint:
-        y = _flat(x) @ real_form(weight)
+        y = matmul(_flat(x), real_form(weight))
     else:
-        y = F.linear(_flat(x), real_form(weight), None if bias is None else bias.reshape(-1))
+        y = linear(_flat(x), real_form(weight), None if bias is None else bias.reshape(-1))
     return _plus(y.view(shape), residual)
 
 
@@ -68,7 +68,8 @@ def _three_products(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
     re, im = x.reshape(x.shape[:-2].numel(), *x.shape[-2:]).unbind(-2)
     w_re, w_im = weight
     w_sum = w_re - w_im if conjugate else w_re + w_im
-    first, second, third = upcast(re @ w_re.t()), upcast(im @ w_im.t()), upcast((re + im) @ w_sum.t())
+    factors = (re, w_re), (im, w_im), (re + im, w_sum)
+    first, second, third = (upcast(linear(rows, weights)) for rows, weights in factors)
     if conjugate:
         second = -second
     y = x.new_empty(re.shape[0], 2, w_re.shape[0])
@@ -80,7 +81,7 @@ def _three_products(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """dW of y = x W^T from the gradient of y."""
     features = grad.shape[-1], x.shape[-1]
-    form = (_flat(grad).t() @ _flat(x)).view(2, features[0], 2, features[1])
+    form = matmul(_flat(grad).t(), _flat(x)).view(2, features[0], 2, features[1])
     folded = form.new_empty(2, *features)
     torch.add(form[0, :, 0], form[1, :, 1], out=folded[0])
     torch.sub(form[1, :, 0], form[0, :, 1], out=folded[1])

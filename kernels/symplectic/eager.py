@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.products import product_dtype
 from kernels.symplectic.plain import DENSITY
 from kernels.symplectic.scheme import LIMIT, Scheme, Weights, to_fixed_point
 
@@ -107,8 +108,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _field(weights: Weights) -> _Field:
     w1, b1, w2, phi, confinement = weights
-    # Products in float16 are slow on the CPU.
-    dtype = torch.float32 if w1.dtype == torch.float16 and w1.device.type == "cpu" else w1.dtype
+    dtype = product_dtype(w1)
     outward = -(_wide(w2).unsqueeze(1) * _wide(w1))
     inward, bias, outward = (_aligned(x.to(dtype)) for x in (w1, b1, outward))
     return _Field(inward, bias, outward, phi, confinement)

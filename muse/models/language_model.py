@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.products import linear
 from muse.layers import ComplexAttention, KVCache
 from muse.models.loss import linear_cross_entropy
 
@@ -81,7 +81,7 @@ class LanguageModel(nn.Module):
 
     def _logits(self, features: Tensor) -> Tensor:
         weight, bias = self.head_parameters()
-        return F.linear(features, weight.flatten(1), bias)
+        return linear(features, weight.flatten(1), bias)
 
     def loss(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of ``targets`` (B, S) given ``tokens`` (B, S); targets of -1 do not count."""
