@@ -27,7 +27,7 @@ from muse.training.interrupt import deferred_interrupt
 from muse.training.profile import profiled
 from muse.training.progress import Progress, shown_progress
 from muse.training.schedule import learning_rate_factor
-from muse.training.step import NotFinite, TrainingStep
+from muse.training.step import NotFinite, training_step
 
 Log = Callable[[int, dict[str, float]], None]
 
@@ -173,9 +173,7 @@ class Trainer:
         self.model.to(device)
         if config.hardware.compile:
             self.model.compile_features()
-        self.step = TrainingStep(
-            self.model, config.optim, config.hardware, config.stage.precision, config.seed
-        )
+        self.step = training_step(config, self.model)
         self.stride = options.eval_stride or seq_len
         self.sampled, self.every_window = (
             evaluation_windows(len(data.valid), seq_len, self.stride, limit)
