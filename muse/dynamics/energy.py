@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.planar import upcast
 from kernels.symplectic import LIMIT
 from muse.dynamics.hamiltonian_ode import HamiltonianNeuralODE
 from muse.dynamics.integrators import stages
@@ -104,8 +105,7 @@ def trajectory(
         raise ValueError(f"steps={steps} is no multiple of every={every}")
     dt = flow.dt if dt is None else dt
     potential, scale = flow.potential, 0.0 if flow.fallen_back else flow.scale
-    q, p = (x if x.dtype == torch.float64 else x.float() for x in (q, p))
-    q, p = (x.reshape(-1, x.shape[-1]) for x in (q, p))
+    q, p = (upcast(x).reshape(-1, x.shape[-1]) for x in (q, p))
     context = potential.context(q, p)
     coefficients = (*potential.coefficients(), *context)
     part = stages(integrator or flow.integrator, every, dt)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.planar import upcast
 from kernels.symplectic import LIMIT, undone_flow
 from muse.dynamics.integrators import Stages, stages
 from muse.dynamics.potential import Potential
@@ -94,7 +95,7 @@ class HamiltonianNeuralODE(nn.Module):
         Raises:
             RunError: the state is not finite; says in which layer and step.
         """
-        q, p = (x if x.dtype == torch.float64 else x.float() for x in (q, p))
+        q, p = upcast(q), upcast(p)
         with torch.autocast(q.device.type, enabled=False):
             if self.watch is not None:
                 self.watch(q, p)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import symplectic
+from kernels.planar import precise
 from kernels.symplectic.plain import slope_of
 from muse.dynamics.integrators import Stages
 
@@ -246,7 +247,7 @@ class MLPPotential(Potential):
         scale: float,
     ) -> tuple[Tensor, ...]:
         weights, context = self._parted(coefficients)
-        sums = [torch.zeros_like(x, dtype=_wide(x.dtype)) for x in weights]
+        sums = [torch.zeros_like(x, dtype=precise(x)) for x in weights]
         of_tokens = []
         for chunk in self._chunks(grad_q, grad_p, end_q, end_p, *context):
             some_grad_q, some_grad_p, some_q, some_p, *given = chunk
@@ -303,11 +304,6 @@ def _tokens_at_a_time(x: Tensor) -> int:
 
 def _joined(parts: tuple[Tensor, ...], like: Tensor) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(like.shape)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The precision in which gradients are summed."""
-    return dtype if dtype == torch.float64 else torch.float32
 
 
 class DuffingPotential(Potential):
