@@ -138,7 +138,8 @@ class HamiltonianNeuralODE(nn.Module):
         self, grad_q: Tensor, grad_p: Tensor, q: Tensor, p: Tensor, *coefficients: Tensor, parameters: bool
     ) -> tuple[Tensor, ...]:
         with torch.autocast(q.device.type, enabled=False):
-            return self.potential.undo(grad_q, grad_p, q, p, coefficients, self.stages, self.scale)
+            flow = self.stages, self.scale
+            return self.potential.undo(grad_q, grad_p, q, p, coefficients, *flow, parameters)
 
     def _compare(
         self,
