@@ -66,7 +66,6 @@ def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, Any]:
         peak = meter.peak()
     parameters = _bytes(list(model.parameters()))
     optimiser = _bytes(state)
-    missed = [error for error in errors if error is not None]
     activations = after_forward - meter.before
     return {
         "peak": peak / GB,
@@ -78,8 +77,7 @@ def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, Any]:
         "parameter_count": count_parameters(model),
         **flow_of(config),
         "matmul_precision": torch.get_float32_matmul_precision(),
-        **flow_metrics(model),
-        **({"flow/reconstruction_error": max(missed)} if missed else {}),
+        **flow_metrics(model, errors),
     }
 
 

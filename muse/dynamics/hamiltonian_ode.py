@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -260,14 +260,14 @@ def agree_on_fallbacks(model: nn.Module) -> None:
         _remember_fallback(flow, None)
 
 
-def flow_metrics(model: nn.Module) -> dict[str, float]:
-    """Fallbacks of all flows of a model, and the largest reconstruction error since that was last taken."""
+def flow_metrics(model: nn.Module, taken: Iterable[float | None] = ()) -> dict[str, float]:
+    """Fallbacks of all flows of a model, and its largest reconstruction error: of those taken, and since."""
     flows = flows_of(model)
     if not flows:
         return {}
     metrics = {"flow/fallbacks": float(sum(flow.fallback_count.item() for flow in flows))}
-    error = take_reconstruction_error(model)
-    return metrics if error is None else {**metrics, "flow/reconstruction_error": error}
+    errors = [error for error in (*taken, take_reconstruction_error(model)) if error is not None]
+    return {**metrics, "flow/reconstruction_error": max(errors)} if errors else metrics
 
 
 def take_reconstruction_error(model: nn.Module) -> float | None:
