@@ -18,7 +18,7 @@ from muse.hardware import autocast_dtype
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
 from muse.processes.ranks import all_reduced_sum, rank, ranks
-from muse.training.checkpoint import random_state, restore_random_state
+from muse.training.checkpoint import restore_torch_random_state, torch_random_state
 from muse.training.optim import ModelOptimizer, first_non_finite
 from muse.training.parallel import ParallelLoss
 
@@ -130,11 +130,11 @@ class TrainingStep(Generic[AnyOptimizer]):
                 update and lowers the scale, as is usual, until the scale is used up.
             RunError: the state of a flow is not finite.
         """
-        random = random_state() if self.flows else None
+        random = torch_random_state() if self.flows else None
         with deferred_checks(self.model):
             taken = self.agree(self.gradients(batches), signal)
         if random is not None and not math.isfinite(taken.loss):
-            restore_random_state(random)
+            restore_torch_random_state(random)
             taken = self.agree(self.gradients(batches), signal)
         self.update(number, taken)
         return taken
