@@ -31,7 +31,6 @@ from muse.processes.ranks import (
     all_gathered,
     all_reduced_max,
     all_reduced_sum,
-    barrier,
     broadcast,
     on_first_rank,
     rank,
@@ -46,7 +45,6 @@ from muse.training.step import training_step
 
 
 def told() -> dict[str, Any]:
-    barrier()
     return {
         "rank": (rank(), ranks()),
         "same": broadcast(f"from rank {rank()}"),
