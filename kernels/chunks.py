@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.planar import precise
+
 # Real numbers that the eager implementation works on at a time on a CPU: its buffers then stay in the cache.
 CHUNK = 2**20
 
@@ -39,11 +41,6 @@ def chunks(x: Tensor, buffers: int) -> Iterator[tuple[slice, Tensor]]:
         count = min(step, tokens - start)
         own = work[:, : planes * count * width].view(buffers, count, planes, width)
         yield slice(start, start + count), own.transpose(1, 2)
-
-
-def precise(x: Tensor) -> torch.dtype:
-    """The dtype of the maths."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def read(x: Tensor, buffer: Tensor) -> Tensor:

@@ -34,9 +34,14 @@ def conjugate(z: Tensor) -> Tensor:
     return torch.stack((re, -im), dim=-2)
 
 
-def upcast(z: Tensor) -> Tensor:
-    """The dtype of pointwise maths: float32 for half precision, unchanged otherwise."""
-    return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+def precise(x: Tensor) -> torch.dtype:
+    """The dtype of maths outside products: float64 for float64, float32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in the dtype of its maths."""
+    return x.to(precise(x))
 
 
 def check_planar(z: Tensor, **parameters: tuple[Tensor, int]) -> None:

@@ -233,16 +233,14 @@ class TokenizerConfig:
         choices=("bpe", "gpt2", "word"),
         given_as="tokenizer",
     )
-    vocab_size: int = option(4096, "entries of a trained BPE.")
+    # A byte-level BPE has every byte and the end of text.
+    vocab_size: int = option(4096, "entries of a trained BPE.", at_least=257)
     path: str | None = option(
         None, "local folder with vocab.json and merges.txt for gpt2; the hub if absent."
     )
 
     def __post_init__(self) -> None:
         check_options(self, "tokenizer")
-        # A byte-level BPE has every byte and the end of text.
-        if self.name == "bpe" and self.vocab_size < 257:
-            raise ConfigError(f"tokenizer.vocab_size={self.vocab_size} is too small; it must be at least 257")
 
 
 @dataclass
@@ -367,18 +365,8 @@ class TrainConfig:
         check_options(self, "train")
 
 
-BENCHMARKS = (
-    "perplexity",
-    "vram",
-    "throughput",
-    "stability",
-    "gradients",
-    "energy",
-    "adjoint",
-    "speedup",
-    "kernels",
-    "all",
-)
+# Each has a file of options.
+BENCHMARKS = tuple(sorted(file.stem for file in (CONF / "benchmark").glob("*.yaml")))
 
 
 @dataclass
@@ -394,7 +382,7 @@ class BenchmarkConfig:
     )
     batch_size: int | None = option(
         None,
-        "windows in a measured batch; null for the benchmark's own (muse/benchmarks/setting.py).",
+        "windows in a measured batch; null for the benchmark's own (muse/benchmarks/workload.py).",
         at_least=1,
     )
     seq_len: int | None = option(

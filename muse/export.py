@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -30,7 +29,7 @@ from muse.runs.checkpoints import (
     load_weights,
     stored_tensors,
 )
-from muse.runs.folder import read_run
+from muse.runs.options import stored_options
 
 
 def export_run(run: Path, file: Path, which: str = "best") -> int:
@@ -53,12 +52,9 @@ def export_run(run: Path, file: Path, which: str = "best") -> int:
     if file.suffix != ".safetensors":
         raise ConfigError(f"{file} is not a name for weights; give one that ends in .safetensors")
     checkpoint = find_checkpoint(run, which) or find_checkpoint(run)
-    try:
-        config = read_run(run)["config"]
-    except (OSError, ValueError):
-        config = None
-    if checkpoint is None or config is None:
+    if checkpoint is None:
         raise ConfigError(f"{run} is not the folder of a run with a checkpoint; give one that train.py made")
+    config = stored_options(run)
     damage = find_damage(checkpoint)
     if damage is not None:
         raise RunError(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")
@@ -85,11 +81,10 @@ def load_exported(file: Path) -> tuple[RunConfig, LanguageModel]:
     """
     try:
         with safe_open(file, "pt") as opened:
-            metadata: dict[str, Any] = opened.metadata() or {}
             vocab_size = opened.get_slice("embedding.weight").get_shape()[0]
-        schema = OmegaConf.structured(RunConfig)
-        config: RunConfig = OmegaConf.to_object(OmegaConf.merge(schema, json.loads(metadata["config"])))  # type: ignore[assignment]
-    except (OSError, SafetensorError, KeyError, ValueError, OmegaConfBaseException) as error:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), stored_options(file))
+        config: RunConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except (OSError, SafetensorError, ValueError, OmegaConfBaseException) as error:
         reason = str(error).partition("\n")[0]
         raise RunError(f"{file} is no model that MUSE exported, or it is damaged: {reason}") from error
     model = build_model(config.stage, config.model, vocab_size, config.seed)

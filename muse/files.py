@@ -37,7 +37,7 @@ def disk_full_as_run_error(folder: Path | str) -> Iterator[None]:
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
+def disk_full_names(path: Path) -> Iterator[None]:
     """Let the error of a full disk name the file ``path``; by itself a write does not say where it was."""
     try:
         yield
@@ -56,7 +56,7 @@ def replacement(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with named(path):
+        with disk_full_names(path):
             yield temporary
             os.replace(temporary, path)
             fsync(path.parent)

@@ -31,6 +31,4 @@ def from_complex(c: Tensor) -> Tensor:
 
 def to_complex(z: Tensor) -> Tensor:
     """Convert planar (..., 2, D) to complex (..., D): complex128 for float64, complex64 otherwise."""
-    if z.dtype != torch.float64:
-        z = z.float()
-    return torch.complex(z[..., 0, :], z[..., 1, :])
+    return torch.complex(*upcast(z).unbind(-2))

@@ -47,6 +47,15 @@ def nothing_compiled() -> Iterator[None]:
         torch.compiler.reset()
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a text, and room for the cache of its tokens and for runs."""
+    # Only here, because tests of Triton code choose how that runs before they import it.
+    from support.configs import write_text
+
+    return write_text(tmp_path_factory.mktemp("place")).parent
+
+
 @pytest.fixture
 def timed_calls(monkeypatch):
     """Functions that take given seconds, call after call, on a clock of their own; and the order of calls."""

@@ -11,12 +11,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.chunks import like, precise
+from kernels.chunks import like
 from kernels.complex_activation import eager, triton_code
 from kernels.complex_activation.eager import ACTIVATIONS
 from kernels.launch import use_triton
 from kernels.operator import operator
-from kernels.planar import check_planar
+from kernels.planar import check_planar, precise
 
 __all__ = ["ACTIVATIONS", "complex_activation", "complex_activation_backward"]
 

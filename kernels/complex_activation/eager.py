@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.chunks import chunk_length, chunks, like, planes, precise, read, to_write, write
-from kernels.planar import MODULUS_FLOOR, modulus_floor
+from kernels.chunks import chunk_length, chunks, like, planes, read, to_write, write
+from kernels.planar import MODULUS_FLOOR, modulus_floor, precise
 
 # The kinds of activation, and how many parameters a channel each of them has.
 ACTIVATIONS = {"mod_relu": 1, "mod_swish": 2, "split_gelu": 0, "cardioid": 0, "z_relu": 0}

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.chunks import like, precise
+from kernels.chunks import like
 from kernels.complex_norm import eager, triton_code
 from kernels.launch import use_triton
 from kernels.operator import operator
-from kernels.planar import check_planar
+from kernels.planar import check_planar, precise
 
 
 def complex_rms_norm(z: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.chunks import chunks, like, planes, precise, read, to_write, write
+from kernels.chunks import chunks, like, planes, read, to_write, write
+from kernels.planar import precise
 
 
 def rms_norm(z: Tensor, branch: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.chunks import chunk_length, like, precise, read, to_write, write
+from kernels.chunks import chunk_length, like, read, to_write, write
+from kernels.planar import precise
 
 
 def _turn(out: Tensor, z: Tensor, table: Tensor, inverse: bool) -> None:

@@ -237,7 +237,8 @@ def undone_flow(
         advance: called with q, p and the coefficients; returns the final state as it is held and the peak, as
             the function ``advance`` here.
         undo: called with the gradients of the final q and p, these as they were held, the coefficients and
-            ``parameters``, whether their gradients are wanted; returns as the function ``undo`` here.
+            ``parameters``, whether gradients of these are wanted and not left out; returns as the function
+            ``undo`` here.
         q: (..., D), float32 or float64.
         p: as q.
         coefficients: all that the flow is differentiated by beside q and p.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.planar import precise, upcast
 from kernels.products import product_dtype
 from kernels.symplectic.plain import DENSITY
 from kernels.symplectic.scheme import LIMIT, Scheme, Weights, to_fixed_point
@@ -25,7 +26,7 @@ def _slope(a: Tensor, phi: str, out: Tensor) -> Tensor:
         case "gelu_integral":
             return torch.ops.aten.gelu.out(a, out=out)
         case "silu":
-            x = _wide(a)
+            x = upcast(a)
             sigmoid = torch.sigmoid(x)
             return out.copy_(sigmoid * (1 + x * (1 - sigmoid)))
         case "gelu":
@@ -38,7 +39,7 @@ def _curved(b: Tensor, a: Tensor, phi: str) -> Tensor:
     """phi''(a) b, written to ``b``."""
     if phi == "gelu_integral":
         return torch.ops.aten.gelu_backward.grad_input(b, a, grad_input=b)
-    x = _wide(a)
+    x = upcast(a)
     sigmoid = torch.sigmoid(x)
     match phi:
         case "silu":
@@ -48,10 +49,6 @@ def _curved(b: Tensor, a: Tensor, phi: str) -> Tensor:
         case _:
             curvature = sigmoid * (1 - sigmoid)
     return b.copy_(curvature.mul_(b))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class _Field(NamedTuple):
@@ -109,14 +106,9 @@ def _aligned(x: Tensor) -> Tensor:
 def _field(weights: Weights) -> _Field:
     w1, b1, w2, phi, confinement = weights
     dtype = product_dtype(w1)
-    outward = -(_wide(w2).unsqueeze(1) * _wide(w1))
+    outward = -(upcast(w2).unsqueeze(1) * upcast(w1))
     inward, bias, outward = (_aligned(x.to(dtype)) for x in (w1, b1, outward))
     return _Field(inward, bias, outward, phi, confinement)
-
-
-def _state_dtype(w1: Tensor) -> torch.dtype:
-    """The precision outside the products."""
-    return torch.float64 if w1.dtype == torch.float64 else torch.float32
 
 
 def _rows(rows: int, field: _Field) -> _Rows:
@@ -127,7 +119,7 @@ def _rows(rows: int, field: _Field) -> _Rows:
         a=make(rows, hidden),
         slope=make(rows, hidden),
         f=make(rows, width),
-        change=make(rows, width, dtype=_state_dtype(field.inward)),
+        change=make(rows, width, dtype=precise(field.inward)),
         whole=make(rows, width, dtype=torch.int32),
     )
 
@@ -277,7 +269,7 @@ def flow_backward(
 
 def _sums(field: _Field) -> _Sums:
     hidden, width = field.inward.shape
-    dtype = _state_dtype(field.inward)
+    dtype = precise(field.inward)
     zeros = functools.partial(field.inward.new_zeros, dtype=dtype)
     product = field.inward.new_empty((hidden, width) if field.inward.dtype != dtype else 0)
     return _Sums(zeros((hidden, width)), zeros((hidden, width)), zeros(field.bias.shape), product)
@@ -287,9 +279,9 @@ def _parameter_gradients(sums: _Sums | None, weights: Weights) -> tuple[Tensor, 
     w1, b1, w2 = weights[:3]
     if sums is None:
         return w1.new_empty(0), b1.new_empty(0), w2.new_empty(0)
-    minus_w2 = -_wide(w2)
+    minus_w2 = -upcast(w2)
     # The sum over tokens of phi'(a) (W1 y) is the row of W1 times the row of sums.slope.
-    grad_w2 = -(_wide(w1) * sums.slope).sum(1)
+    grad_w2 = -(upcast(w1) * sums.slope).sum(1)
     grad_b1 = sums.bias.mul_(minus_w2)
     grad_w1 = sums.slope.add_(sums.curved).mul_(minus_w2.unsqueeze(1))
     return grad_w1.to(w1.dtype), grad_b1.to(b1.dtype), grad_w2.to(w2.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import time
@@ -24,7 +23,7 @@ from muse.training.step import NotFinite, TrainingStep
 
 
 class ExecutedLoss:
-    """The loss of a micro-batch as an execution computes it; a ``TrainingStep`` asks nothing else of one.
+    """The loss of a micro-batch as an execution computes it.
 
     Attributes:
         calls: when each call began, and its loss.
@@ -49,7 +48,7 @@ class ExecutedLoss:
 
 
 class ClippedAdamW:
-    """AdamW as an execution builds it, and torch's own clipping; a ``TrainingStep`` asks nothing else of one.
+    """AdamW as an execution builds it, and torch's own clipping.
 
     Attributes:
         norms: of the whole gradient before clipping, of each update.
@@ -58,22 +57,26 @@ class ClippedAdamW:
 
     def __init__(self, model: LanguageModel, optimizer: torch.optim.AdamW, clip: float) -> None:
         self.parameters, self.optimizer, self.clip = list(model.parameters()), optimizer, clip or math.inf
-        self.optimizers = [optimizer]
+        self.optimizers: list[torch.optim.Optimizer] = [optimizer]
         self.norms: list[float] = []
         self.gradient_range = (math.inf, 0.0)
 
     def attach_gradients(self) -> None:
         """They are where AdamW looks for them."""
 
-    def step(self, number: int, factor: float = 1.0) -> None:
-        """Clip the gradients and update the parameters."""
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of all gradients, which the next step clips by; a scalar tensor."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+        self.parts = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+        self.norm = torch.linalg.vector_norm(self.parts)
+        return self.norm
+
+    def step(self, step: int, factor: float = 1.0) -> None:
+        """Clip the gradients and update the parameters."""
         smallest, largest = self.gradient_range
-        self.gradient_range = (min(smallest, norms.min().item()), max(largest, norms.max().item()))
-        total = torch.linalg.vector_norm(norms)
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, total)
-        self.norms.append(total.item())
+        self.gradient_range = (min(smallest, self.parts.min().item()), max(largest, self.parts.max().item()))
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, self.norm)
+        self.norms.append(self.norm.item())
         self.optimizer.step()
 
     def state_tensors(self) -> list[Tensor]:
@@ -114,13 +117,11 @@ class StackTraining:
         execution.apply(model)
         self.config, self.data, self.model, self.execution = config, data, model, execution
         self.compressor = SemanticCompressor(config.stack.ratio) if compressed else None
-        # The execution has the precision of products, and the optimiser below clips.
-        unclipped = dataclasses.replace(config.optim, clip=0.0)
-        self.step = TrainingStep(model, unclipped, config.hardware, "fp32", config.seed)
         self.loss = ExecutedLoss(model, execution, self.compressor)
         adamw = execution.build_optimizer(model, config.optim)
         self.optimizer = ClippedAdamW(model, adamw, config.optim.clip)
-        self.step.loss, self.step.optimizer = self.loss, self.optimizer  # type: ignore[assignment]
+        # The execution has the precision of products, and this optimiser clips.
+        self.step = TrainingStep(model, self.loss, self.optimizer)
         self.device = model_device(model)
         self.losses: list[float] = []
         self.seconds: list[float] = []

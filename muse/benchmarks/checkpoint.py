@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from muse.config import BenchConfig
 from muse.runs.checkpoints import find_checkpoint, stored_tensors
-from muse.runs.options import stored_options, was_moved, with_options_of
+from muse.runs.options import is_missing_path, stored_options, with_options_of
 
 # Options of a stage that say how a model is initialised, trained or computed, but not what it computes.
 FREE = (
@@ -55,7 +55,7 @@ def with_checkpoint_options(config: BenchConfig, given: Collection[str]) -> Benc
 def _may_differ(name: str, trained_with: Any) -> bool:
     """Whether a benchmark may give an option another value than the checkpoint was trained with."""
     group, _, option = name.partition(".")
-    return (group == "stage" and option in FREE) or was_moved(name, trained_with)
+    return (group == "stage" and option in FREE) or is_missing_path(name, trained_with)
 
 
 def _vocabulary(checkpoint: Path) -> int | None:

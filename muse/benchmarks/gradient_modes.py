@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muse.benchmarks.model import benchmark_model, random_tokens, training_step
+from muse.benchmarks.model import benchmark_model, random_tokens, random_training_step
 from muse.benchmarks.workload import batch_shape, flow_of
 from muse.config import GRADIENTS, BenchConfig
 from muse.dynamics import HamiltonianNeuralODE, flow_metrics
@@ -85,7 +85,7 @@ def _step_seconds(config: BenchConfig, device: torch.device) -> tuple[dict[str, 
     """
     untrained = dataclasses.replace(config, benchmark=dataclasses.replace(config.benchmark, checkpoint=None))
     model = benchmark_model(untrained, device)
-    _, step = training_step(untrained, model, device)
+    _, step = random_training_step(untrained, model, device)
     times: dict[str, list[float]] = {mode: [] for mode in GRADIENTS}
     fallbacks = dict.fromkeys(GRADIENTS, 0)
     for number in range(config.benchmark.warmup + config.benchmark.repeats):

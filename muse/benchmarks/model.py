@@ -16,7 +16,8 @@ from muse.data import TokenData
 from muse.models import LanguageModel, build_model
 from muse.runs.checkpoints import find_checkpoint, load_weights
 from muse.training.evaluate import Evaluation
-from muse.training.step import TakenStep, TrainingStep
+from muse.training.optim import ModelOptimizer
+from muse.training.step import TakenStep, TrainingStep, training_step
 from muse.training.trainer import train
 
 
@@ -40,11 +41,11 @@ def benchmark_model(config: BenchConfig, device: torch.device) -> LanguageModel:
     return model
 
 
-def training_step(
+def random_training_step(
     config: BenchConfig, model: LanguageModel, device: torch.device
-) -> tuple[TrainingStep, Callable[[], TakenStep]]:
+) -> tuple[TrainingStep[ModelOptimizer], Callable[[], TakenStep]]:
     """The step that trains a model, and a function that takes one on random tokens."""
-    step = TrainingStep(model, config.optim, config.hardware, config.stage.precision, config.seed)
+    step = training_step(config, model)
     batch = random_tokens(config, device)
     model.train()
     numbers = itertools.count()

@@ -12,7 +12,7 @@ from muse.benchmarks.baseline import baseline_of
 from muse.benchmarks.benchmark import Benchmark, Models
 from muse.benchmarks.criteria import at_most, ratio
 from muse.benchmarks.gradient_modes import measure_modes
-from muse.benchmarks.model import benchmark_model, training_step
+from muse.benchmarks.model import benchmark_model, random_training_step
 from muse.benchmarks.results import Results, name_of
 from muse.benchmarks.workload import batch_shape, beside_backpropagation
 from muse.config import GRADIENTS, BenchConfig
@@ -41,7 +41,7 @@ def measure_throughput(config: BenchConfig, device: torch.device) -> dict[str, f
         NotFinite: the loss of a step is not, so that no speed of a broken step is reported.
     """
     model = benchmark_model(config, device)
-    _, step = training_step(config, model, device)
+    _, step = random_training_step(config, model, device)
     step()
     with ProductRecorder() as recorder, InsideOperations(closed=COMPLEX_ATTENTION):
         step()

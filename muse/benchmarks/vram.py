@@ -11,7 +11,7 @@ from torch import Tensor
 from muse.benchmarks.baseline import baseline_of
 from muse.benchmarks.benchmark import Benchmark, Models
 from muse.benchmarks.criteria import all_of, at_least, at_most, percent, ratio, saved
-from muse.benchmarks.model import benchmark_model, training_step
+from muse.benchmarks.model import benchmark_model, random_training_step
 from muse.benchmarks.results import Results, name_of
 from muse.benchmarks.workload import beside_backpropagation, flow_of
 from muse.config import BenchConfig
@@ -46,7 +46,7 @@ def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, Any]:
         NotFinite: the loss of a step is not; its memory would mean nothing.
     """
     model = benchmark_model(config, device)
-    step, take = training_step(config, model, device)
+    step, take = random_training_step(config, model, device)
     errors = [take().reconstruction_error]
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     model.zero_grad(set_to_none=True)
@@ -66,7 +66,6 @@ def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, Any]:
         peak = meter.peak()
     parameters = _bytes(list(model.parameters()))
     optimiser = _bytes(state)
-    missed = [error for error in errors if error is not None]
     activations = after_forward - meter.before
     return {
         "peak": peak / GB,
@@ -78,8 +77,7 @@ def measure_memory(config: BenchConfig, device: torch.device) -> dict[str, Any]:
         "parameter_count": count_parameters(model),
         **flow_of(config),
         "matmul_precision": torch.get_float32_matmul_precision(),
-        **flow_metrics(model),
-        **({"flow/reconstruction_error": max(missed)} if missed else {}),
+        **flow_metrics(model, errors),
     }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.planar import upcast
 from kernels.symplectic import LIMIT
 from muse.dynamics.hamiltonian_ode import HamiltonianNeuralODE
 from muse.dynamics.integrators import stages
@@ -30,7 +31,7 @@ class Trajectory:
     Attributes:
         energy: H (steps + 1, tokens).
         modified: the modified Hamiltonian of leapfrog, likewise, or nothing if it was not asked for; see
-            ``modified_energy``.
+            ``modification``.
         q: final q (tokens, D), as the flow holds it, int32 in units of 1 / scale if ``exact``.
         p: final p, likewise.
     """
@@ -49,20 +50,14 @@ def energy(potential: Potential, q: Tensor, p: Tensor, context: tuple[Tensor, ..
     return p.square().sum(-1) / 2 + torch.cat(values).view(q.shape[:-1])
 
 
-def modified_energy(
+def modification(
     potential: Potential, q: Tensor, p: Tensor, dt: float, context: tuple[Tensor, ...] = ()
 ) -> Tensor:
-    """H + dt^2 (p V'' p / 12 - |grad V|^2 / 24), which leapfrog keeps to O(dt^4).
+    """dt^2 (p V'' p / 12 - |grad V|^2 / 24), added to which leapfrog keeps H to O(dt^4).
 
     Hairer, Lubich and Wanner, "Geometric Numerical Integration", chapter IX. float64 (...,); V'' p is taken
     by a central difference of forces.
     """
-    return energy(potential, q, p, context) + _modification(potential, q, p, dt, context)
-
-
-def _modification(
-    potential: Potential, q: Tensor, p: Tensor, dt: float, context: tuple[Tensor, ...]
-) -> Tensor:
     q, p = q.double(), p.double()
     field = _double_field(potential, context)
     force = field(q)
@@ -104,8 +99,7 @@ def trajectory(
         raise ValueError(f"steps={steps} is no multiple of every={every}")
     dt = flow.dt if dt is None else dt
     potential, scale = flow.potential, 0.0 if flow.fallen_back else flow.scale
-    q, p = (x if x.dtype == torch.float64 else x.float() for x in (q, p))
-    q, p = (x.reshape(-1, x.shape[-1]) for x in (q, p))
+    q, p = (upcast(x).reshape(-1, x.shape[-1]) for x in (q, p))
     context = potential.context(q, p)
     coefficients = (*potential.coefficients(), *context)
     part = stages(integrator or flow.integrator, every, dt)
@@ -115,7 +109,7 @@ def trajectory(
         q_now, p_now = (x.double() / scale if x.dtype == torch.int32 else x for x in (q, p))
         energies.append(energy(potential, q_now, p_now, context))
         if modified:
-            modifications.append(_modification(potential, q_now, p_now, dt, context))
+            modifications.append(modification(potential, q_now, p_now, dt, context))
 
     note()
     for done in range(every, steps + 1, every):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.planar import upcast
 from kernels.symplectic import LIMIT, undone_flow
 from muse.dynamics.integrators import Stages, stages
 from muse.dynamics.potential import Potential
@@ -94,7 +95,7 @@ class HamiltonianNeuralODE(nn.Module):
         Raises:
             RunError: the state is not finite; says in which layer and step.
         """
-        q, p = (x if x.dtype == torch.float64 else x.float() for x in (q, p))
+        q, p = upcast(q), upcast(p)
         with torch.autocast(q.device.type, enabled=False):
             if self.watch is not None:
                 self.watch(q, p)
@@ -137,7 +138,8 @@ class HamiltonianNeuralODE(nn.Module):
         self, grad_q: Tensor, grad_p: Tensor, q: Tensor, p: Tensor, *coefficients: Tensor, parameters: bool
     ) -> tuple[Tensor, ...]:
         with torch.autocast(q.device.type, enabled=False):
-            return self.potential.undo(grad_q, grad_p, q, p, coefficients, self.stages, self.scale)
+            flow = self.stages, self.scale
+            return self.potential.undo(grad_q, grad_p, q, p, coefficients, *flow, parameters)
 
     def _compare(
         self,
@@ -258,14 +260,14 @@ def agree_on_fallbacks(model: nn.Module) -> None:
         _remember_fallback(flow, None)
 
 
-def flow_metrics(model: nn.Module) -> dict[str, float]:
-    """Fallbacks of all flows of a model, and the largest reconstruction error since that was last taken."""
+def flow_metrics(model: nn.Module, taken: Iterable[float | None] = ()) -> dict[str, float]:
+    """Fallbacks of all flows of a model, and its largest reconstruction error: of those taken, and since."""
     flows = flows_of(model)
     if not flows:
         return {}
     metrics = {"flow/fallbacks": float(sum(flow.fallback_count.item() for flow in flows))}
-    error = take_reconstruction_error(model)
-    return metrics if error is None else {**metrics, "flow/reconstruction_error": error}
+    errors = [error for error in (*taken, take_reconstruction_error(model)) if error is not None]
+    return {**metrics, "flow/reconstruction_error": max(errors)} if errors else metrics
 
 
 def take_reconstruction_error(model: nn.Module) -> float | None:

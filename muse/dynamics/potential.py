@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import symplectic
+from kernels.planar import precise
 from kernels.symplectic.plain import slope_of
 from muse.dynamics.integrators import Stages
 
@@ -86,11 +87,16 @@ class Potential(nn.Module):
         coefficients: tuple[Tensor, ...],
         stages: Stages,
         scale: float,
+        parameters: bool = True,
     ) -> tuple[Tensor, ...]:
-        """The initial state as ``advance`` held it, and the gradients of q, p and the coefficients."""
+        """The initial state as ``advance`` held it, and the gradients of q, p and the coefficients.
+
+        Where ``parameters`` is false those of the coefficients may be empty, or left out.
+        """
         q, p = end_q, end_p
-        leaves = [x.detach().requires_grad_() for x in coefficients]
-        sums = [torch.zeros_like(x) for x in leaves]
+        leaves = [x.detach().requires_grad_(parameters) for x in coefficients]
+        wanted = leaves if parameters else []
+        sums = [torch.zeros_like(x) for x in wanted]
         for kick, drift in reversed(list(zip(stages.kicks, stages.drifts, strict=True))):
             if drift:
                 q, _ = _moved(q, -drift * (p if not scale else p.double()))
@@ -100,9 +106,9 @@ class Potential(nn.Module):
                     at = _value(q, scale).detach().requires_grad_()
                     force = self.force(at, *leaves)
                     # A constant force depends on nothing.
-                    changes: tuple[Tensor | None, ...] = (None,) * (1 + len(leaves))
+                    changes: tuple[Tensor | None, ...] = (None,) * (1 + len(wanted))
                     if force.requires_grad:
-                        changes = torch.autograd.grad(force, (at, *leaves), kick * grad_p, allow_unused=True)
+                        changes = torch.autograd.grad(force, (at, *wanted), kick * grad_p, allow_unused=True)
                 p, _ = _moved(p, -kick * (scale or 1) * force.detach())
                 # None: the force does not depend on it.
                 grad_q, *sums = (
@@ -244,15 +250,19 @@ class MLPPotential(Potential):
         coefficients: tuple[Tensor, ...],
         stages: Stages,
         scale: float,
+        parameters: bool = True,
     ) -> tuple[Tensor, ...]:
         weights, context = self._parted(coefficients)
-        sums = [torch.zeros_like(x, dtype=_wide(x.dtype)) for x in weights]
+        # The gradient of the context is made of that of b1.
+        parameters = parameters or self.with_context
+        sums = [x.new_zeros(x.shape if parameters else 0, dtype=precise(x)) for x in weights]
         of_tokens = []
         for chunk in self._chunks(grad_q, grad_p, end_q, end_p, *context):
             some_grad_q, some_grad_p, some_q, some_p, *given = chunk
             w1, bias, w2 = self._operands(*weights, *given)
+            operands, flow = (some_q, some_p, w1, bias, w2), self._flow(stages, scale)
             *states, grad_w1, grad_bias, grad_w2 = symplectic.undo(
-                some_grad_q, some_grad_p, some_q, some_p, w1, bias, w2, **self._flow(stages, scale)
+                some_grad_q, some_grad_p, *operands, **flow, parameters=parameters
             )
             changes = [grad_w1, grad_bias, grad_w2]
             for x in given:
@@ -262,7 +272,8 @@ class MLPPotential(Potential):
             for total, change in zip(sums, changes, strict=True):
                 total += change
             of_tokens.append(states)
-        sums[2] *= weights[2].sign()
+        if parameters:
+            sums[2] *= weights[2].sign()
         start_q, start_p, *gradients = (
             _joined(parts, like)
             for parts, like in zip(zip(*of_tokens, strict=True), (*[end_q] * 4, *context), strict=True)
@@ -303,11 +314,6 @@ def _tokens_at_a_time(x: Tensor) -> int:
 
 def _joined(parts: tuple[Tensor, ...], like: Tensor) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(like.shape)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The precision in which gradients are summed."""
-    return dtype if dtype == torch.float64 else torch.float32
 
 
 class DuffingPotential(Potential):

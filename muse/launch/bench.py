@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ from muse.launch.sweep import given_options, record, sweep_folder
 from muse.processes.torchrun import launched_ranks
 from muse.report.metrics import MetricsLog
 from muse.report.sweep import record_metrics
-from muse.runs.folder import RESULT_FILE
+from muse.runs.folder import RESULT_FILE, read_result
 from muse.runs.provenance import identity, provenance, source_hash
 
 
@@ -121,7 +120,7 @@ def _finished(config: BenchConfig, here: dict[str, Any]) -> tuple[Path, dict[str
     paths = sorted(found, key=lambda path: -path.stat().st_mtime_ns)
     for path in paths:
         try:
-            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            result = read_result(path.parent)
         except (OSError, ValueError):
             continue
         same = all(result.get(key) == value for key, value in wanted.items())

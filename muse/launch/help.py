@@ -81,9 +81,10 @@ def _with_allowed_values(path: str, option: Option, composed: DictConfig, config
         node, config = node[parent], getattr(config, parent)
     values = allowed_values(config, name)
     may_be = f"one of {', '.join(values)}" if values else type_name(option.type)
-    if option.bounds:
+    limits = option.bounds or (f"of 1 to {option.characters} characters" if option.characters else "")
+    if limits:
         each = "each " if typing.get_origin(option.type) is list else ""
-        may_be += f", {each}{option.bounds}"
+        may_be += f", {each}{limits}"
     if OmegaConf.is_interpolation(node, name):
         written = OmegaConf.to_container(node, resolve=False)
         assert isinstance(written, dict)

@@ -6,7 +6,6 @@ import hashlib
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -56,8 +55,8 @@ class Sweep(Callback):
         global _folder
         _make_folder(config, Path(config.output_root))
         _make_folder(config, Path(config.hydra.sweep.dir))
-        _folder = Path(config.hydra.sweep.dir)
-        wait_for_cells(partial(_unfinished, _folder))
+        sweep = _folder = Path(config.hydra.sweep.dir)
+        wait_for_cells(lambda: any(cell["status"] == UNFINISHED for cell in read_cells(sweep)))
         if "optuna" in config.hydra.sweeper._target_:
             record_search(_folder, searched_options(config.hydra))
 
@@ -93,10 +92,6 @@ def _make_folder(config: DictConfig, folder: Path) -> None:
             "another folder with output_root=<folder>"
         )
         raise SystemExit(1) from refused
-
-
-def _unfinished(sweep: Path) -> bool:
-    return any(cell["status"] == UNFINISHED for cell in read_cells(sweep))
 
 
 def finish_sweep() -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.planar import precise, upcast
 from kernels.products import multiply_into
 
 # Logits held at a time: rows of a chunk x vocabulary. Larger chunks cost memory, smaller ones speed and,
@@ -74,22 +75,19 @@ def _softmax_gradient_(logits: Tensor, targets: Tensor, needs_grad: bool) -> Ten
     With gradients the softmax is rounded to the dtype of the logits, as its gradient is anyway; a loss is
     then off by at most that rounding of one probability, and unbiased.
     """
-    precise = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    losses = torch.empty(logits.shape[0], dtype=precise, device=logits.device)
+    losses = torch.empty(logits.shape[0], dtype=precise(logits), device=logits.device)
     block = min(max(1, SOFTMAX_ELEMENTS // logits.shape[1]), logits.shape[0])
     buffer = logits.new_empty(block, logits.shape[1])
     for start in range(0, logits.shape[0], block):
         rows = slice(start, min(start + block, logits.shape[0]))
         values, index = logits[rows], targets[rows, None]
-        chosen = values.gather(1, index).to(precise)
+        chosen = upcast(values.gather(1, index))
         if not needs_grad:
-            losses[rows] = (values.to(precise).logsumexp(-1, keepdim=True) - chosen)[:, 0]
+            losses[rows] = (upcast(values).logsumexp(-1, keepdim=True) - chosen)[:, 0]
             continue
         probability = torch.softmax(values, -1, out=buffer[: rows.stop - start])
         # The largest probability never underflows, so the log-sum-exp needs no pass of its own.
-        log_sum = (
-            values.amax(-1, keepdim=True).to(precise) - probability.amax(-1, keepdim=True).to(precise).log()
-        )
+        log_sum = upcast(values.amax(-1, keepdim=True)) - upcast(probability.amax(-1, keepdim=True)).log()
         losses[rows] = (log_sum - chosen)[:, 0]
         # Indexing, because scatter copies the whole matrix on a CPU.
         probability[torch.arange(len(index), device=index.device), index[:, 0]] -= 1
@@ -123,11 +121,10 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
-    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     if reduction == "mean":
-        scale = 1 / (targets >= 0).sum().clamp(min=1).to(precise)
+        scale = 1 / (targets >= 0).sum().clamp(min=1).to(precise(x))
     else:
-        scale = torch.ones((), dtype=precise, device=x.device)
+        scale = torch.ones((), dtype=precise(x), device=x.device)
     if not torch.is_grad_enabled():
         # A parameter asks for its gradient even here, and working it out costs twice the loss.
         x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()

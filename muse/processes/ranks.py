@@ -52,12 +52,6 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if ranks() > 1:
-        dist.barrier()
-
-
 def broadcast(value: T) -> T:
     """The value of rank 0, on every rank; it must be possible to pickle it."""
     if ranks() == 1:

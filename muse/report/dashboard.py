@@ -112,16 +112,6 @@ def build_workspace(project: str, entity: str) -> Any:
     )
 
 
-def layout_table() -> str:
-    """``LAYOUT`` as a table in Markdown, a row a panel."""
-    rows = [
-        f"| {section} | {panel.title} | {panel.kind} | {', '.join(f'`{key}`' for key in panel.keys)} |"
-        for section, panels in LAYOUT.items()
-        for panel in panels
-    ]
-    return "\n".join(["| section | panel | kind | shows |", "|---|---|---|---|", *rows])
-
-
 def save_dashboard(project: str, entity: str | None) -> str:
     """Make the dashboard in W&B and return its address; ``entity`` None is the account's own.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from muse.config import RunConfig
-from muse.files import finite, named
+from muse.files import disk_full_names, finite
 from muse.report.wandb_run import STEP, start_wandb
 from muse.report.wandb_tables import ResultTable, wandb_objects
 
@@ -41,7 +41,7 @@ class MetricsLog:
         run.mkdir(parents=True, exist_ok=True)
         self._path = run / FILE
         self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115
-        with named(self._path):
+        with disk_full_names(self._path):
             for line in earlier:
                 self._file.write(json.dumps(line) + "\n")
             self._file.flush()
@@ -58,7 +58,7 @@ class MetricsLog:
             self._offline = Path(wandb_run.settings.sync_dir)
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        with named(self._path):
+        with disk_full_names(self._path):
             self._file.write(json.dumps(finite({"step": step, **metrics})) + "\n")
             self._file.flush()
         if self._wandb is not None:
@@ -81,7 +81,7 @@ class MetricsLog:
     def close(self, failed: bool = False) -> None:
         """Close the file and end the W&B run; of an offline one print the command that uploads it."""
         try:
-            with named(self._path):
+            with disk_full_names(self._path):
                 self._file.close()
         finally:
             if self._wandb is not None:

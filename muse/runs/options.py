@@ -38,10 +38,10 @@ MOST_NAMED = 10
 
 def may_change(name: str, trained_with: Any) -> bool:
     """Whether a run may go on with another value of an option than it was trained with."""
-    return name in CHANGEABLE or was_moved(name, trained_with)
+    return name in CHANGEABLE or is_missing_path(name, trained_with)
 
 
-def was_moved(name: str, trained_with: Any) -> bool:
+def is_missing_path(name: str, trained_with: Any) -> bool:
     """Whether an option is a path to the text or the tokenizer, which is not where it was."""
     is_path = name in ("data.path", "tokenizer.path")
     return is_path and (trained_with is None or not Path(trained_with).exists())

@@ -35,17 +35,19 @@ from muse.runs.checkpoints import (
 )
 
 
-def random_state() -> dict[str, Any]:
-    """States of the random generators of Python, NumPy and PyTorch in this process."""
-    name, keys, *position = np.random.get_state(legacy=True)
-    state = {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *position),
-        "cpu": torch.get_rng_state(),
-    }
+def torch_random_state() -> dict[str, Any]:
+    """States of PyTorch's random generators in this process."""
+    state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def random_state() -> dict[str, Any]:
+    """States of the random generators of Python, NumPy and PyTorch in this process."""
+    name, keys, *position = np.random.get_state(legacy=True)
+    numpy = (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *position)
+    return {"python": random.getstate(), "numpy": numpy, **torch_random_state()}
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
@@ -53,6 +55,11 @@ def restore_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     name, keys, *position = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *position))
+    restore_torch_random_state(state)
+
+
+def restore_torch_random_state(state: dict[str, Any]) -> None:
+    """Set PyTorch's random generators to states from ``torch_random_state``."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -137,6 +137,20 @@ class ModelOptimizer:
             gradient = parameter.grad
             view.grad = None if gradient is None else local(gradient)[start:stop].view_as(view)
 
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of all gradients, on whatever ranks they are; a float32 scalar tensor."""
+        # Row by row in the gradient's dtype, because a reduction of bfloat16 to float32 in one call is 20
+        # times slower on a CPU; the rounding errors of many rows average out.
+        gradients = [p.grad for p, _ in self._moments.values() if p.grad is not None]
+        rows = [
+            torch.linalg.vector_norm(g.flatten(0, -2) if g.dim() > 1 else g, dim=-1)
+            for g in map(local, gradients)
+        ]
+        norm = torch.linalg.vector_norm(torch.cat([norms.float().flatten() for norms in rows]))
+        if any(isinstance(gradient, DTensor) for gradient in gradients):
+            norm = all_reduced_sum(norm.square()).sqrt()
+        return norm
+
     @torch.no_grad()
     def step(self, step: int, factor: float = 1.0) -> None:
         """Update the parameters from the attached gradients times ``factor``.
@@ -268,21 +282,6 @@ def _round_into(target: Tensor, value: Tensor, noise: Tensor) -> None:
         noise = noise.repeat(-(-count // noise.numel()))
     bits = value.view(torch.int32).add_(noise[:count].view(value.shape))
     target.copy_(bits.bitwise_and_(-(2**16)).view(torch.float32))
-
-
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Euclidean norm of all gradients, on whatever ranks they are; a float32 scalar tensor."""
-    # Row by row in the gradient's dtype, because a reduction of bfloat16 to float32 in one call is 20 times
-    # slower on a CPU; the rounding errors of many rows average out.
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    rows = [
-        torch.linalg.vector_norm(g.flatten(0, -2) if g.dim() > 1 else g, dim=-1)
-        for g in map(local, gradients)
-    ]
-    norm = torch.linalg.vector_norm(torch.cat([norms.float().flatten() for norms in rows]))
-    if any(isinstance(gradient, DTensor) for gradient in gradients):
-        norm = all_reduced_sum(norm.square()).sqrt()
-    return norm
 
 
 def first_non_finite(model: nn.Module) -> str | None:

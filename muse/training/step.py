@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from muse.config import HardwareConfig, OptimConfig
+from muse.config import RunConfig
 from muse.dynamics import agree_on_fallbacks, deferred_checks, flows_of, take_reconstruction_error
 from muse.errors import RunError
 from muse.hardware import autocast_dtype
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
 from muse.processes.ranks import all_reduced_sum, rank, ranks
-from muse.training.checkpoint import random_state, restore_random_state
-from muse.training.optim import ModelOptimizer, first_non_finite, gradient_norm
+from muse.training.checkpoint import restore_torch_random_state, torch_random_state
+from muse.training.optim import ModelOptimizer, first_non_finite
 from muse.training.parallel import ParallelLoss
 
 
@@ -51,29 +53,63 @@ class TakenStep:
     signal: int | None
 
 
-class TrainingStep:
+class Loss(Protocol):
+    """What a step asks of a loss, as ``ParallelLoss`` has it."""
+
+    def __call__(self, tokens: Tensor, targets: Tensor, /) -> Tensor: ...
+
+    def gradients_summed(self, last: bool) -> AbstractContextManager[None]: ...
+
+
+class Optimizer(Protocol):
+    """What a step asks of an optimiser, as ``ModelOptimizer`` has it."""
+
+    optimizers: list[torch.optim.Optimizer]
+
+    def attach_gradients(self) -> None: ...
+
+    def gradient_norm(self) -> Tensor: ...
+
+    def step(self, step: int, factor: float = 1.0) -> None: ...
+
+
+AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
+
+
+def training_step(config: RunConfig, model: LanguageModel) -> TrainingStep[ModelOptimizer]:
+    """The step of a run; ``hardware.parallel=fsdp`` shards the parameters of the model, on its device."""
+    # First, because the optimiser takes the parameters as they are sharded.
+    loss = ParallelLoss(model, config.hardware.parallel)
+    optimizer = ModelOptimizer(model, config.optim, config.seed)
+    return TrainingStep(model, loss, optimizer, config.optim.clip, config.stage.precision)
+
+
+class TrainingStep(Generic[AnyOptimizer]):
     """What every step does to a model and its optimiser, on all ranks together.
 
     The host waits for the device once a step, after the backward pass and before the update.
 
     Args:
-        model: on its device. ``hardware.parallel=fsdp`` shards its parameters.
-        optim: the optimiser, and where gradients are clipped.
-        hardware: how ranks share the model.
+        model: on its device.
+        loss: of a micro-batch.
+        optimizer: of the parameters.
+        clip: largest gradient norm; 0 for none.
         precision: the stage's; of float16 the loss is scaled.
-        seed: of the optimiser's rounding.
     """
 
     def __init__(
-        self, model: LanguageModel, optim: OptimConfig, hardware: HardwareConfig, precision: str, seed: int
+        self,
+        model: LanguageModel,
+        loss: Loss,
+        optimizer: AnyOptimizer,
+        clip: float = 0.0,
+        precision: str = "fp32",
     ) -> None:
-        self.model, self.clip = model, optim.clip
+        self.model, self.loss, self.optimizer, self.clip = model, loss, optimizer, clip
         self.device = model_device(model)
         self.flows = flows_of(model)
         # As all ranks know it.
         self.fallen_back = [False for _ in self.flows]
-        self.loss = ParallelLoss(model, hardware.parallel)
-        self.optimizer = ModelOptimizer(model, optim, seed)
         self.cast = autocast_dtype(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.cast == torch.float16)
 
@@ -94,11 +130,11 @@ class TrainingStep:
                 update and lowers the scale, as is usual, until the scale is used up.
             RunError: the state of a flow is not finite.
         """
-        random = random_state() if self.flows else None
+        random = torch_random_state() if self.flows else None
         with deferred_checks(self.model):
             taken = self.agree(self.gradients(batches), signal)
         if random is not None and not math.isfinite(taken.loss):
-            restore_random_state(random)
+            restore_torch_random_state(random)
             taken = self.agree(self.gradients(batches), signal)
         self.update(number, taken)
         return taken
@@ -128,7 +164,7 @@ class TrainingStep:
             signal: that this rank was sent.
         """
         self.optimizer.attach_gradients()
-        norm = gradient_norm(self.model)
+        norm = self.optimizer.gradient_norm()
         error = take_reconstruction_error(self.model)
         # A column for each rank: its share of the loss, its error, its signal, whether more flows fell back.
         columns = torch.zeros(4, ranks(), dtype=torch.float64, device=self.device)

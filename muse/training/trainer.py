@@ -27,7 +27,7 @@ from muse.training.interrupt import deferred_interrupt
 from muse.training.profile import profiled
 from muse.training.progress import Progress, shown_progress
 from muse.training.schedule import learning_rate_factor
-from muse.training.step import NotFinite, TrainingStep
+from muse.training.step import NotFinite, training_step
 
 Log = Callable[[int, dict[str, float]], None]
 
@@ -173,9 +173,7 @@ class Trainer:
         self.model.to(device)
         if config.hardware.compile:
             self.model.compile_features()
-        self.step = TrainingStep(
-            self.model, config.optim, config.hardware, config.stage.precision, config.seed
-        )
+        self.step = training_step(config, self.model)
         self.stride = options.eval_stride or seq_len
         self.sampled, self.every_window = (
             evaluation_windows(len(data.valid), seq_len, self.stride, limit)
@@ -233,7 +231,7 @@ class Trainer:
             "train/lr": self.step.optimizer.optimizers[0].param_groups[0]["lr"],
             "train/tokens": self.done * self.tokens_per_step,
             "train/tokens_per_second": speed,
-            **flow_metrics(self.model),
+            **flow_metrics(self.model, (error for _, _, error in self.unlogged)),
         }
         self.unlogged = []
         self.log(self.done, line)
@@ -338,19 +336,17 @@ def _not_finite(bad: NotFinite, step: int, writer: CheckpointWriter) -> RunError
 
 
 def _means(steps: list[tuple[float, float, float | None]]) -> dict[str, float]:
-    """What is logged of some steps' losses, gradient norms and reconstruction errors.
+    """What is logged of some steps' losses and gradient norms.
 
     A norm that is not finite belongs to a step that was skipped.
     """
     losses = [loss for loss, _, _ in steps]
     norms = [norm for _, norm, _ in steps if math.isfinite(norm)]
-    errors = [error for _, _, error in steps if error is not None]
     return {
         "train/loss": math.fsum(losses) / len(losses),
         "train/last_loss": losses[-1],
         "train/grad_norm": math.fsum(norms) / len(norms) if norms else math.nan,
         "train/max_grad_norm": max(norms, default=math.nan),
-        **({"flow/reconstruction_error": max(errors)} if errors else {}),
     }
 
 

@@ -31,7 +31,6 @@ from muse.processes.ranks import (
     all_gathered,
     all_reduced_max,
     all_reduced_sum,
-    barrier,
     broadcast,
     on_first_rank,
     rank,
@@ -40,13 +39,12 @@ from muse.processes.ranks import (
 from muse.runs.checkpoints import find_checkpoint, find_damage
 from muse.training import trainer
 from muse.training.evaluate import evaluate
-from muse.training.optim import first_non_finite, gradient_norm
+from muse.training.optim import ModelOptimizer, first_non_finite
 from muse.training.parallel import ParallelLoss
-from muse.training.step import TrainingStep
+from muse.training.step import training_step
 
 
 def told() -> dict[str, Any]:
-    barrier()
     return {
         "rank": (rank(), ranks()),
         "same": broadcast(f"from rank {rank()}"),
@@ -139,10 +137,8 @@ def exchanges(together: str) -> list[dict[str, int]]:
 
 
 def exchanges_of(together: str, pieces: int) -> dict[str, int]:
-    config = run_config(stage_config(), together, {"accumulation": pieces})
-    model = build_model(config.stage, config.model, VOCAB)
-    data = token_data()
-    step = TrainingStep(model, config.optim, config.hardware, config.stage.precision, config.seed)
+    config, data = run_config(stage_config(), together, {"accumulation": pieces}), token_data()
+    step = training_step(config, build_model(config.stage, config.model, VOCAB))
     # The first backward pass of DDP arranges its buckets.
     step.gradients(trainer._batches(config, data, 0))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -173,10 +169,11 @@ def spoiled(together: str, places: list[tuple[str, bool, int]]) -> tuple[str | N
         target = bad[name] if in_gradient else dict(model.named_parameters())[name].detach()
         target.view(-1)[index] = float("nan")
     ParallelLoss(model, together)
+    optimizer = ModelOptimizer(model, config.optim)
     norms = []
     for gradients in (values, bad):
         set_gradients(model, gradients)
-        norms.append(gradient_norm(model).item())
+        norms.append(optimizer.gradient_norm().item())
     return first_non_finite(model), *norms
 
 

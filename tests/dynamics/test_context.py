@@ -30,7 +30,7 @@ from support.dynamics import (
 import muse.dynamics.potential
 from muse.config import StageConfig, WidthConfig
 from muse.dynamics import HamiltonianNeuralODE, MLPPotential, flow_metrics, stages
-from muse.dynamics.energy import curvature, drift, energy, modified_energy, trajectory
+from muse.dynamics.energy import curvature, drift, energy, modification, trajectory
 from muse.errors import RunError
 from muse.models.hamiltonian import HamiltonianFlow
 
@@ -152,10 +152,10 @@ def test_without_weights_of_the_context_there_is_none():
         lambda x, q: x.force(q, *x.coefficients()),
         lambda x, q: x.field(*x.coefficients()),
         lambda x, q: energy(x, q, q),
-        lambda x, q: modified_energy(x, q, q, 0.1),
+        lambda x, q: modification(x, q, q, 0.1),
         lambda x, q: curvature(x, q),
     ],
-    ids=["value", "force", "field", "energy", "modified_energy", "curvature"],
+    ids=["value", "force", "field", "energy", "modification", "curvature"],
 )
 def test_a_context_that_is_missing(use):
     potential, q = perturbed_context(6), torch.randn(5, 6)

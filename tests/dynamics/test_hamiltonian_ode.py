@@ -395,6 +395,19 @@ class PlainMLP(MLPPotential):
     advance, undo = Potential.advance, Potential.undo
 
 
+@pytest.mark.parametrize("kind", [MLPPotential, PlainMLP])
+def test_frozen_weights_cost_no_gradients(kind, monkeypatch):
+    ode, z = HamiltonianNeuralODE(kind(16, 32)), state(5, 16).requires_grad_()
+    undo, found = ode.potential.undo, []
+    monkeypatch.setattr(ode.potential, "undo", lambda *given: found.append(undo(*given)) or found[-1])
+    for trained in (True, False):
+        ode.requires_grad_(trained)
+        moved(ode, z).sum().backward()
+    whole, frozen = found
+    assert all(torch.equal(x, y) for x, y in zip(whole[:4], frozen[:4], strict=True))
+    assert [sum(x.numel() for x in gradients[4:]) for gradients in found] == [16 * 32 + 2 * 32, 0]
+
+
 @pytest.mark.parametrize(
     ("mode", "potential", "with_context"),
     [

@@ -114,6 +114,18 @@ def test_help_of_an_option_has_the_value_it_is_given(shown):
     assert "[a number, greater than 0; model.lr unless given]" in out
 
 
+@pytest.mark.parametrize(
+    ("option", "limit"),
+    [
+        ("tokenizer.vocab_size", "at least 257"),
+        ("logger.tags", "each of 1 to 64 characters"),
+        ("logger.group", "of 1 to 128 characters"),
+    ],
+)
+def test_help_of_an_option_has_its_limits(shown, option, limit):
+    assert limit in shown("--help", option)[1]
+
+
 def test_help_of_a_launcher_says_what_each_is(shown):
     status, out, _ = shown("--help", "hydra/launcher")
     assert status == 0

@@ -15,7 +15,7 @@ import optuna
 import pytest
 from safetensors.torch import load_file, save
 from support.commands import keep_here, run_here
-from support.configs import SMALL_MODEL, write_text
+from support.configs import run_options
 from support.processes import ROOT, environment_apart
 from support.waiting import PATIENCE, wait_until
 
@@ -27,30 +27,9 @@ STEPS = 16
 MARK = "MUSE_TEST_SWEEP"
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder with a text, a cache of its tokens, and room for sweeps."""
-    folder = tmp_path_factory.mktemp("sweeps")
-    write_text(folder)
-    return folder
-
-
 def options(place: Path, root: str) -> list[str]:
     """Of a sweep of very small runs that log every step."""
-    return [
-        "data=text",
-        f"data.path={place / 'text.txt'}",
-        f"data.cache={place / 'cache'}",
-        f"output_root={place / root}",
-        "logger=none",
-        "logger.log_every=1",
-        "hardware=cpu",
-        *SMALL_MODEL,
-        "stage.dropout=0.1",
-        "train.batch_size=2",
-        "train.eval_every=0",
-        "train.sample_tokens=0",
-    ]
+    return [*run_options(place, root), "train.eval_every=0", "train.sample_tokens=0"]
 
 
 def start(place: Path, root: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:

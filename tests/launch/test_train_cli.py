@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from support.configs import SMALL_MODEL, write_text
+from support.configs import run_options
 from support.processes import ROOT, Copies, be_command, environment_apart
 from support.runs import errors, logged, read_json, run_folders, same, stored
 from support.waiting import PATIENCE, wait_until
@@ -35,33 +35,10 @@ STEPS = 36
 EVALUATIONS = [12, 24, 36]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder with a text, a cache of its tokens, and room for runs."""
-    folder = tmp_path_factory.mktemp("cli")
-    write_text(folder)
-    return folder
-
-
 def options(place: Path, root: str) -> list[str]:
     """A very small run that logs every step."""
-    return [
-        "stage=1",
-        "data=text",
-        f"data.path={place / 'text.txt'}",
-        f"data.cache={place / 'cache'}",
-        f"output_root={place / root}",
-        "logger=none",
-        "logger.log_every=1",
-        "hardware=cpu",
-        *SMALL_MODEL,
-        "stage.dropout=0.1",
-        f"train.steps={STEPS}",
-        "train.batch_size=2",
-        "train.eval_every=12",
-        "train.checkpoint_every=3",
-        "train.sample_tokens=4",
-    ]
+    periods = [f"train.steps={STEPS}", "train.eval_every=12", "train.checkpoint_every=3"]
+    return ["stage=1", *run_options(place, root), *periods, "train.sample_tokens=4"]
 
 
 def hold(steps: int, told: Path) -> None:

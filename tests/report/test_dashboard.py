@@ -22,7 +22,7 @@ from muse.config import (
 )
 from muse.data import TokenData
 from muse.launch.bench import composed_stage
-from muse.report.dashboard import LAYOUT, build_workspace, layout_table, main
+from muse.report.dashboard import LAYOUT, build_workspace, main
 from muse.report.wandb_run import STEP
 from muse.report.wandb_tables import ResultTable
 from muse.training.trainer import train
@@ -35,7 +35,13 @@ def keys(kind: str) -> set[str]:
 
 
 def test_the_documentation_shows_the_layout():
-    assert f"\n\n{layout_table()}\n\n" in DOCS.read_text(encoding="utf-8")
+    rows = [
+        f"| {section} | {panel.title} | {panel.kind} | {', '.join(f'`{key}`' for key in panel.keys)} |"
+        for section, panels in LAYOUT.items()
+        for panel in panels
+    ]
+    table = "\n".join(["| section | panel | kind | shows |", "|---|---|---|---|", *rows])
+    assert f"\n\n{table}\n\n" in DOCS.read_text(encoding="utf-8")
 
 
 def test_lines_show_what_a_training_logs(tmp_path):

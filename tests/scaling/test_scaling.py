@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from muse.benchmarks.model import benchmark_model, training_step
+from muse.benchmarks.model import benchmark_model, random_training_step
 from muse.benchmarks.vram import measure_memory
 from muse.config import BenchConfig, BenchmarkConfig, ModelConfig, StageConfig, WidthConfig
 from muse.measure.matrix_products import COMPLEX_ATTENTION, ProductRecorder
@@ -24,7 +24,7 @@ from muse.scaling.counts import forward_flops, parameters, shapes, step_flops
 from muse.scaling.memory import memory
 from muse.scaling.prediction import Machine, predict
 from muse.scaling.ranks import padded, traffic
-from muse.training.optim import ModelOptimizer, gradient_norm
+from muse.training.optim import ModelOptimizer
 from muse.training.parallel import ParallelLoss
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_the_seeds_model_has_their_number_of_parameters():
 @pytest.mark.parametrize("options", MODELS, ids=str)
 def test_flops_of_a_step_are_those_of_the_products_in_it(options):
     config = build(windows=1, **options)
-    _, step = training_step(config, benchmark_model(config, CPU), CPU)
+    _, step = random_training_step(config, benchmark_model(config, CPU), CPU)
     with ProductRecorder() as recorder, InsideOperations(closed=COMPLEX_ATTENTION):
         step()
 
@@ -193,7 +193,7 @@ def sharded_step(config):
         with loss.gradients_summed(last=True):
             loss(tokens, tokens).backward()
         optimizer.attach_gradients()
-        gradient_norm(model)
+        optimizer.gradient_norm()
         optimizer.step(number)
 
     return model, optimizer, step

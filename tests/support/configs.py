@@ -70,6 +70,22 @@ def token_data(train_tokens: int = TRAIN_TOKENS, valid_tokens: int = 61) -> Toke
     return TokenData(**tokens, vocab_size=VOCAB, tokenizer=None, counts=counts)
 
 
+def run_options(place: Path, root: str) -> list[str]:
+    """A very small run, as a command gives it, of the text in ``place`` below the folder ``root`` there."""
+    return [
+        "data=text",
+        f"data.path={place / 'text.txt'}",
+        f"data.cache={place / 'cache'}",
+        f"output_root={place / root}",
+        "logger=none",
+        "logger.log_every=1",
+        "hardware=cpu",
+        *SMALL_MODEL,
+        "stage.dropout=0.1",
+        "train.batch_size=2",
+    ]
+
+
 def write_text(folder: Path, lines: int = 200) -> Path:
     """A text with something to learn, for ``data=text``."""
     path = folder / "text.txt"

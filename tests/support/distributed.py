@@ -24,7 +24,7 @@ from muse.data import TokenData
 from muse.processes.ranks import process_group
 from muse.training import parallel, trainer
 from support import configs
-from support.configs import WIDTH
+from support.configs import run_options
 from support.processes import ROOT, be_command
 from support.ranks import Ranks
 from support.runs import CrashError, logged, run_folders
@@ -57,20 +57,9 @@ def options(place: Path, root: str, together: str, *more: str, stage: str = "2")
     """A very small run of train.py that logs every step."""
     return [
         f"stage={stage}",
+        *run_options(place, root),
         "stage.precision=fp32",
-        "stage.dropout=0.1",
-        "data=text",
-        f"data.path={place / 'text.txt'}",
-        f"data.cache={place / 'cache'}",
-        f"output_root={place / root}",
-        "tokenizer.vocab_size=300",
-        "model.seq_len=16",
-        f"model.complex={WIDTH}",
-        "train.batch_size=2",
         "train.sample_tokens=4",
-        "logger=none",
-        "logger.log_every=1",
-        "hardware=cpu",
         f"hardware.parallel={together}",
         *more,
     ]

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from support.configs import VOCAB, small_sizes, stage_config
+from support.configs import VOCAB, run_config, stage_config
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from muse.config import HardwareConfig, OptimConfig
 from muse.data import evaluation_batches, training_batch
 from muse.dynamics import flows_of
 from muse.errors import RunError
 from muse.models import build_model
 from muse.training.evaluate import evaluate
-from muse.training.step import NotFinite, TrainingStep
+from muse.training.optim import ModelOptimizer
+from muse.training.step import NotFinite, TrainingStep, training_step
 
 aten = torch.ops.aten
 # What waits for a GPU, as far as it reaches the dispatcher; a copy to the CPU does not where all is there.
@@ -60,10 +60,9 @@ def noted_waits() -> Iterator[list[str]]:
         yield waits
 
 
-def build(stage: int = 2, precision: str = "fp32", optimizer: str = "adamw", **options: Any) -> TrainingStep:
-    model = build_model(stage_config(stage, precision=precision, **options), small_sizes(), VOCAB)
-    optim = OptimConfig(name=optimizer)
-    return TrainingStep(model.train(), optim, HardwareConfig(), precision, seed=0)
+def build(stage: int = 2, optimizer: str = "adamw", **options: Any) -> TrainingStep[ModelOptimizer]:
+    config = run_config(stage_config(stage, **options), {"name": optimizer})
+    return training_step(config, build_model(config.stage, config.model, VOCAB).train())
 
 
 def batches(count: int = 2) -> list[tuple[Tensor, Tensor]]:
