@@ -1,70 +1,99 @@
 """Matrix products in half precision on processors that have no instructions for them.
 
 There PyTorch sums them one number at a time and takes up to a hundred times as long as in float32. The
-products here are then taken in float32 and rounded once, which is what the instructions do. All that is kept
-for the backward pass stays in half precision.
+products here are then taken in float32 and rounded once, which is what the instructions do. To whoever
+counts memory they are one operation in half precision, as a library's are: the copies in float32 last no
+longer than the product.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which to multiply tensors like x."""
-    return torch.float32 if x.device.type == "cpu" and not _has_instructions(x.dtype) else x.dtype
+_SUPPORTED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
 
-@functools.cache
+# Dynamo cannot look into the processor.
+@torch.compiler.assume_constant_result
 def _has_instructions(dtype: torch.dtype) -> bool:
-    """What PyTorch asks on a CPU before it hands a product to oneDNN."""
-    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return dtype not in asked or bool(
-        torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, asked[dtype])()
-    )
+    """What PyTorch asks on a CPU before it hands a product in half precision to oneDNN."""
+    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, _SUPPORTED[dtype])()
+
+
+def _is_rounded(x: Tensor) -> bool:
+    """Whether products of tensors like x are taken in float32."""
+    return x.device.type == "cpu" and x.dtype in _SUPPORTED and not _has_instructions(x.dtype)
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """left @ right of matrices or as many of them, (..., M, K) and (..., K, N), in their dtype."""
-    if product_dtype(left) == left.dtype:
-        return left @ right
-    return _RoundedProduct.apply(left, right)
+    return rounded_product(left, right, None, 0.0) if _is_rounded(left) else left @ right
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b of x (..., in), W (out, in) and b (out,), in their dtype."""
-    dtype = product_dtype(x)
-    if dtype == x.dtype:
-        return F.linear(x, weight, bias)
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+    return rounded_product(x, weight.mT, bias, 1.0) if _is_rounded(x) else F.linear(x, weight, bias)
 
 
-def multiply_into(out: Tensor, left: Tensor, right: Tensor, beta: float = 0.0) -> None:
-    """out = beta out + left @ right of matrices; where beta is 0 it does not matter what was in out."""
-    dtype = product_dtype(left)
-    if dtype == left.dtype:
-        torch.addmm(out, left, right, beta=beta, out=out)
-    else:
-        out.copy_(torch.addmm(out.to(dtype), left.to(dtype), right.to(dtype), beta=beta))
+def mm(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
+    """left @ right of matrices in ``out``, as torch.mm."""
+    if not _is_rounded(left):
+        return torch.mm(left, right, out=out)
+    rounded_product_into(left, right, None, 0.0, out)
+    return out
 
 
-class _RoundedProduct(torch.autograd.Function):
-    """The product in float32, rounded."""
+def addmm(addend: Tensor, left: Tensor, right: Tensor, *, out: Tensor, beta: float = 1.0) -> Tensor:
+    """beta addend + left @ right of matrices in ``out``, as torch.addmm; not read where beta is 0."""
+    if not _is_rounded(left):
+        return torch.addmm(addend, left, right, beta=beta, out=out)
+    rounded_product_into(left, right, addend if beta else None, beta, out)
+    return out
 
-    @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
-        ctx.save_for_backward(left, right)
-        return (left.float() @ right.float()).to(left.dtype)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        left, right = ctx.saved_tensors
-        return (
-            matmul(grad, right.mT) if ctx.needs_input_grad[0] else None,
-            matmul(left.mT, grad) if ctx.needs_input_grad[1] else None,
-        )
+@torch.library.custom_op("muse::rounded_product", mutates_args=())
+def rounded_product(left: Tensor, right: Tensor, addend: Tensor | None, beta: float) -> Tensor:
+    """left @ right (+ beta addend) in float32, rounded to the dtype of left."""
+    return _product(left, right, addend, beta).to(left.dtype)
+
+
+@torch.library.custom_op("muse::rounded_product_into", mutates_args=("out",))
+def rounded_product_into(
+    left: Tensor, right: Tensor, addend: Tensor | None, beta: float, out: Tensor
+) -> None:
+    """As ``rounded_product``, without gradients, in ``out``; addend may be ``out``."""
+    out.copy_(_product(left, right, addend, beta))
+
+
+def _product(left: Tensor, right: Tensor, addend: Tensor | None, beta: float) -> Tensor:
+    product = left.float() @ right.float()
+    return product if addend is None else product.add_(addend, alpha=beta)
+
+
+@rounded_product.register_fake
+def _(left: Tensor, right: Tensor, *_: Any) -> Tensor:
+    return left.new_empty((left @ right).shape)
+
+
+def _keep_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    left, right, addend, ctx.beta = inputs
+    ctx.save_for_backward(left, right)
+    ctx.addend_shape = None if addend is None else addend.shape
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    left, right = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    return (
+        matmul(grad, right.mT) if needed[0] else None,
+        matmul(left.mT, grad).sum_to_size(right.shape) if needed[1] else None,
+        (ctx.beta * grad).sum_to_size(ctx.addend_shape) if needed[2] else None,
+        None,
+    )
+
+
+rounded_product.register_autograd(_differentiate, setup_context=_keep_factors)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.planar import precise, upcast
-from kernels.products import product_dtype
+from kernels.products import addmm, mm
 from kernels.symplectic.plain import DENSITY
 from kernels.symplectic.scheme import LIMIT, Scheme, Weights, to_fixed_point
 
@@ -105,7 +105,8 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _field(weights: Weights) -> _Field:
     w1, b1, w2, phi, confinement = weights
-    dtype = product_dtype(w1)
+    # Products in float16 are slow on the CPU.
+    dtype = torch.float32 if w1.dtype == torch.float16 and w1.device.type == "cpu" else w1.dtype
     outward = -(upcast(w2).unsqueeze(1) * upcast(w1))
     inward, bias, outward = (_aligned(x.to(dtype)) for x in (w1, b1, outward))
     return _Field(inward, bias, outward, phi, confinement)
@@ -139,13 +140,13 @@ def _activate(q: Tensor, field: _Field, unit: float, rows: _Rows) -> None:
     if unit != 1:
         # A power of two: exact.
         rows.x.mul_(1 / unit)
-    torch.addmm(field.bias, rows.x, field.inward.t(), out=rows.a)
+    addmm(field.bias, rows.x, field.inward.t(), out=rows.a)
     _slope(rows.a, field.phi, rows.slope)
 
 
 def _activated_force(q: Tensor, field: _Field, unit: float, rows: _Rows) -> Tensor:
     """F(q) in rows.f, or with a spring in rows.change, after _activate."""
-    f = torch.mm(rows.slope, field.outward, out=rows.f)
+    f = mm(rows.slope, field.outward, out=rows.f)
     if not field.confinement:
         return f
     return torch.mul(q, -field.confinement / unit, out=rows.change).add_(f)
@@ -219,9 +220,9 @@ def _adjoint_kick(
 ) -> None:
     """After _activate: grad_q becomes that before the kick, and the sums take in what the kick adds."""
     more.y.copy_(torch.mul(grad_p, kick, out=rows.change))
-    torch.mm(more.y, field.inward.t(), out=more.b)
+    mm(more.y, field.inward.t(), out=more.b)
     _curved(more.b, rows.a, field.phi)
-    grad_q.add_(rows.change.copy_(torch.mm(more.b, field.outward, out=more.g)))
+    grad_q.add_(rows.change.copy_(mm(more.b, field.outward, out=more.g)))
     if field.confinement:
         grad_q.add_(grad_p, alpha=-kick * field.confinement)
     if sums is not None:
@@ -229,7 +230,7 @@ def _adjoint_kick(
             if total.dtype == left.dtype:
                 total.addmm_(left.t(), right)
             else:
-                total.add_(torch.mm(left.t(), right, out=sums.product))
+                total.add_(mm(left.t(), right, out=sums.product))
         sums.bias.add_(more.b if sums.bias.dim() > 1 else more.b.sum(0, dtype=sums.bias.dtype))
 
 

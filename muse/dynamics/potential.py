@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import symplectic
 from kernels.planar import precise
+from kernels.products import linear, matmul
 from kernels.symplectic.plain import slope_of
 from muse.dynamics.integrators import Stages
 
@@ -205,7 +205,7 @@ class MLPPotential(Potential):
         if context_weight is not None:
             if context is None:
                 raise ValueError("this potential depends on a context; pass what its context(q, p) returns")
-            bias = F.linear(context.to(dtype), context_weight.to(dtype), bias)
+            bias = linear(context.to(dtype), context_weight.to(dtype), bias)
         return w1.to(dtype), bias, w2.abs().to(dtype)
 
     def value(self, q: Tensor, *coefficients: Tensor) -> Tensor:
@@ -222,8 +222,9 @@ class MLPPotential(Potential):
 
         def force(q: Tensor) -> Tensor:
             shared = b1.dim() == 1
-            hidden = F.linear(q.to(w1.dtype), w1, b1 if shared else None)
-            pull = (slope_of(hidden if shared else hidden + b1, self.phi) @ outward).to(q.dtype)
+            hidden = linear(q.to(w1.dtype), w1, b1 if shared else None)
+            slope = slope_of(hidden if shared else hidden + b1, self.phi)
+            pull = matmul(slope, outward).to(q.dtype)
             return pull.sub(q, alpha=self.confinement) if self.confinement else pull
 
         return force
@@ -267,8 +268,8 @@ class MLPPotential(Potential):
             changes = [grad_w1, grad_bias, grad_w2]
             for x in given:
                 changes[1] = grad_bias.sum(0, dtype=sums[1].dtype)
-                changes.append(grad_bias.t() @ x.to(bias.dtype))
-                states.append(grad_bias @ weights[3].to(bias.dtype))
+                changes.append(matmul(grad_bias.t(), x.to(bias.dtype)))
+                states.append(matmul(grad_bias, weights[3].to(bias.dtype)))
             for total, change in zip(sums, changes, strict=True):
                 total += change
             of_tokens.append(states)

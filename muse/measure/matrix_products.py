@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.complex_attention import complex_attention_backward, complex_attention_forward
+from kernels.products import matmul
 from muse.measure.timing import seconds_of
 
 aten = torch.ops.aten
@@ -24,7 +25,15 @@ COMPLEX_PARTS = {"real": (1, 1), "magnitude": (2, 1), "phase": (2, 2)}
 PEAK_SIDE = {"cpu": 1024, "cuda": 8192}
 PEAK_RUNS = 20
 # Position of the first of the two matrices among the arguments.
-PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1}
+PRODUCTS = {
+    aten.mm: 0,
+    aten.bmm: 0,
+    aten.addmm: 1,
+    aten.addmm_: 1,
+    aten.baddbmm: 1,
+    torch.ops.muse.rounded_product: 0,
+    torch.ops.muse.rounded_product_into: 0,
+}
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,7 @@ def replayed(products: Counter[Product], device: torch.device) -> Callable[[], N
     def replay() -> None:
         for left, right, count in replays:
             for _ in range(count):
-                torch.matmul(left, right)
+                matmul(left, right)
 
     return replay
 
@@ -153,6 +162,6 @@ def product_rate(dtype: torch.dtype, device: torch.device) -> float:
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
 
     def product() -> None:
-        torch.mm(left, right)
+        matmul(left, right)
 
     return 2 * side**3 / min(seconds_of(product, device) for _ in range(PEAK_RUNS))

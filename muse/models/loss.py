@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.planar import precise, upcast
-from kernels.products import multiply_into
+from kernels.products import addmm, mm
 
 # Logits held at a time: rows of a chunk x vocabulary. Larger chunks cost memory, smaller ones speed and,
 # because the weight's gradient is summed over chunks in its own dtype, accuracy.
@@ -36,20 +36,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer = x.new_empty(min(chunk, tokens), vocab)
         for start in range(0, tokens, chunk):
             rows = slice(start, min(start + chunk, tokens))
-            logits = buffer[: rows.stop - start]
-            multiply_into(logits, x[rows], matrix.t())
+            logits = mm(x[rows], matrix.t(), out=buffer[: rows.stop - start])
             if bias is not None:
                 logits += bias
             counted = targets[rows] >= 0
             losses = _softmax_gradient_(logits, targets[rows].clamp(min=0), any(ctx.needs_input_grad))
             total += losses.masked_fill_(~counted, 0).sum()
             if grad_x is not None:
-                multiply_into(grad_x[rows], logits, matrix)
+                mm(logits, matrix, out=grad_x[rows])
                 grad_x[rows].mul_(counted[:, None])
             if grad_weight is not None:
                 # Rows that do not count are left out of the smaller factor.
                 counted_x = x[rows] * counted[:, None]
-                multiply_into(grad_weight.flatten(1), logits.t(), counted_x, beta=float(start > 0))
+                out = grad_weight.flatten(1)
+                addmm(out, logits.t(), counted_x, beta=float(start > 0), out=out)
             if grad_bias is not None:
                 grad_bias += (counted.to(logits.dtype) @ logits).to(grad_bias.dtype)
         ctx.gradients = (grad_x, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype))

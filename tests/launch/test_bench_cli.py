@@ -132,8 +132,8 @@ def test_a_sweep_survives_a_failing_cell_and_a_rerun_skips_finished_ones(tmp_pat
 @pytest.mark.slow
 def test_the_kernels_are_measured_beside_their_alternatives(tmp_path, bench):
     done = bench(
-        tmp_path, "benchmark=kernels", "benchmark.batch_size=1", "benchmark.repeats=1", "benchmark.warmup=0",
-        "benchmark.ode_steps=2", "benchmark.compile=false",
+        tmp_path, "benchmark=kernels", "benchmark.batch_size=1", "benchmark.seq_len=300",
+        "benchmark.repeats=1", "benchmark.warmup=0", "benchmark.ode_steps=2", "benchmark.compile=false",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("bench/*/*/result.json")
