@@ -36,7 +36,10 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b of x (..., in), W (out, in) and b (out,), in their dtype."""
-    return rounded_product(x, weight.mT, bias, 1.0) if _is_rounded(x) else F.linear(x, weight, bias)
+    if not _is_rounded(x):
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    return rounded_product(rows, weight.mT, bias, 1.0).view(*x.shape[:-1], len(weight))
 
 
 def mm(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
@@ -70,7 +73,9 @@ def rounded_product_into(
 
 
 def _product(left: Tensor, right: Tensor, addend: Tensor | None, beta: float) -> Tensor:
-    product = left.float() @ right.float()
+    # Autocast would take the copies back to half precision.
+    with torch.autocast(left.device.type, enabled=False):
+        product = left.float() @ right.float()
     return product if addend is None else product.add_(addend, alpha=beta)
 
 

@@ -7,12 +7,6 @@ from importlib.util import find_spec
 # Read by torch at its first allocation: large CPU tensors in huge pages. With 4 KB pages a pass over fresh
 # memory spends most of its time in page faults (zeroing 100 MB: 50 ms against 16 ms).
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# Read by GNU's OpenMP when torch loads it: how often a thread looks for more work before it sleeps. Unasked
-# it looks for milliseconds, between operations that take microseconds, and keeps the processor from the
-# thread that it waits for: beside another training on the same cores a step then takes more than 20 times as
-# long as alone, with this 1.8 times.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 class ForeignKernels(ImportError):

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 # Deterministic cuBLAS, where there is a GPU; read when the first product runs.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Read by GNU's OpenMP when torch loads it: threads that wait sleep soon (docs/measurements.md). Tests run
+# beside each other and beside other work, and commands that they start have threads of their own.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import pytest
