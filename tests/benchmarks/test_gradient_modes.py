@@ -86,7 +86,7 @@ def test_half_precision_forces_are_held_against_backprop_in_half_precision(modes
 def test_one_model_takes_the_steps_of_all_modes_each_by_its_own_way(modes_config, monkeypatch):
     """Four models with their optimisers do not fit where one does."""
     built, taken = [], []
-    build, step = gradient_modes.benchmark_model, gradient_modes.training_step
+    build, step = gradient_modes.benchmark_model, gradient_modes.random_training_step
 
     def noting(config, device):
         built.append(build(config, device))
@@ -103,7 +103,7 @@ def test_one_model_takes_the_steps_of_all_modes_each_by_its_own_way(modes_config
         return optimizer, taking
 
     monkeypatch.setattr(gradient_modes, "benchmark_model", noting)
-    monkeypatch.setattr(gradient_modes, "training_step", steps)
+    monkeypatch.setattr(gradient_modes, "random_training_step", steps)
     config = modes_config()
     gradient_modes._step_seconds(
         dataclasses.replace(config, benchmark=dataclasses.replace(config.benchmark, warmup=1)), CPU
