@@ -8,11 +8,14 @@ longer than the product.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.operator import opaque_operator
 
 _SUPPORTED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
@@ -51,20 +54,20 @@ def mm(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
 
 
 def addmm(addend: Tensor, left: Tensor, right: Tensor, *, out: Tensor, beta: float = 1.0) -> Tensor:
-    """beta addend + left @ right of matrices in ``out``, as torch.addmm; not read where beta is 0."""
+    """beta addend + left @ right of matrices in ``out``, as torch.addmm; a beta of 0 reads no addend."""
     if not _is_rounded(left):
         return torch.addmm(addend, left, right, beta=beta, out=out)
     rounded_product_into(left, right, addend if beta else None, beta, out)
     return out
 
 
-@torch.library.custom_op("muse::rounded_product", mutates_args=())
+@opaque_operator
 def rounded_product(left: Tensor, right: Tensor, addend: Tensor | None, beta: float) -> Tensor:
     """left @ right (+ beta addend) in float32, rounded to the dtype of left."""
     return _product(left, right, addend, beta).to(left.dtype)
 
 
-@torch.library.custom_op("muse::rounded_product_into", mutates_args=("out",))
+@partial(opaque_operator, mutates_args=("out",))
 def rounded_product_into(
     left: Tensor, right: Tensor, addend: Tensor | None, beta: float, out: Tensor
 ) -> None:
