@@ -233,14 +233,16 @@ class TokenizerConfig:
         choices=("bpe", "gpt2", "word"),
         given_as="tokenizer",
     )
-    # A byte-level BPE has every byte and the end of text.
-    vocab_size: int = option(4096, "entries of a trained BPE.", at_least=257)
+    vocab_size: int = option(4096, "entries of a trained BPE, at least 257.")
     path: str | None = option(
         None, "local folder with vocab.json and merges.txt for gpt2; the hub if absent."
     )
 
     def __post_init__(self) -> None:
         check_options(self, "tokenizer")
+        # A byte-level BPE has every byte and the end of text.
+        if self.name == "bpe" and self.vocab_size < 257:
+            raise ConfigError(f"tokenizer.vocab_size={self.vocab_size} is too small; it must be at least 257")
 
 
 @dataclass

@@ -52,9 +52,12 @@ def export_run(run: Path, file: Path, which: str = "best") -> int:
     if file.suffix != ".safetensors":
         raise ConfigError(f"{file} is not a name for weights; give one that ends in .safetensors")
     checkpoint = find_checkpoint(run, which) or find_checkpoint(run)
-    if checkpoint is None:
+    try:
+        config = stored_options(run)
+    except ConfigError:
+        config = None
+    if checkpoint is None or config is None:
         raise ConfigError(f"{run} is not the folder of a run with a checkpoint; give one that train.py made")
-    config = stored_options(run)
     damage = find_damage(checkpoint)
     if damage is not None:
         raise RunError(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")

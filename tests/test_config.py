@@ -212,6 +212,7 @@ def test_a_bound_is_told_and_holds(group, name, declared):
         (WidthConfig, {"d_model": 1, "layers": 1, "heads": 1, "kv_heads": 1, "d_ff": 1}),
         (ModelConfig, {"vocab_size": 2, "seq_len": 1}),
         (TokenizerConfig, {"vocab_size": 257}),
+        (TokenizerConfig, {"name": "word", "vocab_size": 1}),
         (OptimConfig, {"betas": [0.0, 0.0], "final_lr": 0.0, "clip": 0.0, "warmup": 0, "weight_decay": 0.0}),
         (OptimConfig, {"final_lr": 1.0}),
         (TrainConfig, {"eval_every": 0, "eval_tokens": 0, "checkpoint_every": 0, "sample_tokens": 0}),
