@@ -93,36 +93,39 @@ def _symplectic_flow_backward(
     confinement: float,
     scale: float,
     parameters: bool,
+    rebuilt: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The initial q and p, as held, and the gradients of q, p, w1, b1 and w2 from those of the final state.
 
-    The gradients of the parameters are empty if not wanted.
+    The initial state and the gradients of the parameters are empty if not wanted.
     """
     code = triton_code if use_triton(w1) else eager
     weights, scheme = _weights(w1, b1, w2, phi, confinement), Scheme(kicks, drifts, scale)
     with torch.autocast(grad_q.device.type, enabled=False):
-        *states, grad_w1, grad_b1, grad_w2 = code.flow_backward(
-            _flat(grad_q), _flat(grad_p), _flat(end_q), _flat(end_p), weights, scheme, parameters
+        start_q, start_p, *grads, grad_w1, grad_b1, grad_w2 = code.flow_backward(
+            _flat(grad_q), _flat(grad_p), _flat(end_q), _flat(end_p), weights, scheme, parameters, rebuilt
         )
-    start_q, start_p, grad_q, grad_p = (x.view(grad_q.shape) for x in states)
+    start_q, start_p = (x.view(end_q.shape if rebuilt else 0) for x in (start_q, start_p))
+    grad_q, grad_p = (x.view(grad_q.shape) for x in grads)
     return start_q, start_p, grad_q, grad_p, grad_w1, grad_b1.view(b1.shape if parameters else 0), grad_w2
 
 
 @_symplectic_flow_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    grad_q, grad_p, end_q, end_p, w1, b1, w2, *_, parameters = arguments
-    start_q, start_p, grad_q, grad_p = (x.new_empty(x.shape) for x in (end_q, end_p, grad_q, grad_p))
+    grad_q, grad_p, end_q, end_p, w1, b1, w2, *_, parameters, rebuilt = arguments
+    start_q, start_p = (x.new_empty(x.shape if rebuilt else 0) for x in (end_q, end_p))
+    grad_q, grad_p = (x.new_empty(x.shape) for x in (grad_q, grad_p))
     grad_w1, grad_b1, grad_w2 = (x.new_empty(x.shape if parameters else 0) for x in (w1, b1, w2))
     return start_q, start_p, grad_q, grad_p, grad_w1, grad_b1, grad_w2
 
 
 def _flat(x: Tensor) -> Tensor:
-    """(tokens, D)."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    """(tokens, D), in whatever layout."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _weights(w1: Tensor, b1: Tensor, w2: Tensor, phi: str, confinement: float) -> Weights:
-    return Weights(w1, _flat(b1) if b1.dim() > 1 else b1, w2, phi, confinement)
+    return Weights(w1, _flat(b1).contiguous() if b1.dim() > 1 else b1, w2, phi, confinement)
 
 
 def _check(q: Tensor, p: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, phi: str) -> None:
@@ -213,7 +216,9 @@ class _UndoneFlow(torch.autograd.Function):
         end_q, end_p, *saved = ctx.saved_tensors
         given = [saved.pop(), saved.pop()][::-1] if ctx.replace else []
         wanted = any(ctx.needs_input_grad[6:])
-        start_q, start_p, *found = ctx.undo(grad_q, grad_p, end_q, end_p, *saved, parameters=wanted)
+        start_q, start_p, *found = ctx.undo(
+            grad_q, grad_p, end_q, end_p, *saved, parameters=wanted, rebuilt=ctx.replace is not None
+        )
         gradients: Sequence[Tensor | None] = found
         if given:
             gradients = ctx.replace(start_q, start_p, grad_q, grad_p, *given, *saved) or gradients
@@ -236,9 +241,9 @@ def undone_flow(
     Args:
         advance: called with q, p and the coefficients; returns the final state as it is held and the peak, as
             the function ``advance`` here.
-        undo: called with the gradients of the final q and p, these as they were held, the coefficients and
-            ``parameters``, whether gradients of these are wanted and not left out; returns as the function
-            ``undo`` here.
+        undo: called with the gradients of the final q and p, these as they were held, the coefficients,
+            ``parameters``, whether gradients of these are wanted and not left out, and ``rebuilt``, whether
+            the initial state is; returns as the function ``undo`` here.
         q: (..., D), float32 or float64.
         p: as q.
         coefficients: all that the flow is differentiated by beside q and p.
@@ -270,7 +275,8 @@ def symplectic_flow(
     """Run all stages of a splitting scheme; the backward pass undoes them, so nothing on the way is kept.
 
     For the backward pass the final state is kept, 8 bytes a channel and token, and references to the weights.
-    Products: 2 a force forward; backward 6 on the CPU, 9 in the Triton code.
+    Products: 2 a force forward; backward 6 on the CPU, 9 in the Triton code, one or two less in all because
+    the first kick is not undone.
 
     Args:
         q: (..., D), float32 (float64 in the eager implementation).
@@ -343,6 +349,7 @@ def undo(
     confinement: float = 0.0,
     scale: float = 0.0,
     parameters: bool = True,
+    rebuilt: bool = True,
 ) -> tuple[Tensor, ...]:
     """The backward pass of a flow from its final state: what that was before all stages, and the gradients.
 
@@ -352,16 +359,17 @@ def undo(
         end_q: final q as ``advance`` returns it, int32 if scale > 0.
         end_p: final p.
         parameters: whether the gradients of the parameters are wanted.
+        rebuilt: whether the initial state is; without it nothing before the first kick is undone, nor that.
 
     Returns:
-        The initial q and p, and the gradients of q, p, w1, b1 and w2, the last three empty if not wanted.
+        The initial q and p, and the gradients of q, p, w1, b1 and w2; empty are those that are not wanted.
     """
     _check_stages(kicks, drifts, scale)
     _check_state(end_q.dtype, *((torch.int32,) if scale else (torch.float32, torch.float64)))
     _check(grad_q, grad_p, w1, b1, w2, phi)
     stages = list(kicks), list(drifts)
     return _symplectic_flow_backward(
-        grad_q, grad_p, end_q, end_p, w1, b1, w2, *stages, phi, confinement, scale, parameters
+        grad_q, grad_p, end_q, end_p, w1, b1, w2, *stages, phi, confinement, scale, parameters, rebuilt
     )
 
 

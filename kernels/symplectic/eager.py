@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.planar import precise, upcast
 from kernels.products import addmm, mm
 from kernels.symplectic.plain import DENSITY
-from kernels.symplectic.scheme import LIMIT, Scheme, Weights, to_fixed_point
+from kernels.symplectic.scheme import LIMIT, Scheme, Weights, copied, first_kick
 
 # Tokens whose hidden activations the eager code holds at a time. Few are slow, because libraries pack the
 # weights anew for each product.
@@ -112,13 +112,15 @@ def _field(weights: Weights) -> _Field:
     return _Field(inward, bias, outward, phi, confinement)
 
 
-def _rows(rows: int, field: _Field) -> _Rows:
+def _rows(rows: int, field: _Field, backward: bool) -> _Rows:
     hidden, width = field.inward.shape
     make = field.inward.new_empty
+    a = make(rows, hidden)
     return _Rows(
         x=make(rows, width),
-        a=make(rows, hidden),
-        slope=make(rows, hidden),
+        a=a,
+        # Without a backward pass nobody reads a again.
+        slope=make(rows, hidden) if backward else a,
         f=make(rows, width),
         change=make(rows, width, dtype=precise(field.inward)),
         whole=make(rows, width, dtype=torch.int32),
@@ -152,6 +154,17 @@ def _activated_force(q: Tensor, field: _Field, unit: float, rows: _Rows) -> Tens
     return torch.mul(q, -field.confinement / unit, out=rows.change).add_(f)
 
 
+def _round_into(whole: Tensor, x: Tensor) -> float:
+    """Round x in place and copy it to int32, 0 where that does not fit; its largest size, infinite then."""
+    low, high = x.round_().aminmax()
+    largest = max(-low.item(), high.item())
+    fits = largest < LIMIT  # False for NaN, too
+    if not fits:
+        x.masked_fill_(~(x.abs() < LIMIT), 0)
+    whole.copy_(x)
+    return largest if fits else math.inf
+
+
 def _add(state: Tensor, change: Tensor, rate: float, rows: _Rows) -> float:
     """state += rate change, rounded where the state is whole; returns its largest size then, else 0."""
     if state.is_floating_point():
@@ -159,15 +172,11 @@ def _add(state: Tensor, change: Tensor, rate: float, rows: _Rows) -> float:
         return 0.0
     if change.dtype in (torch.bfloat16, torch.float16):
         change = rows.change.copy_(change)
-    step = torch.mul(change, rate, out=rows.change).round_()
-    low, high = step.aminmax()
-    largest = max(-low.item(), high.item())
-    fits = largest < LIMIT  # False for NaN, too
-    if not fits:
-        step.masked_fill_(~(step.abs() < LIMIT), 0)
-    state.add_(rows.whole.copy_(step))
-    if not fits:
-        return math.inf
+    step = torch.mul(change, rate, out=rows.change)
+    largest = _round_into(rows.whole, step)
+    state.add_(rows.whole)
+    if largest == math.inf:
+        return largest
     low, high = state.aminmax()
     reached = max(-int(low), int(high))
     if max(largest, reached) < LIMIT / 2:
@@ -192,17 +201,16 @@ def _run(q: Tensor, p: Tensor, field: _Field, scheme: Scheme, rows: _Rows) -> fl
 def flow(q: Tensor, p: Tensor, weights: Weights, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
     """Final state (tokens, D), and the peak. A floating-point q becomes whole if the state is."""
     whole = scheme.scale > 0 and q.is_floating_point()
-    end_q, end_p = (torch.empty_like(x, dtype=torch.int32 if whole else x.dtype) for x in (q, p))
+    end_q, end_p = (x.new_empty(x.shape, dtype=torch.int32 if whole else x.dtype) for x in (q, p))
     field = _field(weights)
-    work = _rows(min(CHUNK, len(q)), field)
+    work = _rows(min(CHUNK, len(q)), field, backward=False)
     peak = 0.0
     for chunk in _chunks(len(q)):
         rows = _first(work, chunk.stop - chunk.start)
         for end, start in ((end_q, q), (end_p, p)):
             if whole:
-                fixed, largest = to_fixed_point(start[chunk], scheme.scale)
-                end[chunk] = fixed
-                peak = max(peak, largest.item())
+                scaled = torch.mul(start[chunk], scheme.scale, out=rows.change)
+                peak = max(peak, _round_into(end[chunk], scaled))
             else:
                 end[chunk] = start[chunk]
         peak = max(peak, _run(end_q[chunk], end_p[chunk], field.of(chunk), scheme, rows))
@@ -242,15 +250,17 @@ def flow_backward(
     weights: Weights,
     scheme: Scheme,
     parameters: bool,
+    rebuilt: bool,
 ) -> tuple[Tensor, ...]:
-    """The initial q and p, and the gradients of q, p, w1, b1 and w2, the last three empty if not wanted."""
-    grad_q, grad_p, start_q, start_p = grad_q.clone(), grad_p.clone(), end_q.clone(), end_p.clone()
+    """The initial q and p, and the gradients of q, p, w1, b1 and w2; empty are what is not wanted."""
+    grad_q, grad_p, start_q, start_p = (copied(x) for x in (grad_q, grad_p, end_q, end_p))
     field = _field(weights)
     count, (hidden, width) = min(CHUNK, len(end_q)), weights.w1.shape
-    work = _rows(count, field)
+    work = _rows(count, field, backward=True)
     make = field.inward.new_empty
     more_work = _AdjointRows(make(count, width), make(count, hidden), make(count, width))
     sums = _sums(field) if parameters else None
+    first = -1 if rebuilt else first_kick(scheme)
     for chunk in _chunks(len(end_q)):
         rows, more = (_first(buffers, chunk.stop - chunk.start) for buffers in (work, more_work))
         q, p = start_q[chunk], start_p[chunk]
@@ -259,13 +269,16 @@ def flow_backward(
         for stage in reversed(range(len(scheme.kicks))):
             kick, drift = scheme.kicks[stage], scheme.drifts[stage]
             if drift:
-                _add(q, p, -drift, rows)
+                if stage >= first:
+                    _add(q, p, -drift, rows)
                 adjoint_p.add_(adjoint_q, alpha=drift)
             if kick:
                 _activate(q, here, scheme.unit, rows)
                 _adjoint_kick(adjoint_q, adjoint_p, kick, here, rows, more, totals)
-                _add(p, _activated_force(q, here, scheme.unit, rows), -kick * scheme.unit, rows)
-    return start_q, start_p, grad_q, grad_p, *_parameter_gradients(sums, weights)
+                if stage > first:
+                    _add(p, _activated_force(q, here, scheme.unit, rows), -kick * scheme.unit, rows)
+    states = (start_q, start_p) if rebuilt else (end_q.new_empty(0), end_p.new_empty(0))
+    return *states, grad_q, grad_p, *_parameter_gradients(sums, weights)
 
 
 def _sums(field: _Field) -> _Sums:

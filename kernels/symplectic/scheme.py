@@ -50,6 +50,16 @@ def reversed_scheme(scheme: Scheme) -> Scheme:
     return Scheme(kicks, drifts, scheme.scale)
 
 
+def first_kick(scheme: Scheme) -> int:
+    """The stage of the first kick: gradients ask for no state before it. All stages where none kicks."""
+    return next((stage for stage, kick in enumerate(scheme.kicks) if kick), len(scheme.kicks))
+
+
+def copied(x: Tensor) -> Tensor:
+    """A contiguous copy."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def to_fixed_point(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """rint(scale x) as int32, 0 where that does not fit, and the largest size, infinite if one does not."""
     whole = (x * scale).round_()

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from kernels.launch import Options, ceil_div, launch, next_power_of_2, pinned_beside, target_name
-from kernels.symplectic.scheme import POTENTIALS, Scheme, Weights, reversed_scheme, to_fixed_point
+from kernels.symplectic.scheme import (
+    POTENTIALS,
+    Scheme,
+    Weights,
+    copied,
+    first_kick,
+    reversed_scheme,
+    to_fixed_point,
+)
 from kernels.triton_import import jit, jit_unspecialised, tl
 
 PINNED = pinned_beside(__file__)
@@ -416,10 +424,10 @@ def flow(q: Tensor, p: Tensor, weights: Weights, scheme: Scheme) -> tuple[Tensor
     """As the eager ``flow``."""
     largest = []
     if scheme.scale and q.is_floating_point():
-        (q, largest_q), (p, largest_p) = (to_fixed_point(x, scheme.scale) for x in (q, p))
+        (q, largest_q), (p, largest_p) = (to_fixed_point(x.contiguous(), scheme.scale) for x in (q, p))
         largest = [largest_q, largest_p]
     else:
-        q, p = q.clone(), p.clone()
+        q, p = copied(q), copied(p)
     options = _options("flow", weights.w1)
     peaks = _launch_stages(q, p, _operands(weights), scheme, range(len(scheme.kicks)), options)
     return q, p, torch.stack([peaks.amax(), *largest]).amax()
@@ -491,16 +499,18 @@ def flow_backward(
     weights: Weights,
     scheme: Scheme,
     parameters: bool,
+    rebuilt: bool,
 ) -> tuple[Tensor, ...]:
     """As the eager ``flow_backward``: the flow kernel undoes a stage, then its adjoint is taken."""
-    grad_q, grad_p, q, p = grad_q.clone(), grad_p.clone(), end_q.clone(), end_p.clone()
+    grad_q, grad_p, q, p = (copied(x) for x in (grad_q, grad_p, end_q, end_p))
     operands = _operands(weights)
     options = _options("flow", weights.w1)
     partial = _partial(len(q), weights) if parameters else None
     # Its stage k undoes the drift of the kth last stage, and before that the kick of the stage after it.
     undo = reversed_scheme(scheme)
+    undone = len(undo.kicks) if rebuilt else len(scheme.kicks) - first_kick(scheme)
     for back in range(len(undo.kicks)):
-        if undo.kicks[back] or undo.drifts[back]:
+        if back < undone and (undo.kicks[back] or undo.drifts[back]):
             _launch_stages(q, p, operands, undo, range(back, back + 1), options)
         if back == len(scheme.kicks):
             break
@@ -509,7 +519,8 @@ def flow_backward(
             grad_p.add_(grad_q, alpha=drift)
         if kick:
             _launch_adjoint(q, grad_q, grad_p, operands, partial, kick, scheme)
-    return q, p, grad_q, grad_p, *_summed(partial, weights)
+    states = (q, p) if rebuilt else (q.new_empty(0), p.new_empty(0))
+    return *states, grad_q, grad_p, *_summed(partial, weights)
 
 
 def compile_cases() -> dict[str, Callable[[], object]]:
@@ -539,7 +550,7 @@ def compile_cases() -> dict[str, Callable[[], object]]:
         scheme = Scheme((1.0,), (0.0,), scale)
         flow(end, end, weights, scheme)
         if backward:
-            flow_backward(grad, grad, end, end, weights, scheme, True)
+            flow_backward(grad, grad, end, end, weights, scheme, True, True)
 
     cases: dict[str, Callable[[], object]] = {}
     for dtype in (torch.bfloat16, torch.float32):

@@ -135,11 +135,18 @@ class HamiltonianNeuralODE(nn.Module):
         return self.potential.advance(q, p, coefficients, self.stages, self.scale)
 
     def _undo(
-        self, grad_q: Tensor, grad_p: Tensor, q: Tensor, p: Tensor, *coefficients: Tensor, parameters: bool
+        self,
+        grad_q: Tensor,
+        grad_p: Tensor,
+        q: Tensor,
+        p: Tensor,
+        *coefficients: Tensor,
+        parameters: bool,
+        rebuilt: bool,
     ) -> tuple[Tensor, ...]:
         with torch.autocast(q.device.type, enabled=False):
             flow = self.stages, self.scale
-            return self.potential.undo(grad_q, grad_p, q, p, coefficients, *flow, parameters)
+            return self.potential.undo(grad_q, grad_p, q, p, coefficients, *flow, parameters, rebuilt)
 
     def _compare(
         self,

@@ -88,10 +88,12 @@ class Potential(nn.Module):
         stages: Stages,
         scale: float,
         parameters: bool = True,
+        rebuilt: bool = True,
     ) -> tuple[Tensor, ...]:
         """The initial state as ``advance`` held it, and the gradients of q, p and the coefficients.
 
-        Where ``parameters`` is false those of the coefficients may be empty, or left out.
+        Where ``parameters`` is false those of the coefficients may be empty, or left out; where ``rebuilt``
+        is, the initial state may be empty.
         """
         q, p = end_q, end_p
         leaves = [x.detach().requires_grad_(parameters) for x in coefficients]
@@ -236,7 +238,7 @@ class MLPPotential(Potential):
         weights, context = self._parted(coefficients)
         ends = [
             symplectic.advance(some_q, some_p, *self._operands(*weights, *given), **self._flow(stages, scale))
-            for some_q, some_p, *given in self._chunks(q, p, *context)
+            for some_q, some_p, *given in self._chunks((q, p), context)
         ]
         end_q, end_p, peaks = zip(*ends, strict=True)
         return _joined(end_q, q), _joined(end_p, p), torch.stack(peaks).amax()
@@ -252,18 +254,19 @@ class MLPPotential(Potential):
         stages: Stages,
         scale: float,
         parameters: bool = True,
+        rebuilt: bool = True,
     ) -> tuple[Tensor, ...]:
         weights, context = self._parted(coefficients)
         # The gradient of the context is made of that of b1.
         parameters = parameters or self.with_context
         sums = [x.new_zeros(x.shape if parameters else 0, dtype=precise(x)) for x in weights]
         of_tokens = []
-        for chunk in self._chunks(grad_q, grad_p, end_q, end_p, *context):
+        for chunk in self._chunks((grad_q, grad_p, end_q, end_p), context):
             some_grad_q, some_grad_p, some_q, some_p, *given = chunk
             w1, bias, w2 = self._operands(*weights, *given)
             operands, flow = (some_q, some_p, w1, bias, w2), self._flow(stages, scale)
             *states, grad_w1, grad_bias, grad_w2 = symplectic.undo(
-                some_grad_q, some_grad_p, *operands, **flow, parameters=parameters
+                some_grad_q, some_grad_p, *operands, **flow, parameters=parameters, rebuilt=rebuilt
             )
             changes = [grad_w1, grad_bias, grad_w2]
             for x in given:
@@ -275,9 +278,9 @@ class MLPPotential(Potential):
             of_tokens.append(states)
         if parameters:
             sums[2] *= weights[2].sign()
+        likes = (*[end_q if rebuilt else end_q.new_empty(0)] * 2, *[end_q] * 2, *context)
         start_q, start_p, *gradients = (
-            _joined(parts, like)
-            for parts, like in zip(zip(*of_tokens, strict=True), (*[end_q] * 4, *context), strict=True)
+            _joined(parts, like) for parts, like in zip(zip(*of_tokens, strict=True), likes, strict=True)
         )
         grads = zip((*sums, *gradients[2:]), coefficients, strict=True)
         return start_q, start_p, *gradients[:2], *(grad.to(x.dtype) for grad, x in grads)
@@ -297,12 +300,14 @@ class MLPPotential(Potential):
             "scale": scale,
         }
 
-    def _chunks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    def _chunks(
+        self, states: tuple[Tensor, ...], context: tuple[Tensor, ...]
+    ) -> Iterator[tuple[Tensor, ...]]:
         """Rows (tokens, features) of tensors (..., features); some tokens at a time where each has its b1.
 
-        Contiguous, because products sum in another order over another layout.
+        The context is contiguous, because products sum in another order over another layout.
         """
-        rows = [x.reshape(-1, x.shape[-1]).contiguous() for x in tensors]
+        rows = [x.reshape(-1, x.shape[-1]) for x in (*states, *(x.contiguous() for x in context))]
         return zip(
             *(x.split(_tokens_at_a_time(x) if self.with_context else len(x) or 1) for x in rows), strict=True
         )

@@ -461,7 +461,8 @@ def test_never_holds_the_hidden_state():
             *ends[:2],
             Weights(*weights, "gelu_integral", 0.0),
             Scheme(*leapfrog(2, 0.1), SCALE),
-            True,
+            parameters=True,
+            rebuilt=True,
         )
     assert 0 < largest < 4096 * 64 / 2
 
@@ -504,10 +505,34 @@ def test_opcheck(scale, by_token):
     torch.library.opcheck(symplectic._symplectic_flow, (*tensors, *rest))
     q, p, *weights = tensors
     end_q, end_p, _ = advance(*tensors, kicks, drifts, confinement=0.5, scale=scale)
-    for parameters in (True, False):
+    for wanted in ((True, False), (False, True)):
         torch.library.opcheck(
-            symplectic._symplectic_flow_backward, (q, p, end_q, end_p, *weights, *rest, parameters)
+            symplectic._symplectic_flow_backward, (q, p, end_q, end_p, *weights, *rest, *wanted)
         )
+
+
+SCHEMES = {
+    "leapfrog": leapfrog(2, 0.1),
+    "position verlet": ([0.0, 0.1, 0.1], [0.05, 0.1, 0.05]),
+    "drifts first": ([0.0, 0.0, 0.1], [0.05, 0.1, 0.0]),
+    "no kick": ([0.0, 0.0], [0.05, 0.1]),
+}
+
+
+@pytest.mark.parametrize("stages", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("scale", [0.0, SCALE])
+def test_gradients_need_nothing_before_the_first_kick(scale, stages, monkeypatch):
+    q, p, *weights = make(9, 8)
+    end_q, end_p, _ = advance(q, p, *weights, *stages, scale=scale)
+    forces, force = [], eager._activated_force
+    monkeypatch.setattr(eager, "_activated_force", lambda *given: forces.append(given) or force(*given))
+    options = {"scale": scale, "rebuilt": False}
+    start_q, start_p, *found = undo(p, q, end_q, end_p, *weights, *stages, **options)
+    assert start_q.numel() == start_p.numel() == 0
+    assert len(forces) == max(0, sum(kick != 0 for kick in stages[0]) - 1)
+    _, _, *expected = undo(p, q, end_q, end_p, *weights, *stages, scale=scale)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.slow
