@@ -159,7 +159,7 @@ def test_as_accurate_as_plain_pytorch(monkeypatch, phi, dtype, scale, form):
 def test_exact_reconstruction(steps, dtype, width, by_token, spring):
     # Two chunks for the narrow state, a part of one for the wide one.
     tokens = 600 if width == 64 and steps < 1000 else 9
-    q, p, *weights = make(tokens, width, weights=dtype, by_token=by_token)
+    q, p, *weights = make(tokens, width, 128, weights=dtype, by_token=by_token)
     # The potential is not bounded below: states must not run away.
     scheme = leapfrog(steps, min(0.1, 10 / steps))
     end_q, end_p, peak = advance(q, p, *weights, *scheme, confinement=spring, scale=SCALE)

@@ -16,6 +16,7 @@ maths, forward and backward.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from kernels.operator import IMPLEMENTATIONS
 
@@ -90,7 +90,7 @@ def within(func: Any, name: str, args: Sequence[Any], kwargs: Any, result: Tenso
     """The size of what is rounded inside an operation, in units of roundoffs of its working precision."""
     if name in SUMS:
         factors = {key: x * x if key in ("alpha", "beta") else _square(x) for key, x in kwargs.items()}
-        squares = func(*tree_map(_square, args), **factors)
+        squares = func(*map(_square, args), **factors)
         squares = squares[0] if isinstance(squares, tuple) else squares
         n = terms(name, args, result)
         if name == "mean":
@@ -128,9 +128,24 @@ def _square(x: Any) -> Any:
 
 
 def _wide(x: Any) -> Any:
-    if isinstance(x, Tensor) and x.is_floating_point():
-        return x.to(torch.float64, copy=True)
+    if isinstance(x, Tensor):
+        return x.to(torch.float64, copy=True) if x.is_floating_point() else x
+    if isinstance(x, list | tuple):
+        return type(x)(map(_wide, x))
     return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [x for x in (result if isinstance(result, list | tuple) else [result]) if isinstance(x, Tensor)]
+
+
+@functools.cache
+def traits(func: Any) -> tuple[str, bool, bool, bool]:
+    """The name of an operation, whether it is made of others, rounds nothing and changes an argument."""
+    name = func.overloadpacket.__name__
+    name = name if name.endswith("__") else name.removesuffix("_")
+    composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    return name, composite, func.is_view or name in EXACT, func._schema.is_mutable
 
 
 class RandomRounding(TorchDispatchMode):
@@ -146,18 +161,16 @@ class RandomRounding(TorchDispatchMode):
         if func in IMPLEMENTATIONS:
             with self:
                 return IMPLEMENTATIONS[func](*args, **kwargs)
-        with self:
-            result = func.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
-        name = func.overloadpacket.__name__
-        name = name if name.endswith("__") else name.removesuffix("_")
-        if func.is_view or name in EXACT:
+        name, composite, exactly, mutable = traits(func)
+        if composite:
+            with self:
+                return func.decompose(*args, **kwargs)
+        if exactly:
             return func(*args, **kwargs)
         if name == "round":
             noise = torch.rand(args[0].shape, generator=self.generator).to(args[0]) - 0.5
             whole = (args[0] + self.factor * noise).round()
-            return args[0].copy_(whole) if func._schema.is_mutable else whole
+            return args[0].copy_(whole) if mutable else whole
         if name in ("_to_copy", "copy"):
             source = args[-1 if name == "_to_copy" else 1]
             wide = source.double()
@@ -172,14 +185,14 @@ class RandomRounding(TorchDispatchMode):
             return result.copy_(
                 torch.where(fits, result, self._round(result.clone(), wide.expand_as(result)))
             )
-        wide_args, wide_kwargs = tree_map(_wide, (args, kwargs))
-        before = tree_map(_wide, args) if name in SUMS or func._schema.is_mutable else wide_args
+        wide_args, wide_kwargs = _wide(args), {key: _wide(x) for key, x in kwargs.items()}
+        before = _wide(args) if mutable else wide_args
         result = func(*args, **kwargs)
-        rounded = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        rounded = _tensors(result)
         assert not any(x.is_complex() for x in rounded), f"{name} of complex numbers: write it on planes"
         if not any(x.is_floating_point() for x in rounded):
             return result
-        exact = [x for x in tree_leaves(func(*wide_args, **wide_kwargs)) if isinstance(x, Tensor)]
+        exact = _tensors(func(*wide_args, **wide_kwargs))
         for index, (x, y) in enumerate(zip(rounded, exact, strict=True)):
             if x.is_floating_point() and x.numel():
                 inner = within(func, name, before, wide_kwargs, y) if index == 0 else None
@@ -193,9 +206,10 @@ class RandomRounding(TorchDispatchMode):
             # sqrt(3): a uniform error has a third of the variance of its largest value.
             size = torch.hypot(size, inner * (3**0.5 * unit(working)))
         noise = torch.rand(exact.shape, generator=self.generator).to(exact.device)
-        error = (2 * noise - 1) * size
+        error = noise.mul_(2).sub_(1) * size
         # What is exactly 0 is so because nothing was added up, or by a threshold.
-        rounded = torch.where(exact.isfinite() & (exact != 0), exact + self.factor * error, exact)
+        inexact = (exact != 0) & (exact.abs() < torch.inf)
+        rounded = torch.where(inexact, exact + error.mul_(self.factor), exact)
         return result.copy_(rounded)
 
 

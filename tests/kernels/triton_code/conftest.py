@@ -7,6 +7,10 @@ run on.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -26,6 +30,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def language_patched_once() -> Iterator[None]:
+    """Triton's interpreter patches its language anew in every launch and every call of a device function."""
+    with pytest.MonkeyPatch.context() as context:
+        if INTERPRETED:
+            from triton.runtime import interpreter
+
+            patch = interpreter._patch_lang
+
+            @functools.cache
+            def patch_once(kernel):
+                patch(kernel)
+                return SimpleNamespace(restore=lambda: None)
+
+            context.setattr(interpreter, "_patch_lang", patch_once)
+        yield
 
 
 def extent(x: Tensor) -> tuple[int, int]:

@@ -23,7 +23,8 @@ from kernels.symplectic.scheme import Scheme, reversed_scheme
 SCALE = 2.0**20
 SPRINGS = (0.0, 0.7)
 SINGLE_AND_HALF = (torch.float32, torch.float16)
-STAGES = ([0.05, 0.0, 0.1, 0.05], [0.1, 0.1, 0.1, 0.0])
+# Kicks and drifts: two kicks, one of them without a drift, and a drift alone.
+STAGES = ([0.05, 0.1, 0.0], [0.1, 0.0, 0.1])
 
 
 def make(tokens, width, hidden, dtype, device, by_token=False) -> list[Tensor]:
@@ -76,7 +77,8 @@ FLOWS = [
 
 @pytest.mark.parametrize(("width", "scale", "by_token", "spring", "dtype"), in_each_half(FLOWS))
 def test_flow(width, scale, by_token, spring, dtype, device):
-    compare_flow(make(65, width, 56, dtype, device, by_token), scale=scale, spring=spring)
+    tokens = 33 if width == 20 else 65
+    compare_flow(make(tokens, width, 56, dtype, device, by_token), scale=scale, spring=spring)
 
 
 def test_flow_of_one_token(device):
