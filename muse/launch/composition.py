@@ -168,6 +168,11 @@ class Loader(ConfigLoaderImpl):
 class _Repository(ConfigRepository):
     """Reads files of configuration; in a defaults list ``stage: 1`` names a file, as ``stage: "1"`` does."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Repository:
+        # Hydra copies it for each question that it asks, only so that the copy can be given other sources. A
+        # deep copy of a source is one of all schemas.
+        return copy.copy(self)
+
     def _create_defaults_list(self, config_path: str, defaults: ListConfig) -> list[InputDefault]:
         for item in defaults._iter_ex(resolve=False):
             if isinstance(item, DictConfig):

@@ -130,7 +130,7 @@ def configured(place: Path, root: str, together: str) -> RunConfig:
     config.data.name, config.data.path = "text", str(place / "text.txt")
     config.data.cache, config.output_root = str(place / "cache"), str(place / root)
     return dataclasses.replace(
-        config, model=small_sizes(300, 16), tokenizer=TokenizerConfig(vocab_size=300), resume="auto"
+        config, model=small_sizes(300, 16, layers=1), tokenizer=TokenizerConfig(vocab_size=300), resume="auto"
     )
 
 

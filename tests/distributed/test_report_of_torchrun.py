@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support.distributed import Job
 from support.processes import copying_context
+from support.runs import errors
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from muse.processes import torchrun
@@ -117,21 +118,31 @@ def test_processes_that_find_the_same_at_once_print_it_once(tmp_path, error_file
     assert (tmp_path / "err").read_text() == "error: stage=9\n"
 
 
-def run_ranks(place: Path, body: str) -> tuple[int, str]:
-    """Exit status and standard error of a script in two processes of ``python -m muse.torchrun``."""
+def run_ranks(place: Path, body: str, torchrun: str = "muse.torchrun") -> tuple[int, str]:
+    """Exit status and standard error of a script in two processes of ``python -m <torchrun>``."""
     script = place / "script.py"
     script.write_text(
         f"import os, signal, sys\nfrom muse.processes.torchrun import launched_rank, report_exit\n{body}",
         encoding="utf-8",
     )
-    status, _, err = Job(place, [], script, "muse.torchrun").finish()
+    status, _, err = Job(place, [], script, torchrun).finish()
     return status, err
+
+
+REFUSED = "report_exit('error: stage=9', once=True)\nsys.exit(1)\n"
 
 
 @pytest.mark.slow
 def test_nothing_is_added_to_an_error_that_a_process_has_printed(tmp_path):
-    status, err = run_ranks(tmp_path, "report_exit('error: stage=9', once=True)\nsys.exit(1)\n")
-    assert (status, err) == (1, "error: stage=9\n")
+    assert run_ranks(tmp_path, REFUSED) == (1, "error: stage=9\n")
+
+
+@pytest.mark.slow
+def test_torchs_own_torchrun_has_the_error_in_its_report_and_on_one_line_of_its_own(tmp_path):
+    status, err = run_ranks(tmp_path, REFUSED, "torch.distributed.run")
+    assert status != 0
+    assert errors(err) == ["error: stage=9"]
+    assert "traceback : error: stage=9\n" in err
 
 
 @pytest.mark.slow

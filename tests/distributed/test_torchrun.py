@@ -365,11 +365,3 @@ def test_benchmarks_on_several_ranks_are_refused(place, count, together):
     assert f"hardware.parallel={'ddp' if together == 'none' else together}" in message
     assert "of train.py; bench.py measures in one process" in message
     assert "Traceback" not in "".join(ranks.err())
-
-
-@pytest.mark.slow
-def test_torchrun_ends_with_an_option_that_cannot_be_used(place):
-    status, _, err = Job(place, run_options(place, "refused", "none")).finish()
-    assert status != 0
-    assert len(errors(err)) == 1
-    assert "hardware.parallel=none; choose ddp or fsdp" in errors(err)[0]

@@ -155,9 +155,8 @@ def test_the_kernels_are_measured_beside_their_alternatives(tmp_path, bench):
     assert [line for line in done.stdout.splitlines() if len(line) > 120 and str(tmp_path) not in line] == []
 
 
-@pytest.mark.slow
-def test_a_wrong_value_is_one_sentence(tmp_path):
-    done = bench_apart(tmp_path, "benchmark.warmup=-1")
+def test_a_wrong_value_is_one_sentence(tmp_path, bench):
+    done = bench(tmp_path, "benchmark.warmup=-1")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
         "error: benchmark.warmup=-1 is too small; it must be at least 0"

@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file, save
 from support.commands import keep_here, run_here
 from support.configs import run_options
-from support.processes import ROOT, environment_apart
+from support.processes import ROOT, Copies, be_command, environment_apart, keep_cells
 from support.waiting import PATIENCE, wait_until
 
 from muse.export import export_run
@@ -190,7 +190,7 @@ def test_cells_that_differ_in_their_hardware_are_all_trained(place, sweep_here):
     assert outcomes(folder, "hardware.threads") == [("1", "trained"), ("2", "trained")]
 
 
-# Lets every cell wait after so many steps until it is sent a signal.
+# Lets every cell wait after so many steps until it is sent a signal, or has been since its first step.
 HELD = """
 import signal, time
 from muse.report.metrics import MetricsLog
@@ -198,12 +198,11 @@ from muse.report.metrics import MetricsLog
 log, sent = MetricsLog.__call__, []
 
 def log_and_wait(self, step, metrics):
-    if step != {steps}:
-        return log(self, step, metrics)
-    handle = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, lambda *given: (sent.append(given), handle(*given)))
+    if step == 1:
+        handle = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda *given: (sent.append(given), handle(*given)))
     log(self, step, metrics)
-    while not sent:
+    while step == {steps} and not sent:
         time.sleep(0.01)
 
 MetricsLog.__call__ = log_and_wait
@@ -224,9 +223,10 @@ def test_a_sweep_that_is_killed_and_repeated_ends_with_the_same_bits(place, undi
     assert process.returncode == -signal.SIGKILL
     wait_until_alone(place / root)
     assert {cell["status"] for cell in summary(sweeps(place, root)[-1])} <= {"unfinished", "interrupted"}
-    status, out, err = sweep(place, root, *TWO, f"hydra/launcher={launcher}")
-    assert status == 0, err
-    assert "resuming" in out
+    arguments = ["-m", *options(place, root), *TWO]
+    again = Copies(place / "output" / launcher, [{}], be_command, "train.py", arguments, place, keep_cells)
+    assert again.wait() == [0], again.err()
+    assert "resuming" in again.out()[0]
     cells = summary(sweeps(place, root)[-1])
     assert [cell["status"] for cell in cells] == ["trained"] * 2
     assert weights(sweeps(place, root)[-1], place) == weights(undisturbed, place)

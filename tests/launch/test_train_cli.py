@@ -20,13 +20,12 @@ import pytest
 import torch
 import yaml
 from support.configs import run_options
-from support.processes import ROOT, Copies, be_command, environment_apart
+from support.processes import ROOT, Copies, be_command, environment_apart, keep_cells
 from support.runs import errors, logged, read_json, run_folders, same, stored
 from support.waiting import PATIENCE, wait_until
 
 from muse.export import load_exported
 from muse.files import find_files
-from muse.launch import train as train_cell
 from muse.measure import matrix_products
 from muse.report.metrics import MetricsLog
 from muse.runs.checkpoints import find_checkpoint, find_sound_checkpoint
@@ -62,11 +61,6 @@ def hold(steps: int, told: Path) -> None:
             signal.pause()
 
     MetricsLog.__call__ = log_and_wait
-
-
-def keep_cells() -> None:
-    """Let the cells of a sweep have no processes of their own."""
-    train_cell.run_isolated = lambda job, *arguments: job(*arguments)
 
 
 def make_peak_product_small() -> None:

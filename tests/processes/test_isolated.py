@@ -6,13 +6,15 @@ import signal
 import sys
 
 import pytest
-import torch
 
 from muse.errors import ConfigError, RunError
 from muse.processes.isolated import run_isolated
 
 
 def change_everything(folder):
+    # Here, so that the other jobs do not wait for it.
+    import torch
+
     (folder / "told").write_text(f"{torch.get_num_threads()} {os.getpid()}")
     torch.set_num_threads(torch.get_num_threads() + 1)
     return 0

@@ -6,19 +6,18 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import wandb
-from support.waiting import PATIENCE, wait_until
+from support.commands import keep_here, run_here
+from support.configs import write_text
+from support.processes import Copies, be_command
+from support.waiting import wait_until
 
 from muse.config import DataConfig, LoggerConfig, ModelConfig, RunConfig
 from muse.report.metrics import MetricsLog, read_metrics
 from muse.report.wandb_run import FILE
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def config(mode: str = "offline", **logger: object) -> RunConfig:
@@ -198,10 +197,8 @@ def test_an_offline_run_whose_wandb_breaks_says_where_the_rest_is(tmp_path, read
 WIDTH = "{d_model:16,layers:1,heads:2,kv_heads:2,d_ff:16}"
 
 
-def command(place: Path, *arguments: str) -> list[str]:
+def options(place: Path, *arguments: str) -> list[str]:
     return [
-        sys.executable,
-        str(ROOT / "train.py"),
         *arguments,
         "data=text",
         f"data.path={place / 'text.txt'}",
@@ -221,33 +218,26 @@ def command(place: Path, *arguments: str) -> list[str]:
 
 @pytest.fixture
 def place(tmp_path) -> Path:
-    (tmp_path / "text.txt").write_text("".join(f"line {n} says {n * n}\n" for n in range(600)))
-    return tmp_path
+    return write_text(tmp_path).parent
 
 
 @pytest.mark.slow
 def test_an_interrupted_run_prints_how_it_is_uploaded_and_all_it_logged_is_there(place, read_wandb):
-    process = subprocess.Popen(
-        command(place, "train.steps=1000000"),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    arguments = options(place, "train.steps=1000000")
+    environment = {"WANDB_MODE": "offline"}
+    training = Copies(place / "output", [environment], be_command, "train.py", arguments, place, os.setsid)
+
+    def logged() -> bool:
+        logs = list(place.glob("out puts/train/*/*/metrics.jsonl"))
+        return bool(logs) and logs[0].read_text().count("\n") > 5
+
     try:
-
-        def logged() -> bool:
-            logs = list(place.glob("out puts/train/*/*/metrics.jsonl"))
-            return bool(logs) and logs[0].read_text().count("\n") > 5
-
-        wait_until(logged, lambda: process.poll() is None)
+        wait_until(logged, training.alive)
         # As Ctrl-C does it, W&B's own process gets the signal, too.
-        os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=PATIENCE)
+        os.killpg(training.processes[0].pid, signal.SIGINT)
     finally:
-        process.kill()
-    assert process.returncode == 130, err
+        statuses, (out,) = training.wait(), training.out()
+    assert statuses == [130], training.err()
     folder = synced_folder(out)
     assert out.rstrip().splitlines()[-1].startswith("wandb sync")
     (run,) = place.glob("out puts/train/*/*")
@@ -259,17 +249,16 @@ def test_an_interrupted_run_prints_how_it_is_uploaded_and_all_it_logged_is_there
 
 
 @pytest.mark.slow
-def test_the_runs_of_a_sweep_are_a_group(place, read_wandb):
-    done = subprocess.run(
-        command(place, "-m", "train.steps=1,2"),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_runs_of_a_sweep_are_a_group(place, read_wandb, monkeypatch, capfd):
+    keep_here(monkeypatch)
+    monkeypatch.chdir(place)
+    # Handlers of a log would outlive the test.
+    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+    status = run_here("train.py", options(place, "-m", "train.steps=1,2", *quiet))
+    out, err = capfd.readouterr()
+    assert status == 0, err
     (sweep,) = place.glob("out puts/train/sweep/*")
     runs = [path.parent for path in sweep.glob("*/metrics.jsonl")]
     assert len(runs) == 2
     assert {read_wandb(run).run.run_group for run in runs} == {sweep.name}
-    assert done.stdout.count("wandb sync ") == 2
+    assert out.count("wandb sync ") == 2

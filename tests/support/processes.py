@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from muse.launch import train as train_cell
 from support.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,10 +91,11 @@ class Copies:
 
 def copying_context() -> multiprocessing.context.ForkServerContext:
     """For processes that are copies of one that has imported everything."""
-    multiprocessing.set_forkserver_preload(["muse.training.run", "muse.launch.cli", "matplotlib.pyplot"])
+    multiprocessing.set_forkserver_preload(["support.preloaded"])
     before = os.environ.get("PYTHONPATH")
     # The server imports before it is told the path of this process.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
+    there = [before] if before else []
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *there])
     try:
         forkserver.ensure_running()
     finally:
@@ -124,6 +126,11 @@ def be_command(
     os.chdir(folder)
     sys.argv = [str(ROOT / script), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def keep_cells() -> None:
+    """Let the cells of a sweep have no processes of their own."""
+    train_cell.run_isolated = lambda job, *arguments: job(*arguments)
 
 
 def environment_apart() -> dict[str, str]:
