@@ -7,6 +7,7 @@ which values it may have; ``__post_init__`` also checks what several options say
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -542,6 +543,7 @@ class BenchConfig(RunConfig):
             )
 
 
+@functools.cache
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra under the names that conf/train.yaml and conf/bench.yaml use."""
     store = ConfigStore.instance()

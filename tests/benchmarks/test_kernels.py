@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.commands import default_stage
 
 from kernels.complex_attention import complex_attention_forward
 from muse.benchmarks import kernels, suite
@@ -19,7 +20,6 @@ from muse.benchmarks.kernel_cases import (
 )
 from muse.benchmarks.suite import settled
 from muse.errors import RunError
-from muse.launch.bench import composed_stage
 from muse.measure.passes import Passes, outputs
 
 CPU = torch.device("cpu")
@@ -197,7 +197,7 @@ def run(monkeypatch, config, answers):
         return {"cases": answer, "device": "a device"}
 
     monkeypatch.setattr(suite, "measure_isolated", measure_isolated)
-    return suite.run_suite(config, Path("unused"), composed_stage)
+    return suite.run_suite(config, Path("unused"), default_stage)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_all_leaves_the_kernels_out(bench_config, monkeypatch):
         raise RunError("enough")
 
     monkeypatch.setattr(suite, "measure_isolated", measure_isolated)
-    suite.run_suite(bench_config(name="all"), Path("unused"), composed_stage)
+    suite.run_suite(bench_config(name="all"), Path("unused"), default_stage)
     assert asked
     assert not [name for name in asked if "kernels" in name]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from support.commands import default_stage
 
 from muse.acceleration import Execution, KernelOptimizer, kernel_optimizer
 from muse.acceleration import plan as plans
@@ -35,7 +36,6 @@ from muse.config import (
 )
 from muse.errors import ConfigError, RunError
 from muse.launch import bench as bench_run
-from muse.launch.bench import composed_stage
 
 CPU = torch.device("cpu")
 WIDTH = WidthConfig(d_model=32, layers=2, heads=2, kv_heads=2, d_ff=64)
@@ -542,7 +542,7 @@ def report_of(monkeypatch, config, memory=None, pairs=None, change=None, **stack
         return found if change is None else change(name, config, found)
 
     monkeypatch.setattr(suite, "measure_isolated", measure)
-    return suite.run_suite(config, Path("unused"), composed_stage)
+    return suite.run_suite(config, Path("unused"), default_stage)
 
 
 def test_everything_passes_when_it_does(speedup_config, monkeypatch):
@@ -667,7 +667,7 @@ def test_the_ablation_says_what_does_not_pay(speedup_config, monkeypatch, capsys
         return {**STACK, "seconds": time}
 
     monkeypatch.setattr(suite, "measure_isolated", measure)
-    report = suite.run_suite(speedup_config(ablation=True), Path("unused"), composed_stage)
+    report = suite.run_suite(speedup_config(ablation=True), Path("unused"), default_stage)
     saved = report.values["ablation_saved"]
     assert saved["plain"] == 0
     assert saved["KernelOptimizer alone"] == pytest.approx(0.4)

@@ -5,6 +5,7 @@ from pathlib import Path
 import hydra
 import pytest
 from hydra import initialize_config_dir
+from support.commands import default_stage
 
 from muse.benchmarks import suite
 from muse.benchmarks.suite import measure_isolated
@@ -123,7 +124,7 @@ def run(monkeypatch, config, **changed):
 def reported(monkeypatch, config, **changed):
     measured = {**(GOOD_FLOW if config.stage.number == "2" else GOOD), **changed}
     monkeypatch.setattr(suite, "measure_isolated", lambda name, config: measured[name](config))
-    return suite.run_suite(config, Path("unused"), composed_stage)
+    return suite.run_suite(config, Path("unused"), default_stage)
 
 
 def test_all_passes_when_everything_does_and_has_the_keys_of_the_seeds(bench_config, monkeypatch):

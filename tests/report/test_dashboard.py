@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.commands import default_stage
 from support.configs import small_width
 
 from muse.benchmarks import presentation, suite
@@ -21,7 +22,6 @@ from muse.config import (
     TrainConfig,
 )
 from muse.data import TokenData
-from muse.launch.bench import composed_stage
 from muse.report.dashboard import LAYOUT, build_workspace, main
 from muse.report.wandb_run import STEP
 from muse.report.wandb_tables import ResultTable
@@ -79,12 +79,12 @@ def test_bars_and_tables_show_what_benchmarks_report(tmp_path, monkeypatch):
     tables: list[ResultTable] = []
     for number, activation in (("1", "split_gelu"), ("2", "split_gelu"), ("3a", "gelu")):
         stage = StageConfig(number=number, activation=activation)
-        report = suite.run_suite(BenchConfig(stage=stage), tmp_path, composed_stage)
+        report = suite.run_suite(BenchConfig(stage=stage), tmp_path, default_stage)
         values |= {key for key, value in report.values.items() if isinstance(value, int | float | str)}
         tables += presentation.tables(report)
     # benchmark=kernels is no part of benchmark=all.
     kernels = {"kernels": {"norm": {"error": "wrong"}}}
-    tables += presentation.tables(Results(tmp_path, suite.measure_isolated, composed_stage, details=kernels))
+    tables += presentation.tables(Results(tmp_path, suite.measure_isolated, default_stage, details=kernels))
     assert keys("bars") <= values
     assert keys("table") <= {f"tables/{table.name}" for table in tables}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import runpy
 import signal
@@ -16,9 +18,10 @@ import muse.launch.sweep
 import muse.processes.signals
 from muse.benchmarks import suite
 from muse.benchmarks.suite import MEASUREMENTS
-from muse.config import BenchConfig
+from muse.config import BenchConfig, StageConfig
 from muse.hardware import describe, use_hardware
 from muse.launch import train as train_cell
+from muse.launch.bench import composed_stage
 from support.processes import ROOT
 
 
@@ -59,3 +62,11 @@ def keep_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let measurements and the cells of a sweep start no processes of their own."""
     monkeypatch.setattr(suite, "measure_isolated", measured_here)
     monkeypatch.setattr(train_cell, "run_isolated", lambda job, *arguments: job(*arguments))
+
+
+def default_stage(number: str) -> StageConfig:
+    """As ``composed_stage``, which composes each stage once here."""
+    return copy.copy(_composed(number))
+
+
+_composed = functools.cache(composed_stage)
