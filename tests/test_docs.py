@@ -92,8 +92,6 @@ DEFAULTS_WITH = {
     "benchmark=speedup": "optim.accumulation=2",
     "hydra/sweeper=search": "hydra.sweeper.n_trials=1",
     "hydra/launcher=submitit_local": "hydra.launcher.timeout_min=9",
-    # One at a time stays in this process; tests/launch/test_sweep_cli.py has several.
-    "hydra/launcher=processes": "hydra.launcher.n_jobs=1",
 }
 # A launcher that is not here, and the same one without its cluster.
 LAUNCHERS = {"hydra/launcher=slurm": "hydra/launcher=submitit_local"}
@@ -117,7 +115,7 @@ LARGEST = {
     "optim.accumulation": (2, (1, 2)),
     "hydra.sweeper.n_trials": (2, ()),
     "hydra.sweeper.n_jobs": (2, ()),
-    "hydra.launcher.n_jobs": (1, ()),
+    "hydra.launcher.n_jobs": (2, ()),
 }
 # Groups whose choice does not matter for whether a command works, and what runs here.
 GROUPS = {"hardware": "cpu", "logger": "none", "data": "text"}
@@ -342,7 +340,7 @@ def finished_run(place) -> Callable[[str], Path]:
 
 def stands_on_its_own(text: str, arguments: list[str]) -> bool:
     """Whether a command needs processes of its own, which others run in this one without."""
-    return launcher_of(text) is not None or "hydra/launcher=submitit_local" in arguments
+    return launcher_of(text) is not None or any(word.startswith("hydra/launcher=") for word in arguments)
 
 
 def run_apart(text: str, script: str, arguments: list[str], place: Path, output: Path) -> int:
