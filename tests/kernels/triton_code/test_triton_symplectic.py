@@ -16,7 +16,7 @@ from support.flows import force, held_flow, leapfrog, reconstruct
 from torch import Tensor
 
 from kernels.launch import eager
-from kernels.symplectic import POTENTIALS, advance, fixed_point, symplectic_flow, triton_code
+from kernels.symplectic import POTENTIALS, advance, fixed_point, symplectic_flow, triton_code, undo
 from kernels.symplectic.plain import plain_force
 from kernels.symplectic.scheme import Scheme, reversed_scheme
 
@@ -164,6 +164,19 @@ def test_backward_meets_the_states_of_the_forward_pass(monkeypatch, device, widt
     for stage, q in zip(reversed(kicked), seen, strict=True):
         before, _, _ = advance(*tensors, *(x[:stage] for x in STAGES), confinement=0.5, scale=SCALE)
         assert torch.equal(q, before)
+
+
+@pytest.mark.parametrize(("width", "stages"), [(20, STAGES), (100, ([0.0, 0.1], [0.05, 0.05]))])
+def test_the_initial_state_is_rebuilt_where_it_is_wanted(width, stages, device):
+    q, p, *weights = make(17, width, 40, torch.float32, device)
+    end_q, end_p, _ = advance(q, p, *weights, *stages, scale=SCALE)
+    start_q, start_p, *gradients = undo(p, q, end_q, end_p, *weights, *stages, scale=SCALE)
+    assert torch.equal(start_q, fixed_point(q, SCALE))
+    assert torch.equal(start_p, fixed_point(p, SCALE))
+    no_q, no_p, *others = undo(p, q, end_q, end_p, *weights, *stages, scale=SCALE, rebuilt=False)
+    assert no_q.numel() == no_p.numel() == 0
+    for x, y in zip(gradients, others, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_exact_state_is_close_to_that_of_the_eager_code(device):
