@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from muse.config import ModelConfig, StageConfig
-from muse.scaling.counts import numbers, shapes, step_flops
+from muse.scaling.counts import forces, numbers, shapes, skips_first_kick, step_flops
 from muse.scaling.memory import Memory, element_bytes, memory
 from muse.scaling.ranks import padded, traffic
 
-# What a force costs on a GPU (kernels/symplectic): each float32 product is three in TF32, and the backward
-# pass computes W1 q and W1 y again for the parameters' gradients, 11 products in all instead of 8.
+# What a force costs on a GPU (kernels/symplectic): each float32 product is three in TF32.
 TF32_PRODUCTS = 3
-GPU_FORCE = 11 / 8
 # Gathered numbers beyond the parameters from which on sharding is called uneven.
 UNEVEN = 1.1
 
@@ -106,10 +104,10 @@ def predict(
     held = memory(stage, model, vocab, length, max(1, round(windows)), device, parallel, ranks, accumulation)
     flops = step_flops(stage, model, vocab, length)
     tokens = windows * length * accumulation
-    forces = machine.peak_fp32 / TF32_PRODUCTS if stage.force_precision == "fp32" else machine.peak
+    of_forces = machine.peak_fp32 / TF32_PRODUCTS if stage.force_precision == "fp32" else machine.peak
     others = machine.peak_fp32 if stage.precision == "fp32" else machine.peak
-    again = GPU_FORCE if device == "cuda" and stage.gradient in ("exact", "reversible") else 1.0
-    seconds = again * flops.forces / forces + (flops.total - flops.forces) / others
+    again = _products_again(stage) if device == "cuda" and stage.gradient in ("exact", "reversible") else 1.0
+    seconds = again * flops.forces / of_forces + (flops.total - flops.forces) / others
     compute = tokens * seconds / machine.utilisation
     found = shapes(stage, model, vocab)
     sent = traffic(found, element_bytes(stage), parallel, ranks, accumulation)
@@ -136,3 +134,13 @@ def predict(
         communication,
         tuple(name for name, met in limits if met),
     )
+
+
+def _products_again(stage: StageConfig) -> float:
+    """How many products a GPU takes for one of a CPU.
+
+    The backward pass computes W1 q and W1 y again for the parameters' gradients, 11 products a force in all
+    instead of 8; the kick that is not undone has 2 of them, on a CPU 1.
+    """
+    count, skipped = forces(stage), skips_first_kick(stage)
+    return (11 * count - 2 * skipped) / (8 * count - skipped)
