@@ -88,6 +88,26 @@ class StageConfig:
     dropout: float = option(
         0.0, "probability of dropping an activation on each residual branch.", at_least=0, below=1
     )
+    trunk: str = option(
+        "residual",
+        "what carries the state through the blocks: residual sums, of which every block keeps what its "
+        "gradient needs; or reversible, whole numbers that the backward pass subtracts again, so that what "
+        "is kept does not grow with the depth, for one more forward pass. Not of stage 3a and mixer=none.",
+        choices=("residual", "reversible"),
+    )
+    trunk_decay: float = option(
+        0.5,
+        "ratio of the state's share in the momentum of a reversible trunk to that of the sub-layer before; "
+        "deep trunks take a slower one, which their whole numbers can hold.",
+        above=0,
+        at_most=1,
+    )
+    recompute: str = option(
+        "none",
+        "none, or block: only the input of a block is kept, and the backward pass computes the rest again.",
+        choices=("none", "block"),
+    )
+    recompute_blocks: int = option(1, "blocks for each input that recompute=block keeps.", at_least=1)
     ode_steps: int = option(1, "steps of the flow (this and what follows are of stage 2).", at_least=1)
     dt: float = option(1.0, "size of a step.", above=0)
     integrator: str = option(
@@ -147,6 +167,17 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         check_options(self, "stage")
+        if self.trunk == "reversible":
+            if self.number == "3a" or self.mixer == "none":
+                raise ConfigError(
+                    "stage.trunk=reversible needs blocks that add to their state: stage 0, 1 or 2 with "
+                    "stage.mixer=attention"
+                )
+            if self.recompute != "none":
+                raise ConfigError(
+                    f"stage.recompute={self.recompute} has nothing to do with stage.trunk=reversible, which "
+                    "computes every sub-layer again; it must be none"
+                )
         if self.number == "2" and self.mixer == "none":
             raise ConfigError("stage.mixer=none is the block of the seeds; it goes with stage=1")
 

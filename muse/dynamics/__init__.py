@@ -1,10 +1,14 @@
 """Hamiltonian dynamics of the hidden state."""
 
 from muse.dynamics.energy import Trajectory, drift, energy, monotone_share, trajectory
-from muse.dynamics.hamiltonian_ode import (
-    HamiltonianNeuralODE,
+from muse.dynamics.fallback import (
+    FallsBack,
     agree_on_fallbacks,
     deferred_checks,
+    layers_that_fall_back,
+)
+from muse.dynamics.hamiltonian_ode import (
+    HamiltonianNeuralODE,
     flow_metrics,
     flows_of,
     take_reconstruction_error,
@@ -16,6 +20,7 @@ from muse.dynamics.watch import watched_flows
 __all__ = [
     "INTEGRATORS",
     "DuffingPotential",
+    "FallsBack",
     "HamiltonianNeuralODE",
     "MLPPotential",
     "Potential",
@@ -28,6 +33,7 @@ __all__ = [
     "energy",
     "flow_metrics",
     "flows_of",
+    "layers_that_fall_back",
     "monotone_share",
     "stages",
     "take_reconstruction_error",

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.planar import upcast
 from kernels.symplectic import LIMIT, undone_flow
+from muse.dynamics.fallback import FallsBack
 from muse.dynamics.integrators import Stages, stages
 from muse.dynamics.potential import Potential
 from muse.errors import RunError
-from muse.processes.ranks import all_reduced_max, ranks
 
 
-class HamiltonianNeuralODE(nn.Module):
+class HamiltonianNeuralODE(FallsBack):
     """(q, p) = (Re z, Im z) flows through H(q, p) = |p|^2 / 2 + V(q), every token by itself.
 
     Gradients are those of the discrete map, by
@@ -52,8 +49,6 @@ class HamiltonianNeuralODE(nn.Module):
         name: what messages call this layer.
     """
 
-    fallback_count: Tensor
-
     def __init__(
         self,
         potential: Potential,
@@ -66,21 +61,16 @@ class HamiltonianNeuralODE(nn.Module):
         verify: bool = False,
         name: str = "flow",
     ) -> None:
-        super().__init__()
+        super().__init__(name)
         self.potential = potential
         self.steps, self.dt, self.integrator, self.gradient = steps, dt, integrator, gradient
-        self.recon_threshold, self.verify, self.name = recon_threshold, verify, name
+        self.recon_threshold, self.verify = recon_threshold, verify
         self.stages = stages(integrator, steps, dt)
         self.scale = 2.0**fraction_bits if gradient == "exact" else 0.0
         # The largest error since it was last read, of the modes that compare.
         self.reconstruction_error: float | None = None
         # Shown the input of each call; see ``muse.dynamics.watch``.
         self.watch: Callable[[Tensor, Tensor], None] | None = None
-        # See ``deferred_checks``.
-        self.deferred = False
-        self.register_buffer("fallback_count", torch.zeros((), dtype=torch.int64))
-        self.fallen_back = False
-        self.register_load_state_dict_post_hook(_remember_fallback)
 
     @property
     def compares(self) -> bool:
@@ -117,7 +107,7 @@ class HamiltonianNeuralODE(nn.Module):
             if (self.deferred and not self.compares) or peak.item() < (LIMIT if self.scale else math.inf):
                 return end_q, end_p
             self._refuse_non_finite(q, p, coefficients)
-            self._fall_back(
+            self.fall_back(
                 f"its state left the range of +-{LIMIT / self.scale:g} of stage.fraction_bits="
                 f"{math.frexp(self.scale)[1] - 1}"
                 if self.scale
@@ -163,7 +153,7 @@ class HamiltonianNeuralODE(nn.Module):
         self.reconstruction_error = max(error, self.reconstruction_error or 0.0)
         if error <= (0.0 if self.scale else self.recon_threshold):
             return None
-        self._fall_back(f"the initial state was rebuilt with an error of {error:.2g}")
+        self.fall_back(f"the initial state was rebuilt with an error of {error:.2g}")
         with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
             inputs = [x.detach().requires_grad_() for x in (q, p, *coefficients)]
             ends = self._checkpointed(inputs[0], inputs[1], tuple(inputs[2:]))
@@ -180,15 +170,6 @@ class HamiltonianNeuralODE(nn.Module):
                 _run, self.potential, q, p, part, coefficients, use_reentrant=False, preserve_rng_state=False
             )
         return q, p
-
-    def _fall_back(self, reason: str) -> None:
-        self.fallback_count += 1
-        # Several calls may wait for their backward passes.
-        if not self.fallen_back:
-            warnings.warn(
-                f"{self.name}: {reason}; this layer goes on with stage.gradient=checkpoint", stacklevel=2
-            )
-        self.fallen_back = True
 
     @torch.no_grad()
     def _refuse_non_finite(self, q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...]) -> None:
@@ -228,43 +209,6 @@ def _distance(rebuilt: tuple[Tensor, Tensor], given: tuple[Tensor, Tensor], scal
     held = [(x * scale).round() if scale else x for x in given]
     worst = max((x.double() - y).abs().max().item() for x, y in zip(rebuilt, held, strict=True))
     return worst / (scale or 1.0)
-
-
-def _remember_fallback(ode: HamiltonianNeuralODE, _: Any) -> None:
-    ode.fallen_back = bool(ode.fallback_count)
-
-
-@contextmanager
-def deferred_checks(model: nn.Module) -> Iterator[None]:
-    """Inside, flows that do not compare read nothing back from the device.
-
-    A flow whose state left its range, or is not finite, then gives what is not finite either, and so does all
-    that follows. Who finds such a loss calls the model again outside: the flow falls back there, or says in
-    which step its state was lost.
-    """
-    flows = flows_of(model)
-    before = [flow.deferred for flow in flows]
-    for flow in flows:
-        flow.deferred = True
-    try:
-        yield
-    finally:
-        for flow, deferred in zip(flows, before, strict=True):
-            flow.deferred = deferred
-
-
-def agree_on_fallbacks(model: nn.Module) -> None:
-    """Let a layer fall back on every rank if it did on one, so that ranks stay interchangeable.
-
-    The count becomes the largest of any rank.
-    """
-    flows = flows_of(model)
-    if not flows or ranks() == 1:
-        return
-    counts = all_reduced_max(torch.stack([flow.fallback_count for flow in flows]))
-    for flow, count in zip(flows, counts.unbind(), strict=True):
-        flow.fallback_count.copy_(count)
-        _remember_fallback(flow, None)
 
 
 def flow_metrics(model: nn.Module, taken: Iterable[float | None] = ()) -> dict[str, float]:

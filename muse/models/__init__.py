@@ -11,6 +11,7 @@ from muse.models.language_model import LanguageModel, count_parameters
 from muse.models.loss import linear_cross_entropy
 from muse.models.real import real_decoder
 from muse.models.transformer import transformer_decoder
+from muse.models.trunk import ReversibleTrunk
 
 
 def build_model(stage: StageConfig, model: ModelConfig, vocab_size: int, seed: int = 0) -> LanguageModel:
@@ -25,6 +26,10 @@ def build_model(stage: StageConfig, model: ModelConfig, vocab_size: int, seed: i
             built = hamiltonian_decoder(stage, model.complex, vocab_size)
         else:
             built = complex_decoder(stage, model.complex, vocab_size, model.seq_len)
+    if stage.trunk == "reversible":
+        # An attention and a feed-forward map or flows.
+        built.trunk = ReversibleTrunk(2 * len(built.blocks), stage.trunk_decay)
+    built.recompute = stage.recompute_blocks if stage.recompute == "block" else 0
     return built.to(torch.bfloat16) if stage.precision == "bf16" else built
 
 

@@ -21,6 +21,7 @@ from muse.layers import (
 from muse.layers.init import modulus_median, rayleigh_scale
 from muse.models.language_model import LanguageModel
 from muse.models.real import TIED_LOGIT
+from muse.models.trunk import Sublayer, TrunkState
 
 
 class ComplexBlock(nn.Module):
@@ -36,7 +37,16 @@ class ComplexBlock(nn.Module):
         self.ffn = ComplexFFN(width.d_model, width.d_ff, stage.activation, stage.init, gain)
         self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
 
-    def forward(self, z: Tensor, cache: KVCache | None = None) -> Tensor:
+    def sublayers(self, cache: KVCache | None = None) -> list[Sublayer]:
+        """What is added to the state, in turn."""
+        return [
+            Sublayer(self.attention_norm, self.attention, self.dropout, cache),
+            Sublayer(self.ffn_norm, self.ffn, self.dropout),
+        ]
+
+    def forward(self, z: Tensor | TrunkState, cache: KVCache | None = None) -> Tensor | TrunkState:
+        if isinstance(z, TrunkState):
+            return z.through(self.sublayers(cache))
         z, normal = self.ffn_norm.of_sum(z, self.dropout(self.attention(self.attention_norm(z), cache)))
         return z + self.dropout(self.ffn(normal))
 

@@ -12,6 +12,7 @@ from muse.dynamics import DuffingPotential, HamiltonianNeuralODE, MLPPotential, 
 from muse.layers import ComplexAttention, KVCache
 from muse.models.complex import build_norm, decoder_of
 from muse.models.language_model import LanguageModel
+from muse.models.trunk import Sublayer, TrunkState
 
 
 class HamiltonianFlow(nn.Module):
@@ -66,7 +67,16 @@ class HamiltonianBlock(nn.Module):
         self.flow = HamiltonianFlow(width, stage, name)
         self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
 
-    def forward(self, z: Tensor, cache: KVCache | None = None) -> Tensor:
+    def sublayers(self, cache: KVCache | None = None) -> list[Sublayer]:
+        """What is added to the state, in turn."""
+        return [
+            Sublayer(self.attention_norm, self.attention, self.dropout, cache),
+            Sublayer(self.flow_norm, self.flow, self.dropout),
+        ]
+
+    def forward(self, z: Tensor | TrunkState, cache: KVCache | None = None) -> Tensor | TrunkState:
+        if isinstance(z, TrunkState):
+            return z.through(self.sublayers(cache))
         z, normal = self.flow_norm.of_sum(z, self.dropout(self.attention(self.attention_norm(z), cache)))
         return z + self.dropout(self.flow(normal))
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from kernels.products import linear
 from muse.layers import ComplexAttention, KVCache
+from muse.layers.recompute import recomputed_call
 from muse.models.loss import linear_cross_entropy
+from muse.models.trunk import ReversibleTrunk
 
 
 class LanguageModel(nn.Module):
@@ -37,16 +39,33 @@ class LanguageModel(nn.Module):
         self.norm = norm
         self.read_out = read_out
         self.head = head
+        # Carries the state through the blocks; None for residual sums.
+        self.trunk: ReversibleTrunk | None = None
+        # Blocks of which the first one's input alone is kept, and which the backward pass computes again;
+        # 0 for none. A trunk keeps none.
+        self.recompute = 0
 
     def features(self, tokens: Tensor) -> Tensor:
         """Real features (B, S, E) before the head."""
-        state = self.embedding(tokens)
-        for block in self.blocks:
-            state = block(state)
-        return self.read_out(self.norm(state))
+        return self.read_out(self.norm(self._through_blocks(self.embedding(tokens))))
+
+    def _through_blocks(self, state: Tensor) -> Tensor:
+        if self.trunk is not None:
+            return self.trunk(state, self.blocks)
+        if not self.recompute or not torch.is_grad_enabled():
+            return _through(state, self.blocks)
+        for start in range(0, len(self.blocks), self.recompute):
+            state = recomputed_call(_through, state, self.blocks[start : start + self.recompute])
+        return state
 
     def compile_features(self) -> None:
         """Compile everything before the head; names in the state dict stay as they are."""
+        if self.trunk is not None:
+            # What a reversible backward pass does cannot be traced.
+            for block in self.blocks:
+                for sublayer in block.sublayers():  # type: ignore[operator]
+                    sublayer.map.compile()
+            return
         self.features = torch.compile(self.features)  # type: ignore[method-assign]
 
     def head_parameters(self) -> tuple[Tensor, Tensor | None]:
@@ -75,8 +94,11 @@ class LanguageModel(nn.Module):
     def continue_logits(self, tokens: Tensor, caches: list[KVCache]) -> Tensor:
         """Logits (B, S, V) of tokens (B, S) that follow those in ``caches``, which they are added to."""
         state = self.embedding(tokens)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            state = block(state, cache)
+        if self.trunk is not None:
+            state = self.trunk(state, self.blocks, caches)
+        else:
+            for block, cache in zip(self.blocks, caches, strict=True):
+                state = block(state, cache)
         return self._logits(self.read_out(self.norm(state)))
 
     def _logits(self, features: Tensor) -> Tensor:
@@ -91,6 +113,12 @@ class LanguageModel(nn.Module):
         """Cross-entropy in nats of ``targets`` (B, S) given ``features`` (B, S, E)."""
         weight, bias = self.head_parameters()
         return linear_cross_entropy(features.flatten(0, 1), weight, targets.flatten(), bias, reduction)
+
+
+def _through(state: Tensor, blocks: Iterable[nn.Module]) -> Tensor:
+    for block in blocks:
+        state = block(state)
+    return state
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from muse.config import StageConfig, WidthConfig
 from muse.layers.rotary import rotary_table, rotate_pairs
 from muse.models.language_model import LanguageModel
+from muse.models.trunk import Sublayer, TrunkState
 
 # The logit that a tied model gives its own input token at the start: rows have this norm per channel.
 TIED_LOGIT = 2.0
@@ -85,7 +86,16 @@ class RealBlock(nn.Module):
         self.ffn = RealFFN(width, stage.activation, gain)
         self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def sublayers(self) -> list[Sublayer]:
+        """What is added to the state, in turn."""
+        return [
+            Sublayer(self.attention_norm, self.attention, self.dropout),
+            Sublayer(self.ffn_norm, self.ffn, self.dropout),
+        ]
+
+    def forward(self, x: Tensor | TrunkState) -> Tensor | TrunkState:
+        if isinstance(x, TrunkState):
+            return x.through(self.sublayers())
         x = x + self.dropout(self.attention(self.attention_norm(x)))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from muse.data import Counts, evaluation_batches
-from muse.dynamics import deferred_checks, flows_of
+from muse.dynamics import deferred_checks, layers_that_fall_back
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
 from muse.processes.ranks import all_reduced_sum, rank, ranks
@@ -75,7 +75,7 @@ def evaluate(
     try:
         with deferred_checks(model):
             total, predicted = _total(model, precision, *windows)
-        if not math.isfinite(total) and flows_of(model):
+        if not math.isfinite(total) and layers_that_fall_back(model):
             total, predicted = _total(model, precision, *windows)
     finally:
         model.train(training)

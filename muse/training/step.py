@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from muse.config import RunConfig
-from muse.dynamics import agree_on_fallbacks, deferred_checks, flows_of, take_reconstruction_error
+from muse.dynamics import (
+    agree_on_fallbacks,
+    deferred_checks,
+    layers_that_fall_back,
+    take_reconstruction_error,
+)
 from muse.errors import RunError
 from muse.hardware import autocast_dtype
 from muse.models import LanguageModel
@@ -45,12 +50,14 @@ class TakenStep:
         gradient_norm: before clipping. It is not finite where a loss scaler skipped the update.
         reconstruction_error: the largest of any flow that compares; None where none does.
         signal: the largest number of a signal that a rank was sent.
+        rebuilt: whether a reversible trunk, if there is one, came back to where it began.
     """
 
     loss: float
     gradient_norm: float
     reconstruction_error: float | None
     signal: int | None
+    rebuilt: bool
 
 
 class Loss(Protocol):
@@ -107,9 +114,9 @@ class TrainingStep(Generic[AnyOptimizer]):
     ) -> None:
         self.model, self.loss, self.optimizer, self.clip = model, loss, optimizer, clip
         self.device = model_device(model)
-        self.flows = flows_of(model)
+        self.layers = layers_that_fall_back(model)
         # As all ranks know it.
-        self.fallen_back = [False for _ in self.flows]
+        self.fallen_back = [False for _ in self.layers]
         self.cast = autocast_dtype(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.cast == torch.float16)
 
@@ -118,7 +125,8 @@ class TrainingStep(Generic[AnyOptimizer]):
     ) -> TakenStep:
         """Take the gradient of the mean loss of the micro-batches, clip it and update the parameters.
 
-        A step in which the state of a flow is lost is taken again, with that flow on checkpointing.
+        A step in which the state of a flow or of the trunk is lost, or that of the trunk was not rebuilt, is
+        taken again, with that layer on checkpointing.
 
         Args:
             number: of the step, from 0.
@@ -130,10 +138,10 @@ class TrainingStep(Generic[AnyOptimizer]):
                 update and lowers the scale, as is usual, until the scale is used up.
             RunError: the state of a flow is not finite.
         """
-        random = torch_random_state() if self.flows else None
+        random = torch_random_state() if self.layers else None
         with deferred_checks(self.model):
             taken = self.agree(self.gradients(batches), signal)
-        if random is not None and not math.isfinite(taken.loss):
+        if random is not None and not (taken.rebuilt and math.isfinite(taken.loss)):
             restore_torch_random_state(random)
             taken = self.agree(self.gradients(batches), signal)
         self.update(number, taken)
@@ -166,25 +174,32 @@ class TrainingStep(Generic[AnyOptimizer]):
         self.optimizer.attach_gradients()
         norm = self.optimizer.gradient_norm()
         error = take_reconstruction_error(self.model)
-        # A column for each rank: its share of the loss, its error, its signal, whether more flows fell back.
-        columns = torch.zeros(4, ranks(), dtype=torch.float64, device=self.device)
+        failed = self.model.trunk.take_rebuild_failed() if self.model.trunk is not None else None
+        # A column for each rank: its share of the loss, its error, its signal, whether more layers fell back
+        # and whether the trunk was not rebuilt.
+        columns = torch.zeros(5, ranks(), dtype=torch.float64, device=self.device)
         columns[0, rank()] = loss / ranks()
         columns[1, rank()] = -1.0 if error is None else error
         columns[2, rank()] = signal or 0
-        columns[3, rank()] = [flow.fallen_back for flow in self.flows] != self.fallen_back
+        columns[3, rank()] = [layer.fallen_back for layer in self.layers] != self.fallen_back
+        if failed is not None:
+            columns[4, rank()] = failed
         if ranks() > 1:
             columns = all_reduced_sum(columns)
         # All that the host waits for.
         found = torch.cat((columns, norm.double().expand(1, ranks()))).tolist()
-        losses, errors, signals, differing, norms = found
-        if any(differing):
+        losses, errors, signals, differing, lost, norms = found
+        if any(lost) and self.model.trunk is not None:
+            self.model.trunk.fall_back("the inputs of its sub-layers were not rebuilt to the last bit")
+        if any(differing) or any(lost):
             agree_on_fallbacks(self.model)
-            self.fallen_back = [flow.fallen_back for flow in self.flows]
+            self.fallen_back = [layer.fallen_back for layer in self.layers]
         return TakenStep(
             loss=math.fsum(losses),
             gradient_norm=norms[0] / self.scaler.get_scale(),
             reconstruction_error=None if max(errors) < 0 else max(errors),
             signal=int(max(signals)) or None,
+            rebuilt=not any(lost),
         )
 
     def update(self, number: int, taken: TakenStep) -> None:

@@ -1,0 +1,352 @@
+"""What carries the state of a decoder from block to block, beside plain residual sums.
+
+The reversible trunk has a momentum v beside the state z. Sub-layer l, of L in all, is a kick and a drift,
+
+    v += a_l f_l(norm z)        a_l = 1 / (c_l + ... + c_(L-1))
+    z += c_l v                  c_l = decay^l
+
+so that in the end each sub-layer has been added once, as in a residual trunk, and all but a share ``decay``
+of what it still lacks is there after each step. z and v are whole numbers of units of 2^-FRACTION_BITS, and
+so is all that is added to them. The backward pass subtracts the very numbers that were added, last one first:
+it needs the final pair only, computes every sub-layer once more from the input it rebuilds to the last bit,
+and takes the gradient there. What is kept depends neither on the depth nor on what sub-layers keep.
+
+v grows as decay^-l, which takes bits: ``drifts_of`` lets the drifts of deep trunks fall slower.
+
+Reversible trunks in floating point: Gomez et al., "The Reversible Residual Network" (2017), and Kitaev et
+al., "Reformer" (2020), with two streams; Sander et al., "Momentum Residual Neural Networks" (2021), with a
+momentum. Whole numbers that make a momentum exactly reversible: Maclaurin et al., "Gradient-based
+Hyperparameter Optimization through Reversible Learning" (2015).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from muse.dynamics import FallsBack
+from muse.errors import RunError
+from muse.layers import KVCache
+
+# Of z and v, which are int64: their resolution is that of float32 at about 2.
+FRACTION_BITS = 22
+# What v may grow by.
+GROWTH_BITS = 28
+# Beyond it v may have wrapped, in units.
+LIMIT = 2.0**62
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """dropout(map(norm x)), what a block adds to its state in one place.
+
+    Attributes:
+        norm: of the state.
+        map: of what is normalised; takes the cache, if there is one.
+        dropout: of what the map gives.
+        cache: keys and values of the tokens before.
+    """
+
+    norm: nn.Module
+    map: nn.Module
+    dropout: nn.Module
+    cache: KVCache | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        normal = self.norm(x)
+        return self.dropout(self.map(normal) if self.cache is None else self.map(normal, self.cache))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained."""
+        return [p for part in (self.norm, self.map) for p in part.parameters() if p.requires_grad]
+
+    @property
+    def random(self) -> bool:
+        """Whether two calls differ."""
+        return isinstance(self.dropout, nn.Dropout) and self.dropout.training and self.dropout.p > 0
+
+
+class Path(Protocol):
+    """How a sub-layer moves the state of a trunk."""
+
+    def step(self, sublayer: Sublayer, position: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class TrunkState(NamedTuple):
+    """What blocks hand on in a trunk with a momentum.
+
+    Attributes:
+        position: z, or what autograd takes for it.
+        momentum: v, likewise.
+        path: how sub-layers move them.
+    """
+
+    position: Tensor
+    momentum: Tensor
+    path: Path
+
+    def through(self, sublayers: Sequence[Sublayer]) -> TrunkState:
+        """The state after sub-layers."""
+        position, momentum = self.position, self.momentum
+        for sublayer in sublayers:
+            position, momentum = self.path.step(sublayer, position, momentum)
+        return TrunkState(position, momentum, self.path)
+
+
+def drifts_of(sublayers: int, decay: float) -> list[float]:
+    """c_l for each sub-layer: powers of ``decay``, or of the least larger number that GROWTH_BITS allow."""
+    slowest = 2.0 ** (-GROWTH_BITS / (sublayers - 1)) if sublayers > 1 else 1.0
+    return [max(decay, slowest) ** number for number in range(sublayers)]
+
+
+def kicks_of(drifts: Sequence[float]) -> list[float]:
+    """a_l for each sub-layer: what lets its update count once in the end."""
+    return [1 / math.fsum(drifts[number:]) for number in range(len(drifts))]
+
+
+class ReversibleTrunk(FallsBack):
+    """See the module. A state that leaves the range of int64 falls back to floating point and checkpointing.
+
+    That every input was rebuilt to the last bit is seen at the end of each backward pass, where v must be 0
+    again. ``rebuild_failed`` then says on the device if it is not, for those who defer their checks; without
+    that the backward pass raises RunError.
+
+    Args:
+        sublayers: L, of all blocks together.
+        decay: ratio of a drift to the one before.
+    """
+
+    def __init__(self, sublayers: int, decay: float) -> None:
+        super().__init__("trunk")
+        self.drifts = drifts_of(sublayers, decay)
+        self.kicks = kicks_of(self.drifts)
+        self.rebuild_failed: Tensor | None = None
+
+    # Its backward pass cannot be traced; ``LanguageModel.compile_features`` compiles the sub-layers.
+    @torch.compiler.disable
+    def forward(
+        self, z: Tensor, blocks: nn.ModuleList, caches: Sequence[KVCache | None] | None = None
+    ) -> Tensor:
+        """The state after all blocks, in the dtype of z (..., D), of which each sub-layer sees its own.
+
+        Raises:
+            RunError: see the class.
+        """
+        caches = caches or [None] * len(blocks)
+        if not self.fallen_back:
+            fixed = _FixedPoint(self, z)
+            position, momentum = _Enter.apply(fixed, z)
+            position, momentum, _ = _through(TrunkState(position, momentum, fixed), blocks, caches)
+            out = _Leave.apply(fixed, position, momentum)
+            # Caches hold the tokens by now.
+            if self.deferred or caches[0] is not None or not LIMIT <= fixed.reached.item() < math.inf:
+                return out
+            self.fall_back(f"its state left the range of +-{LIMIT * 2.0**-FRACTION_BITS:.2g}")
+        high = torch.promote_types(z.dtype, torch.float32)
+        position = z.to(high)
+        state = TrunkState(position, torch.zeros_like(position), _FloatingPoint(self, z.dtype))
+        return _through(state, blocks, caches).position.to(z.dtype)
+
+    def take_rebuild_failed(self) -> Tensor | None:
+        """Whether a backward pass did not come back to where it began since the last call; on the device."""
+        failed, self.rebuild_failed = self.rebuild_failed, None
+        return failed
+
+
+def _through(state: TrunkState, blocks: nn.ModuleList, caches: Sequence[KVCache | None]) -> TrunkState:
+    for block, cache in zip(blocks, caches, strict=True):
+        state = block(state) if cache is None else block(state, cache)
+    return state
+
+
+class _FloatingPoint:
+    """Floating-point z and v, and sub-layers that are computed again in the backward pass."""
+
+    def __init__(self, trunk: ReversibleTrunk, dtype: torch.dtype) -> None:
+        self.schedule = zip(trunk.kicks, trunk.drifts, strict=True)
+        self.dtype = dtype
+
+    def step(self, sublayer: Sublayer, position: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+        kick, drift = next(self.schedule)
+        x = position.to(self.dtype)
+        if torch.is_grad_enabled() and sublayer.cache is None:
+            change = checkpoint(sublayer, x, use_reentrant=False, preserve_rng_state=sublayer.random)
+        else:
+            change = sublayer(x)
+        momentum = momentum.add(change, alpha=kick)
+        return position.add(momentum, alpha=drift), momentum
+
+
+class _FixedPoint:
+    """int64 z and v, which are where the last sub-layer left them, or where the backward pass is.
+
+    Autograd does not see them, but two tensors of their shape in their place, which hold no memory.
+
+    Attributes:
+        reached: float64 scalar: no z or v can have been larger, in units; NaN if a change was not finite.
+    """
+
+    def __init__(self, trunk: ReversibleTrunk, z: Tensor) -> None:
+        self.trunk = trunk
+        self.dtype = z.dtype
+        self.high = torch.promote_types(z.dtype, torch.float32)
+        self.differentiable = torch.is_grad_enabled()
+        # Sub-layers that have moved the state.
+        self.done = 0
+        self.position = self._whole(z, 1.0)
+        self.momentum = torch.zeros_like(self.position)
+        self.reached = z.new_zeros((), dtype=torch.float64)
+        self._reach(z, 1.0)
+
+    def step(self, sublayer: Sublayer, position: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+        return _Step.apply(self, sublayer, position, momentum, *sublayer.parameters())
+
+    def value(self) -> Tensor:
+        """z in floating point."""
+        return self.position.to(self.high).mul_(2.0**-FRACTION_BITS).to(self.dtype)
+
+    def carrier(self) -> Tensor:
+        """A tensor of the shape of z that holds one number."""
+        return self.position.new_zeros((), dtype=self.high).expand(self.position.shape)
+
+    def kick(self, change: Tensor) -> None:
+        """The kick and the drift of the next sub-layer."""
+        whole = self._whole(change, self.trunk.kicks[self.done])
+        self._reach(change, max(1.0, self.trunk.kicks[self.done]))
+        self.momentum += whole
+        self.position += self._drift(self.done)
+        self.done += 1
+
+    def undo_drift(self) -> None:
+        """Of the last sub-layer: z is its input then."""
+        self.done -= 1
+        self.position -= self._drift(self.done)
+
+    def undo_kick(self, change: Tensor) -> None:
+        """Of the sub-layer whose drift was undone."""
+        self.momentum -= self._whole(change, self.trunk.kicks[self.done])
+
+    def _reach(self, change: Tensor, rate: float) -> None:
+        if change.numel():
+            largest = change.detach().abs().amax().double()
+            self.reached = self.reached + largest * (rate * 2.0**FRACTION_BITS)
+
+    def _drift(self, number: int) -> Tensor:
+        return self.momentum.double().mul_(self.trunk.drifts[number]).round_().long()
+
+    @staticmethod
+    def _whole(x: Tensor, rate: float) -> Tensor:
+        return x.detach().double().mul_(rate * 2.0**FRACTION_BITS).round_().long()
+
+
+class _Enter(torch.autograd.Function):
+    """From a state to that of the trunk."""
+
+    @staticmethod
+    def forward(ctx: Any, fixed: _FixedPoint, z: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.fixed = fixed
+        return fixed.carrier(), fixed.carrier()
+
+    @staticmethod
+    def backward(ctx: Any, grad_position: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        fixed, trunk = ctx.fixed, ctx.fixed.trunk
+        failed = fixed.momentum.any()
+        if trunk.deferred:
+            trunk.rebuild_failed = failed if trunk.rebuild_failed is None else trunk.rebuild_failed | failed
+        elif failed:
+            raise RunError(
+                "the reversible trunk was not rebuilt to the last bit: its sub-layers gave other values in "
+                "the backward pass than in the forward pass; weights and precision settings must not change "
+                "in between; stage.trunk=residual does without"
+            )
+        return None, grad_position.to(fixed.dtype)
+
+
+class _Step(torch.autograd.Function):
+    """One sub-layer, in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        fixed: _FixedPoint,
+        sublayer: Sublayer,
+        position: Tensor,
+        momentum: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.fixed, ctx.sublayer, ctx.number = fixed, sublayer, fixed.done
+        ctx.surroundings = _Surroundings(position.device, sublayer.random)
+        # As in the backward pass, because it decides which kernels run.
+        with torch.set_grad_enabled(fixed.differentiable):
+            change = sublayer(fixed.value().requires_grad_(fixed.differentiable))
+        fixed.kick(change.detach())
+        return fixed.carrier(), fixed.carrier()
+
+    @staticmethod
+    def backward(ctx: Any, grad_position: Tensor, grad_momentum: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a reversible trunk has no second derivative; stage.trunk=residual has")
+        fixed, sublayer, number = ctx.fixed, ctx.sublayer, ctx.number
+        if fixed.done != number + 1:
+            raise RuntimeError(
+                "a reversible trunk can be undone once; call the model again for another backward pass"
+            )
+        fixed.undo_drift()
+        grad_momentum = torch.add(grad_momentum, grad_position, alpha=fixed.trunk.drifts[number])
+        with torch.enable_grad(), ctx.surroundings.again():
+            x = fixed.value().requires_grad_()
+            change = sublayer(x)
+        fixed.undo_kick(change.detach())
+        grad_change = (grad_momentum * fixed.trunk.kicks[number]).to(change.dtype)
+        wanted = [x, *sublayer.parameters()]
+        grad_x, *gradients = torch.autograd.grad(change, wanted, grad_change, allow_unused=True)
+        return None, None, grad_position + grad_x, grad_momentum, *gradients
+
+
+class _Leave(torch.autograd.Function):
+    """From the state of the trunk to z, NaN where it may have wrapped."""
+
+    @staticmethod
+    def forward(ctx: Any, fixed: _FixedPoint, position: Tensor, momentum: Tensor) -> Tensor:
+        ctx.fixed = fixed
+        lost = torch.zeros_like(fixed.reached).masked_fill_(~(fixed.reached < LIMIT), math.nan)
+        return fixed.value().add_(lost)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, grad.to(ctx.fixed.high), None
+
+
+class _Surroundings:
+    """Autocast, and the random state where that matters, of a call that is to be made again."""
+
+    def __init__(self, device: torch.device, random: bool) -> None:
+        kind = device.type
+        self.device = device
+        self.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        self.random = self._state() if random else None
+
+    def _state(self) -> Tensor:
+        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """As it was."""
+        with self.autocast:
+            if self.random is None:
+                yield
+                return
+            cuda = self.device.type == "cuda"
+            with torch.random.fork_rng([self.device] if cuda else []):
+                if cuda:
+                    torch.cuda.set_rng_state(self.random, self.device)
+                else:
+                    torch.set_rng_state(self.random)
+                yield
