@@ -120,6 +120,9 @@ def _judge_flow(config: BenchConfig, results: Results) -> None:
     found: dict[str, dict[str, Any]] = {}
     for gradient in ("exact", "reversible", "checkpoint", "backprop"):
         stage = dataclasses.replace(config.stage, gradient=gradient)
+        if gradient == "backprop":
+            # Full backpropagation keeps what the blocks keep, too.
+            stage = dataclasses.replace(stage, trunk="residual", recompute="none")
         found[gradient] = results.measure("vram", gradient, dataclasses.replace(config, stage=stage))
     verified = dataclasses.replace(config.stage, gradient="exact", verify=True)
     rebuilt = results.measure("vram", "exact, verified", dataclasses.replace(config, stage=verified))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.distributed._tools.mod_tracker import ModTracker
 
 from muse.hardware import synchronize
 from muse.measure.operations import InsideOperations
@@ -73,17 +73,22 @@ def peak_memory(
         yield MemoryMeter(device, None)
         return
     tracker = MemTracker()
-    tracker.track_external(*([model] if model is not None else []), *state)
+    # It would hook itself to what each module takes and gives, and so hold the graph of a sub-layer that a
+    # reversible trunk has dropped.
+    tracker._mod_tracker = _NoModules()
+    if model is not None:
+        # What it would do where it meets the module: that gradients are told from other tensors.
+        tracker._track_module_params_and_buffers(model, install_grad_hooks=True)
+    tracker.track_external(*state)
+    with tracker, InsideOperations():
+        yield MemoryMeter(device, tracker)
 
-    def forget_modules(module: nn.Module, _: object) -> None:
-        outermost = set(tracker._mod_tracker.parents) == {"Global"} and not tracker._mod_tracker.is_bw
-        if outermost and module in tracker.memory_tracking:
-            tracker.reset_mod_stats()
 
-    # It follows each module once, and micro-batches call them again; what it has counted stays.
-    hook = register_module_forward_pre_hook(forget_modules)
-    try:
-        with tracker, InsideOperations():
-            yield MemoryMeter(device, tracker)
-    finally:
-        hook.remove()
+class _NoModules(ModTracker):
+    """Follows no module, but knows whether this is the backward pass."""
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass

@@ -6,10 +6,11 @@ The reversible trunk has a momentum v beside the state z. Sub-layer l, of L in a
     z += c_l v                  c_l = decay^l
 
 so that in the end each sub-layer has been added once, as in a residual trunk, and all but a share ``decay``
-of what it still lacks is there after each step. z and v are whole numbers of units of 2^-FRACTION_BITS, and
-so is all that is added to them. The backward pass subtracts the very numbers that were added, last one first:
-it needs the final pair only, computes every sub-layer once more from the input it rebuilds to the last bit,
-and takes the gradient there. What is kept depends neither on the depth nor on what sub-layers keep.
+of what it still lacks is there after each step. z and v are multiples of 2^-FRACTION_BITS, and so is all that
+is added to them, in float64, whose sums of such numbers are exact up to 2^53 of them. The backward pass
+subtracts the very numbers that were added, last one first: it needs the final pair only, computes every
+sub-layer once more from the input it rebuilds to the last bit, and takes the gradient there. What is kept
+depends neither on the depth nor on what sub-layers keep.
 
 v grows as decay^-l, which takes bits: ``drifts_of`` lets the drifts of deep trunks fall slower.
 
@@ -35,12 +36,11 @@ from muse.dynamics import FallsBack
 from muse.errors import RunError
 from muse.layers import KVCache
 
-# Of z and v, which are int64: their resolution is that of float32 at about 2.
-FRACTION_BITS = 22
-# What v may grow by.
-GROWTH_BITS = 28
-# Beyond it v may have wrapped, in units.
-LIMIT = 2.0**62
+# The resolution of z is that of float32 at about 8.
+FRACTION_BITS = 20
+UNIT = 2.0**-FRACTION_BITS
+# What v may grow by; 9 more bits are left for the sum of what sub-layers add.
+GROWTH_BITS = 24
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,12 @@ def kicks_of(drifts: Sequence[float]) -> list[float]:
 
 
 class ReversibleTrunk(FallsBack):
-    """See the module. A state that leaves the range of int64 falls back to floating point and checkpointing.
+    """See the module. After a fallback z and v are floating point, and sub-layers are checkpointed.
 
     That every input was rebuilt to the last bit is seen at the end of each backward pass, where v must be 0
-    again. ``rebuild_failed`` then says on the device if it is not, for those who defer their checks; without
-    that the backward pass raises RunError.
+    again: it is not if a sub-layer gave something else the second time, or v took more than 53 bits. Those
+    who defer their checks ask ``take_rebuild_failed``, which does not wait for the device; without that the
+    backward pass raises RunError.
 
     Args:
         sublayers: L, of all blocks together.
@@ -134,21 +135,13 @@ class ReversibleTrunk(FallsBack):
     def forward(
         self, z: Tensor, blocks: nn.ModuleList, caches: Sequence[KVCache | None] | None = None
     ) -> Tensor:
-        """The state after all blocks, in the dtype of z (..., D), of which each sub-layer sees its own.
-
-        Raises:
-            RunError: see the class.
-        """
+        """The state after all blocks, like z (..., D), in whose dtype each sub-layer sees it."""
         caches = caches or [None] * len(blocks)
         if not self.fallen_back:
             fixed = _FixedPoint(self, z)
             position, momentum = _Enter.apply(fixed, z)
             position, momentum, _ = _through(TrunkState(position, momentum, fixed), blocks, caches)
-            out = _Leave.apply(fixed, position, momentum)
-            # Caches hold the tokens by now.
-            if self.deferred or caches[0] is not None or not LIMIT <= fixed.reached.item() < math.inf:
-                return out
-            self.fall_back(f"its state left the range of +-{LIMIT * 2.0**-FRACTION_BITS:.2g}")
+            return _Leave.apply(fixed, position, momentum)
         high = torch.promote_types(z.dtype, torch.float32)
         position = z.to(high)
         state = TrunkState(position, torch.zeros_like(position), _FloatingPoint(self, z.dtype))
@@ -185,12 +178,13 @@ class _FloatingPoint:
 
 
 class _FixedPoint:
-    """int64 z and v, which are where the last sub-layer left them, or where the backward pass is.
+    """Whole numbers z and v, which are where the last sub-layer left them, or where the backward pass is.
 
     Autograd does not see them, but two tensors of their shape in their place, which hold no memory.
 
     Attributes:
-        reached: float64 scalar: no z or v can have been larger, in units; NaN if a change was not finite.
+        position: z, float64, in units of 1.
+        momentum: v, float64, in units of 2^-FRACTION_BITS.
     """
 
     def __init__(self, trunk: ReversibleTrunk, z: Tensor) -> None:
@@ -200,17 +194,15 @@ class _FixedPoint:
         self.differentiable = torch.is_grad_enabled()
         # Sub-layers that have moved the state.
         self.done = 0
-        self.position = self._whole(z, 1.0)
+        self.position = _whole(z, 1.0).mul_(UNIT)
         self.momentum = torch.zeros_like(self.position)
-        self.reached = z.new_zeros((), dtype=torch.float64)
-        self._reach(z, 1.0)
 
     def step(self, sublayer: Sublayer, position: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
         return _Step.apply(self, sublayer, position, momentum, *sublayer.parameters())
 
     def value(self) -> Tensor:
-        """z in floating point."""
-        return self.position.to(self.high).mul_(2.0**-FRACTION_BITS).to(self.dtype)
+        """z in the dtype it came in."""
+        return self.position.to(self.dtype, copy=True)
 
     def carrier(self) -> Tensor:
         """A tensor of the shape of z that holds one number."""
@@ -218,32 +210,26 @@ class _FixedPoint:
 
     def kick(self, change: Tensor) -> None:
         """The kick and the drift of the next sub-layer."""
-        whole = self._whole(change, self.trunk.kicks[self.done])
-        self._reach(change, max(1.0, self.trunk.kicks[self.done]))
-        self.momentum += whole
-        self.position += self._drift(self.done)
+        self.momentum += _whole(change, self.trunk.kicks[self.done])
+        self.position.add_(self._drift(self.done), alpha=UNIT)
         self.done += 1
 
     def undo_drift(self) -> None:
         """Of the last sub-layer: z is its input then."""
         self.done -= 1
-        self.position -= self._drift(self.done)
+        self.position.sub_(self._drift(self.done), alpha=UNIT)
 
     def undo_kick(self, change: Tensor) -> None:
         """Of the sub-layer whose drift was undone."""
-        self.momentum -= self._whole(change, self.trunk.kicks[self.done])
-
-    def _reach(self, change: Tensor, rate: float) -> None:
-        if change.numel():
-            largest = change.detach().abs().amax().double()
-            self.reached = self.reached + largest * (rate * 2.0**FRACTION_BITS)
+        self.momentum -= _whole(change, self.trunk.kicks[self.done])
 
     def _drift(self, number: int) -> Tensor:
-        return self.momentum.double().mul_(self.trunk.drifts[number]).round_().long()
+        return torch.mul(self.momentum, self.trunk.drifts[number]).round_()
 
-    @staticmethod
-    def _whole(x: Tensor, rate: float) -> Tensor:
-        return x.detach().double().mul_(rate * 2.0**FRACTION_BITS).round_().long()
+
+def _whole(x: Tensor, rate: float) -> Tensor:
+    """x times a rate, in units and rounded to a whole number, float64."""
+    return x.detach().to(torch.float64, copy=True).mul_(rate / UNIT).round_()
 
 
 class _Enter(torch.autograd.Function):
@@ -263,8 +249,9 @@ class _Enter(torch.autograd.Function):
         elif failed:
             raise RunError(
                 "the reversible trunk was not rebuilt to the last bit: its sub-layers gave other values in "
-                "the backward pass than in the forward pass; weights and precision settings must not change "
-                "in between; stage.trunk=residual does without"
+                "the backward pass than in the forward pass, or more than its numbers hold; weights and "
+                "precision settings must not change in between; a larger stage.trunk_decay makes smaller "
+                "numbers, stage.trunk=residual does without"
             )
         return None, grad_position.to(fixed.dtype)
 
@@ -311,13 +298,12 @@ class _Step(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """From the state of the trunk to z, NaN where it may have wrapped."""
+    """From the state of the trunk to z."""
 
     @staticmethod
     def forward(ctx: Any, fixed: _FixedPoint, position: Tensor, momentum: Tensor) -> Tensor:
         ctx.fixed = fixed
-        lost = torch.zeros_like(fixed.reached).masked_fill_(~(fixed.reached < LIMIT), math.nan)
-        return fixed.value().add_(lost)
+        return fixed.value()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

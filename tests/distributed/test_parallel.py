@@ -34,6 +34,8 @@ CASES = {
     "stage 0": run_config(stage_config("0")),
     "stage 1": run_config(stage_config("1")),
     **{f"stage 2, {gradient}": run_config(flow_config(gradient)) for gradient in GRADIENTS},
+    **{f"reversible trunk, stage {n}": run_config(stage_config(n, trunk="reversible")) for n in ("0", "2")},
+    "recomputed blocks": run_config(stage_config("1", recompute="block")),
     "stage 3a": run_config(stage_config("3a")),
     "the block of the seeds": run_config(stage_config("1", mixer="none")),
     "untied": run_config(stage_config("1", tied=False, norm="layer")),

@@ -23,7 +23,8 @@ STAGE_2 = [
     {"number": 2, "potential": "duffing", "integrator": "leapfrog", "ode_steps": 10, "dt": 0.1},
     {"number": 2, "force_precision": "bf16", "score": "phase", "norm": "layer", "flows": 3, "context": False},
 ]
-MODELS = [{"number": 0}, {"number": 0, "activation": "swiglu"}, *STAGE_1, *STAGE_2]
+TRUNKS = [{"number": number, "trunk": "reversible"} for number in (0, 1, 2)]
+MODELS = [{"number": 0}, {"number": 0, "activation": "swiglu"}, *STAGE_1, *STAGE_2, *TRUNKS]
 SCORES = [{"score": score} for score in ("real", "magnitude", "phase")]
 
 
@@ -68,10 +69,12 @@ def continued(model, x):
     return results
 
 
-@pytest.mark.parametrize("options", [*SCORES, {"norm": "layer"}, *STAGE_2[3:]], ids=label)
+@pytest.mark.parametrize("options", [*SCORES, {"norm": "layer"}, *STAGE_2[3:], *TRUNKS[1:]], ids=label)
 def test_tokens_after_those_in_caches(build, options):
     """In float64, where a difference is not one of rounding; nor is a state rounded to fixed point."""
     model = build(**options | ({"gradient": "backprop"} if "number" in options else {})).double().eval()
+    if model.trunk is not None:
+        model.trunk.fallen_back = True
     x = tokens(12)
     expected = model(x).detach()
     for found in continued(model, x):
@@ -79,7 +82,9 @@ def test_tokens_after_those_in_caches(build, options):
 
 
 @pytest.mark.parametrize(
-    ("options", "precision"), [({"score": "phase"}, "fp32"), (STAGE_2[0], "bf16")], ids=str
+    ("options", "precision"),
+    [({"score": "phase"}, "fp32"), (STAGE_2[0], "bf16"), (TRUNKS[2], "bf16")],
+    ids=str,
 )
 def test_tokens_after_those_in_caches_are_as_accurate_as_all_at_once(build, options, precision):
     model, x = build(**options, precision=precision).eval(), tokens(12)
@@ -93,7 +98,7 @@ def test_models_without_caches(build, options):
     assert build(**options).new_caches() is None
 
 
-@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, *STAGE_2], ids=label)
+@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, *STAGE_2, *TRUNKS], ids=label)
 def test_gradient_of_a_logit_stops_at_its_token(build, options):
     model = build(**options)
     states = []

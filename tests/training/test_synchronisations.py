@@ -80,6 +80,8 @@ def batches(count: int = 2) -> list[tuple[Tensor, Tensor]]:
         (2, {"potential": "duffing"}),
         (2, {"gradient": "checkpoint"}),
         (2, {"gradient": "backprop"}),
+        (1, {"trunk": "reversible"}),
+        (2, {"trunk": "reversible"}),
     ],
 )
 def test_a_step_waits_once(stage, options):
