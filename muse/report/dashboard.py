@@ -45,7 +45,7 @@ LAYOUT: dict[str, tuple[Panel, ...]] = {
         Panel("largest curvature times dt^2", "lines", ("flow/curvature_dt2",)),
         Panel("share of flows that have fallen back", "lines", ("flow/fallback_share",)),
         Panel("flows", "images", ("flow",)),
-        Panel("fallbacks", "lines", ("flow/fallbacks",)),
+        Panel("fallbacks", "lines", ("flow/fallbacks", "trunk/fallbacks")),
         Panel("reconstruction error", "lines", ("flow/reconstruction_error",)),
         Panel("fallbacks, benchmark", "bars", ("fallback_count",)),
         Panel("reconstruction error, benchmark", "bars", ("reconstruction_error",)),

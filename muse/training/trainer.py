@@ -233,6 +233,8 @@ class Trainer:
             "train/tokens_per_second": speed,
             **flow_metrics(self.model, (error for _, _, error in self.unlogged)),
         }
+        if self.model.trunk is not None:
+            line["trunk/fallbacks"] = float(self.model.trunk.fallback_count)
         self.unlogged = []
         self.log(self.done, line)
         progress.show(self.done, line["train/loss"], speed, self.tokens_per_step)

@@ -47,7 +47,7 @@ def test_the_documentation_shows_the_layout():
 def test_lines_show_what_a_training_logs(tmp_path):
     width = small_width(layers=1, kv_heads=2)
     config = RunConfig(
-        stage=StageConfig(number="2", precision="fp32", gradient="reversible"),
+        stage=StageConfig(number="2", precision="fp32", gradient="reversible", trunk="reversible"),
         model=ModelConfig("nano", 13, 8, real=width, complex=width),
         hardware=HardwareConfig(device="cpu"),
         logger=LoggerConfig(mode="disabled", log_every=1),

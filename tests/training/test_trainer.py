@@ -73,19 +73,21 @@ def run_in_fresh_process(*arguments: Any, seed: int = 0, **options: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "precision", "optim", "accumulation"),
+    ("number", "precision", "optim", "accumulation", "trunk"),
     [
-        (0, "fp32", "adamw", 1),
-        (0, "bf16", "muon", 3),
-        (1, "bf16", "adamw", 3),
-        (1, "fp32", "muon", 1),
-        (1, "bf16-mixed", "muon", 1),
-        (1, "fp16-mixed", "adamw", 3),
-        (2, "bf16", "adamw", 1),
-        (2, "bf16", "muon", 3),
+        (0, "fp32", "adamw", 1, "residual"),
+        (0, "bf16", "muon", 3, "residual"),
+        (1, "bf16", "adamw", 3, "residual"),
+        (1, "fp32", "muon", 1, "residual"),
+        (1, "bf16-mixed", "muon", 1, "residual"),
+        (1, "fp16-mixed", "adamw", 3, "residual"),
+        (1, "fp16-mixed", "adamw", 1, "reversible"),
+        (2, "bf16", "adamw", 1, "residual"),
+        (2, "bf16", "muon", 3, "residual"),
+        (2, "bf16", "adamw", 3, "reversible"),
     ],
 )
-def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, number, precision, optim, accumulation):
+def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, number, precision, optim, accumulation, trunk):
     steps = 12 if accumulation == 1 else 6
     # The second epoch begins in the second half.
     windows, epoch = 2 * accumulation * steps, (TRAIN_TOKENS - 1) // SEQ_LEN - 1
@@ -94,6 +96,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, number, precision, op
     config = run_config(
         number, precision, options, steps=steps, checkpoint_every=steps // 2, eval_every=steps // 3
     )
+    config.stage = dataclasses.replace(config.stage, trunk=trunk)
     whole = DrawingRecorder()
     _, undisturbed = run_in_fresh_process(config, tmp_path / "whole", whole)
 
@@ -112,6 +115,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, number, precision, op
     assert len(later) == steps - steps // 2
     assert rest.drawn == {step: whole.drawn[step] for step in later}
     assert load_state(resumed.checkpoint).wandb_id == "muse123"
+    fallbacks = [line["trunk/fallbacks"] for _, line in rest.lines if "trunk/fallbacks" in line]
+    assert fallbacks == [0.0] * len(later) * (trunk == "reversible")
 
 
 @pytest.mark.parametrize(
