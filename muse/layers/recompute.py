@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+_as_a_whole: ContextVar[bool] = ContextVar("recomputed_as_a_whole", default=False)
+
 
 @contextmanager
 def recomputed(output: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> Iterator[None]:
@@ -18,9 +20,9 @@ def recomputed(output: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) 
 
     They get ``function(x)`` computed again, once for each operation that would have kept it. ``function``
     must give the same bits each time. Under torch.compile, which decides by itself what to recompute,
-    without gradients, and inside ``recomputed_call``, which keeps nothing anyway, this does nothing.
+    without gradients, and where all around it is computed again as well, this does nothing.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _inside.get():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _as_a_whole.get():
         yield
         return
     kept = x.detach()
@@ -40,8 +42,14 @@ def recomputed(output: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) 
         yield
 
 
-# Inside ``recomputed_call``: hooks of one's own would take tensors from those that it keeps none by.
-_inside: ContextVar[bool] = ContextVar("inside recomputed_call", default=False)
+@contextmanager
+def recomputed_as_a_whole() -> Iterator[None]:
+    """Inside, ``recomputed`` does nothing: what is inside is computed again as a whole."""
+    before = _as_a_whole.set(True)
+    try:
+        yield
+    finally:
+        _as_a_whole.reset(before)
 
 
 def recomputed_call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -53,8 +61,6 @@ def recomputed_call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 
 def _call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    before = _inside.set(True)
-    try:
+    # Hooks of one's own would take tensors from those by which checkpoint keeps none.
+    with recomputed_as_a_whole():
         return function(*arguments)
-    finally:
-        _inside.reset(before)

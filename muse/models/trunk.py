@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from muse.dynamics import FallsBack
 from muse.errors import RunError
 from muse.layers import KVCache
+from muse.layers.recompute import recomputed_as_a_whole
 
 # The resolution of z is that of float32 at about 8.
 FRACTION_BITS = 20
@@ -271,7 +272,7 @@ class _Step(torch.autograd.Function):
         ctx.fixed, ctx.sublayer, ctx.number = fixed, sublayer, fixed.done
         ctx.surroundings = _Surroundings(position.device, sublayer.random)
         # As in the backward pass, because it decides which kernels run.
-        with torch.set_grad_enabled(fixed.differentiable):
+        with torch.set_grad_enabled(fixed.differentiable), recomputed_as_a_whole():
             change = sublayer(fixed.value().requires_grad_(fixed.differentiable))
         fixed.kick(change.detach())
         return fixed.carrier(), fixed.carrier()
@@ -287,7 +288,7 @@ class _Step(torch.autograd.Function):
             )
         fixed.undo_drift()
         grad_momentum = torch.add(grad_momentum, grad_position, alpha=fixed.trunk.drifts[number])
-        with torch.enable_grad(), ctx.surroundings.again():
+        with torch.enable_grad(), ctx.surroundings.again(), recomputed_as_a_whole():
             x = fixed.value().requires_grad_()
             change = sublayer(x)
         fixed.undo_kick(change.detach())
