@@ -111,7 +111,7 @@ class StageConfig:
     ode_steps: int = option(1, "steps of the flow (this and what follows are of stage 2).", at_least=1)
     dt: float = option(1.0, "size of a step.", above=0)
     integrator: str = option(
-        "blanes_moan_rkn4",
+        "leapfrog",
         "splitting scheme of a step; the number in its name is its order, that of leapfrog and of "
         "position_verlet is 2. The latter and those in drift_first need a force less.",
         choices=INTEGRATORS,

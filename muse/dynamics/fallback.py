@@ -20,6 +20,8 @@ class FallsBack(nn.Module):
         name: what messages call this layer.
     """
 
+    # What messages call the safe way.
+    safe_way = "checkpointing"
     fallback_count: Tensor
 
     def __init__(self, name: str) -> None:
@@ -36,7 +38,7 @@ class FallsBack(nn.Module):
         self.fallback_count += 1
         # Several calls may wait for their backward passes.
         if not self.fallen_back:
-            warnings.warn(f"{self.name}: {reason}; this layer goes on with checkpointing", stacklevel=2)
+            warnings.warn(f"{self.name}: {reason}; this layer goes on with {self.safe_way}", stacklevel=2)
         self.fallen_back = True
 
 

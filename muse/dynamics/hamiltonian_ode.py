@@ -49,6 +49,8 @@ class HamiltonianNeuralODE(FallsBack):
         name: what messages call this layer.
     """
 
+    safe_way = "stage.gradient=checkpoint"
+
     def __init__(
         self,
         potential: Potential,

@@ -244,7 +244,8 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_position: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         fixed, trunk = ctx.fixed, ctx.fixed.trunk
-        failed = fixed.momentum.any()
+        # What is not finite is told by the loss.
+        failed = ((fixed.momentum > 0) | (fixed.momentum < 0)).any()
         if trunk.deferred:
             trunk.rebuild_failed = failed if trunk.rebuild_failed is None else trunk.rebuild_failed | failed
         elif failed:

@@ -45,7 +45,7 @@ def test_the_integrator_of_the_stage_is_taken_where_the_benchmark_has_none(bench
 
 def test_energy_follows_another_integrator_without_changing_the_model(bench_config):
     config = settled(bench_config(2, name="energy", integrator="yoshida4"), "energy")
-    assert config.stage.integrator == "blanes_moan_rkn4"
+    assert config.stage.integrator == "leapfrog"
     assert config.benchmark.integrator == "yoshida4"
 
 

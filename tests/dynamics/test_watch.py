@@ -83,7 +83,7 @@ def test_fallen_back_flows_are_counted():
     model = decoder()
     flow = flows_of(model)[3]
     with pytest.warns(UserWarning, match="goes on with"):
-        flow._fall_back("for a test")
+        flow.fall_back("for a test")
     metrics = watched(model, some_tokens())
     assert [metrics[f"flow/{name}/fallen_back"] for name in NAMES] == [0, 0, 0, 1]
     assert metrics["flow/fallback_share"] == 0.25

@@ -98,7 +98,7 @@ def test_help_of_a_group_says_what_each_choice_is_and_what_an_option_may_be(show
     words = " ".join(out.split())
     assert "2 The complex model with Hamiltonian flows, two a block" in words
     integrator = options_of(StageConfig)["integrator"].meaning
-    assert f"stage.integrator=blanes_moan_rkn4 {integrator} [one of leapfrog," in words
+    assert f"stage.integrator=leapfrog {integrator} [one of leapfrog," in words
     assert "stage.ode_steps=1 steps of the flow" in words
     assert "[a whole number, at least 1]" in words
     assert "[a whole number, between 8 and 28]" in words

@@ -14,7 +14,7 @@ from muse.errors import ConfigError, RunError
 from muse.measure.peak_memory import peak_memory
 from muse.models import build_model, trunk
 from muse.models.trunk import FRACTION_BITS, GROWTH_BITS, UNIT, drifts_of, kicks_of
-from muse.training.step import training_step
+from muse.training.step import NotFinite, training_step
 
 STAGES = ["0", "1", "2"]
 CPU = torch.device("cpu")
@@ -203,6 +203,14 @@ def test_a_step_whose_states_are_not_rebuilt_is_taken_again(monkeypatch, dropout
     assert steps[0].model.trunk.fallback_count == 1
     for x, y in zip(steps[0].model.parameters(), steps[1].model.parameters(), strict=True):
         assert torch.equal(x, y)
+
+
+def test_a_loss_that_is_not_finite_is_no_reason_to_fall_back():
+    step = training_step(run_config(stage_config()), build().train())
+    next(iter(step.model.blocks[1].ffn.parameters())).data[0, 0, 0] = math.nan
+    with pytest.raises(NotFinite, match=r"blocks\.1\.ffn"):
+        step.take(0, [batch()])
+    assert not step.model.trunk.fallen_back
 
 
 @pytest.mark.parametrize("number", STAGES)

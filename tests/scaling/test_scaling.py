@@ -145,7 +145,7 @@ def test_memory_is_within_a_tenth_of_what_is_measured(options):
 
 def test_memory_of_exact_does_not_grow_with_the_steps_and_that_of_backprop_does():
     def activations(gradient, steps):
-        config = build("2", gradient=gradient, ode_steps=steps)
+        config = build("2", gradient=gradient, ode_steps=steps, integrator="blanes_moan_rkn4")
         return memory(config.stage, config.model, 512, 320, 2).activations
 
     assert activations("exact", 1) == activations("exact", 40)
