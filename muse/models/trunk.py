@@ -270,6 +270,7 @@ class _Step(torch.autograd.Function):
         momentum: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         ctx.fixed, ctx.sublayer, ctx.number = fixed, sublayer, fixed.done
         ctx.surroundings = _Surroundings(position.device, sublayer.random)
         # As in the backward pass, because it decides which kernels run.
@@ -279,7 +280,7 @@ class _Step(torch.autograd.Function):
         return fixed.carrier(), fixed.carrier()
 
     @staticmethod
-    def backward(ctx: Any, grad_position: Tensor, grad_momentum: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_position: Tensor, grad_momentum: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("a reversible trunk has no second derivative; stage.trunk=residual has")
         fixed, sublayer, number = ctx.fixed, ctx.sublayer, ctx.number
@@ -288,7 +289,11 @@ class _Step(torch.autograd.Function):
                 "a reversible trunk can be undone once; call the model again for another backward pass"
             )
         fixed.undo_drift()
-        grad_momentum = torch.add(grad_momentum, grad_position, alpha=fixed.trunk.drifts[number])
+        # In place: both were made for this sub-layer alone, by the next one or ``_Leave``.
+        if grad_momentum is None:
+            grad_momentum = grad_position * fixed.trunk.drifts[number]
+        else:
+            grad_momentum.add_(grad_position, alpha=fixed.trunk.drifts[number])
         with torch.enable_grad(), ctx.surroundings.again(), recomputed_as_a_whole():
             x = fixed.value().requires_grad_()
             change = sublayer(x)
@@ -296,7 +301,7 @@ class _Step(torch.autograd.Function):
         grad_change = (grad_momentum * fixed.trunk.kicks[number]).to(change.dtype)
         wanted = [x, *sublayer.parameters()]
         grad_x, *gradients = torch.autograd.grad(change, wanted, grad_change, allow_unused=True)
-        return None, None, grad_position + grad_x, grad_momentum, *gradients
+        return None, None, grad_position.add_(grad_x), grad_momentum, *gradients
 
 
 class _Leave(torch.autograd.Function):
@@ -309,7 +314,7 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, grad.to(ctx.fixed.high), None
+        return None, grad.to(ctx.fixed.high, copy=True), None
 
 
 class _Surroundings:
