@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.rounding import assert_as_accurate
+from support.rounding import OFF_ZERO, assert_as_accurate, clearance, keep_scores_off_zero
 
 from kernels import complex_attention as operation
 from kernels.complex_attention import (
@@ -34,6 +34,23 @@ def operands(length=7, heads=2, kv_heads=2, width=6, dtype=torch.float64, scale=
     return q.to(dtype), k.to(dtype), (v / scale).to(dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+def test_scores_kept_off_zero_point_every_way(dtype):
+    """And differ as before: else a fault in their phases could hide."""
+    q, k, _ = operands(50, 4, 2, 5, dtype)
+    before = q.clone()
+    keep_scores_off_zero(q, k)
+    assert torch.equal(q.abs(), before.abs())
+    off_zero = clearance(before, k).amin(-1) >= OFF_ZERO
+    assert torch.equal(q[off_zero], before[off_zero])
+    s = to_complex(q.double()) @ to_complex(k.double()).mH.repeat_interleave(2, 1)
+    assert (s.abs() > 0).all()
+    eighths = torch.histc(s.angle() / math.pi, bins=8, min=-1, max=1) / s.numel()
+    assert 0.1 < eighths.min() <= eighths.max() < 0.15
+    if dtype == torch.bfloat16:
+        assert clearance(before, k).min() < OFF_ZERO / 8
+
+
 def turn(z, angle):
     return multiply(z, torch.tensor([[math.cos(angle)], [math.sin(angle)]], dtype=z.dtype))
 
@@ -60,10 +77,7 @@ SIZES = [(1, 2, 2, 4), (15, 2, 1, 12), (17, 2, 2, 7)]
 )
 def test_accuracy(score, dtype, sizes):
     inputs = operands(*sizes, dtype=dtype)
-    if score == "phase":
-        # Scores are then off 0, where any rounding of s turns its phase by whatever it likes.
-        inputs[0][..., 0, :] += 1
-        inputs[1][..., 0, :] += 1
+    keep_scores_off_zero(*inputs[:2])
     cotangent = torch.randn_like(inputs[0])
 
     def run(function, kind):
@@ -229,7 +243,8 @@ SCORE_DTYPE_CAUSAL = [
 def test_packed_sequences_do_not_see_each_other(score, dtype, causal):
     parts = [slice(0, 1), slice(1, 9), slice(9, 9), slice(9, 14)]
     bounds = torch.tensor([0, 1, 9, 9, 14], dtype=torch.int32)
-    inputs = [x[:1].to(dtype) for x in operands(14, 4, 2, 5)]
+    inputs = [x[:1] for x in operands(14, 4, 2, 5, dtype)]
+    keep_scores_off_zero(*inputs[:2])
     cotangent = torch.randn_like(inputs[0])
 
     def run(kind, packed):
@@ -298,13 +313,14 @@ def test_causality_bit_for_bit(score, dtype, length):
 )
 def test_blocks_are_as_accurate_as_held_scores(score, dtype, causal, monkeypatch):
     """Few keys are held, many go by blocks."""
-    q, k, v = operands(50, 4, 2, 5)
+    q, k, v = operands(50, 4, 2, 5, dtype)
     q, cotangent = q[:, :, -40:], torch.randn(2, 4, 40, 2, 5)
+    keep_scores_off_zero(q, k)
     monkeypatch.setattr("kernels.complex_attention._takes_sdpa", lambda *_: False)
 
     def run(held, kind):
         monkeypatch.setattr("kernels.complex_attention.HELD_KEYS", held)
-        leaves = [x.to(dtype).to(kind).requires_grad_() for x in (q, k, v)]
+        leaves = [x.detach().to(kind).requires_grad_() for x in (q, k, v)]
         out = complex_attention(*leaves, score, causal)
         return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(dtype).to(kind))]
 

@@ -35,6 +35,9 @@ FACTOR = 3.0
 # larger once in 10^8 (Student's t). Few samples are for maths that takes long.
 LEAST = {32: 2.5, 8: 8.0}
 SAMPLES = 32
+# What divides by a modulus has an error like 1 / |s|, whose tail no number of samples knows where roundings
+# may take s across 0: how many of them |s| must be to be off 0.
+OFF_ZERO = 32.0
 
 # Results without a rounding: values moved, chosen, compared, or made from nothing. An operation that is in
 # no list here has one rounding.
@@ -280,6 +283,30 @@ def find_fault(result: Tensor, exact: Tensor, errors: Tensor) -> str | None:
             f"allowed {bound:.3f}"
         )
     return None
+
+
+def clearance(q: Tensor, k: Tensor) -> Tensor:
+    """|s| of attention in units of what rounding q once, to its dtype, changes in s: (B, H, S, S_k)."""
+    wide, keys = q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    rows = torch.view_as_complex(wide.mT.contiguous())
+    columns = torch.view_as_complex(keys.mT.contiguous())
+    changed = (rows.abs().square() @ columns.abs().square().mT).sqrt() * unit(q.dtype)
+    return (rows @ columns.mH).abs() / changed
+
+
+def keep_scores_off_zero(q: Tensor, k: Tensor) -> None:
+    """Change signs in queries, at random, until no score of theirs is near 0; all sizes stay what they were.
+
+    Args:
+        q: planar queries (B, H, S, 2, d) without zeros, in the dtype of the maths.
+        k: planar keys (B, H_kv, S_k, 2, d).
+    """
+    for _ in range(1000):
+        near = (clearance(q, k) < OFF_ZERO).any(-1)
+        if not near.any():
+            break
+        q[near] = torch.where(torch.rand(q[near].shape, device=q.device) < 0.5, q[near], -q[near])
+    assert (clearance(q, k) >= OFF_ZERO).all()
 
 
 def fixed_point(x: Tensor, scale: float) -> Tensor:
