@@ -207,8 +207,9 @@ def _layer_norm_backward_kernel(
         rest = tl.load(own + 3 * tokens, mask=known, other=1.0)
         slope = tl.load(own + 4 * tokens, mask=known, other=0.0)
         m_rr, m_ii, m_ri, s, trace, scale, by_rr, by_ii, by_ri = _whiten(v_rr, rest, slope, eps)
-        re = tl.where(inside, tl.load(z + at, mask=mask, other=0.0).to(tl.float32) - mean_re, 0.0)
-        im = tl.where(inside, tl.load(z + at + D, mask=mask, other=0.0).to(tl.float32) - mean_im, 0.0)
+        # Not 0 past the last channel, where it meets gradients and gains of 0 alone.
+        re = tl.load(z + at, mask=mask, other=0.0).to(tl.float32) - mean_re
+        im = tl.load(z + at + D, mask=mask, other=0.0).to(tl.float32) - mean_im
         y_re = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
         y_im = tl.load(grad + at + D, mask=mask, other=0.0).to(tl.float32)
         w_re = m_rr * re + m_ri * im
