@@ -253,7 +253,9 @@ def flow_backward(
     rebuilt: bool,
 ) -> tuple[Tensor, ...]:
     """The initial q and p, and the gradients of q, p, w1, b1 and w2; empty are what is not wanted."""
-    grad_q, grad_p, start_q, start_p = (copied(x) for x in (grad_q, grad_p, end_q, end_p))
+    grad_q, grad_p = copied(grad_q), copied(grad_p)
+    # A whole state is rebuilt only where somebody wants it.
+    start_q, start_p = (copied(x) if rebuilt else x.new_empty(0) for x in (end_q, end_p))
     field = _field(weights)
     count, (hidden, width) = min(CHUNK, len(end_q)), weights.w1.shape
     work = _rows(count, field, backward=True)
@@ -263,7 +265,10 @@ def flow_backward(
     first = -1 if rebuilt else first_kick(scheme)
     for chunk in _chunks(len(end_q)):
         rows, more = (_first(buffers, chunk.stop - chunk.start) for buffers in (work, more_work))
-        q, p = start_q[chunk], start_p[chunk]
+        q, p = (
+            start[chunk] if rebuilt else copied(end[chunk])
+            for start, end in ((start_q, end_q), (start_p, end_p))
+        )
         adjoint_q, adjoint_p = grad_q[chunk], grad_p[chunk]
         here, totals = field.of(chunk), sums.of(chunk) if sums else None
         for stage in reversed(range(len(scheme.kicks))):
@@ -277,8 +282,7 @@ def flow_backward(
                 _adjoint_kick(adjoint_q, adjoint_p, kick, here, rows, more, totals)
                 if stage > first:
                     _add(p, _activated_force(q, here, scheme.unit, rows), -kick * scheme.unit, rows)
-    states = (start_q, start_p) if rebuilt else (end_q.new_empty(0), end_p.new_empty(0))
-    return *states, grad_q, grad_p, *_parameter_gradients(sums, weights)
+    return start_q, start_p, grad_q, grad_p, *_parameter_gradients(sums, weights)
 
 
 def _sums(field: _Field) -> _Sums:
