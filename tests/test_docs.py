@@ -21,8 +21,10 @@ import wandb_workspaces.workspaces as workspaces
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from support.commands import keep_here, measured_here, run_here
+from matplotlib.figure import Figure
+from support.commands import WITHOUT_LOG, keep_here, measured_here, run_here
 from support.configs import write_text
+from support.pictures import save_blank
 from support.processes import ROOT, be_command, environment_apart
 from support.ranks import Ranks
 from torch.distributed.run import get_args_parser
@@ -85,6 +87,8 @@ BENCH_DEFAULTS = {
     "stack.level": "2",
     "stack.speculation_warmup": "2",
 }
+# What a command has that does not say so.
+STANDARD = {"model": "tiny"}
 # Put before options of a command that holds the first of the two.
 DEFAULTS_WITH = {
     "profile=true": "train.steps=12",
@@ -92,6 +96,9 @@ DEFAULTS_WITH = {
     "benchmark=speedup": "optim.accumulation=2",
     "hydra/sweeper=search": "hydra.sweeper.n_trials=1",
     "hydra/launcher=submitit_local": "hydra.launcher.timeout_min=9",
+    # One at a time stays in this process; tests/launch/test_sweep_cli.py has the cells of a sweep side by
+    # side, and a search here that says so has its own.
+    "hydra/launcher=processes": "hydra.launcher.n_jobs=1",
 }
 # A launcher that is not here, and the same one without its cluster.
 LAUNCHERS = {"hydra/launcher=slurm": "hydra/launcher=submitit_local"}
@@ -277,10 +284,9 @@ def in_small(script: str, arguments: list[str], place: Path) -> list[str]:
     if chosen.get("data") in ("wikitext2", "synthetic"):
         groups["data"] = chosen["data"]
         path = place / "corpus"
-    values = {**DEFAULTS, **(BENCH_DEFAULTS if script == "bench.py" else {})}
-    return [
-        *flags,
-        *(f"{key}={value}" for key, value in {**groups, **values}.items()),
+    values = {**STANDARD, **groups, **DEFAULTS, **(BENCH_DEFAULTS if script == "bench.py" else {})}
+    given = [
+        *(f"{key}={value}" for key, value in values.items()),
         *(default for option, default in DEFAULTS_WITH.items() if option in arguments),
         *(smaller(override, 2 if override is last_sweep else 1) for override in kept),
         f"data.path={path}",
@@ -288,10 +294,10 @@ def in_small(script: str, arguments: list[str], place: Path) -> list[str]:
         f"output_root={place / 'outputs'}",
         "hardware.compile=false",
         "logger.mode=disabled",
-        # Handlers would outlive the test.
-        "hydra/job_logging=disabled",
-        "hydra/hydra_logging=disabled",
+        *WITHOUT_LOG,
     ]
+    # The last value of an option holds; commands that differ in others alone are the same.
+    return [*flags, *{line.partition("=")[0]: line for line in given}.values()]
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +346,8 @@ def finished_run(place) -> Callable[[str], Path]:
 
 def stands_on_its_own(text: str, arguments: list[str]) -> bool:
     """Whether a command needs processes of its own, which others run in this one without."""
-    return launcher_of(text) is not None or any(word.startswith("hydra/launcher=") for word in arguments)
+    several = {"hydra/launcher=submitit_local", "hydra.launcher.n_jobs=2"}
+    return launcher_of(text) is not None or not several.isdisjoint(arguments)
 
 
 def run_apart(text: str, script: str, arguments: list[str], place: Path, output: Path) -> int:
@@ -388,6 +395,7 @@ HAS_RUN: set[tuple[str, ...]] = set()
 def test_a_command_runs(command, place, tmp_path, finished_run, monkeypatch, capfd):
     monkeypatch.chdir(place)
     keep_here(monkeypatch)
+    monkeypatch.setattr(Figure, "savefig", save_blank)
     monkeypatch.setattr(suite, "measure_isolated", measured_once)
     monkeypatch.setattr("muse.measure.matrix_products.PEAK_SIDE", {"cpu": 64})
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(default_entity="someone"))
@@ -400,9 +408,11 @@ def test_a_command_runs(command, place, tmp_path, finished_run, monkeypatch, cap
     composed = script in ("train.py", "bench.py")
     if composed:
         arguments = in_small(script, arguments, place)
-    if (command.text.split()[0], script, *arguments) in HAS_RUN:
+    # In any order.
+    became = (command.text.split()[0], script, *sorted(arguments))
+    if became in HAS_RUN:
         return
-    HAS_RUN.add((command.text.split()[0], script, *arguments))
+    HAS_RUN.add(became)
     if composed and "--help" not in arguments:
         arguments.append(f"output_root={tmp_path}")
     if stands_on_its_own(command.text, arguments):

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-from support.commands import keep_here, run_here
+from support.commands import commands_here
 from support.configs import SMALL_MODEL, write_text
 from support.processes import ROOT
 
@@ -37,13 +37,10 @@ def bench_apart(folder, *arguments):
 @pytest.fixture
 def bench(monkeypatch, capfd):
     """bench.py in this process."""
-    keep_here(monkeypatch)
-    monkeypatch.chdir(ROOT)
-    # Handlers of a log would outlive the test.
-    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+    command = commands_here(monkeypatch, ROOT)
 
     def run(folder, *arguments, small=SMALL):
-        status = run_here("bench.py", options_of(folder, [*arguments, *quiet], small))
+        status = command("bench.py", options_of(folder, arguments, small))
         return Done(status, *capfd.readouterr())
 
     return run

@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 import pytest
 from safetensors.torch import load_file, save
-from support.commands import keep_here, run_here
+from support.commands import commands_here
 from support.configs import run_options
 from support.processes import ROOT, Copies, be_command, environment_apart, keep_cells
 from support.waiting import PATIENCE, wait_until
@@ -59,12 +59,10 @@ def sweep(place: Path, root: str, *arguments: str, **environment: str) -> tuple[
 @pytest.fixture
 def sweep_here(monkeypatch, capfd, place):
     """A sweep in this process, with all of its cells."""
-    keep_here(monkeypatch)
-    monkeypatch.chdir(place)
-    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+    command = commands_here(monkeypatch, place)
 
     def run(root: str, *arguments: str) -> tuple[int, str, str]:
-        status = run_here("train.py", ["-m", *options(place, root), *arguments, *quiet])
+        status = command("train.py", ["-m", *options(place, root), *arguments])
         out, err = capfd.readouterr()
         assert "Traceback" not in out + err, err
         return status, out, err

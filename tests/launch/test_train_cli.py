@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from support.configs import run_options
+from support.pictures import save_blank
 from support.processes import ROOT, Copies, be_command, environment_apart, keep_cells
 from support.runs import errors, logged, read_json, run_folders, same, stored
 from support.waiting import PATIENCE, wait_until
@@ -74,13 +77,21 @@ def fill_disk(largest: int) -> None:
     keep_cells()
 
 
+def prepare_run(prepare: Callable[[], None] | None) -> None:
+    """Look at no picture: that of ``undisturbed``, which is no copy, is drawn."""
+    Figure.savefig = save_blank
+    if prepare is not None:
+        prepare()
+
+
 class Run(Copies):
     """train.py in a process of its own, and the end of it; nothing may ever show a traceback."""
 
     def __init__(self, place: Path, arguments: list[str], prepare: Any = None) -> None:
         output = place / "output" / str(time.monotonic_ns())
         offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hub")}
-        super().__init__(output, [offline], be_command, "train.py", arguments, place, prepare)
+        prepared = partial(prepare_run, prepare)
+        super().__init__(output, [offline], be_command, "train.py", arguments, place, prepared)
         (self.process,) = self.processes
 
     def finish(self) -> tuple[int, str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import wandb
-from support.commands import keep_here, run_here
+from support.commands import commands_here
 from support.configs import write_text
 from support.processes import Copies, be_command
 from support.waiting import wait_until
@@ -250,11 +250,7 @@ def test_an_interrupted_run_prints_how_it_is_uploaded_and_all_it_logged_is_there
 
 @pytest.mark.slow
 def test_the_runs_of_a_sweep_are_a_group(place, read_wandb, monkeypatch, capfd):
-    keep_here(monkeypatch)
-    monkeypatch.chdir(place)
-    # Handlers of a log would outlive the test.
-    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
-    status = run_here("train.py", options(place, "-m", "train.steps=1,2", *quiet))
+    status = commands_here(monkeypatch, place)("train.py", options(place, "-m", "train.steps=1,2"))
     out, err = capfd.readouterr()
     assert status == 0, err
     (sweep,) = place.glob("out puts/train/sweep/*")

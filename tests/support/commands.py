@@ -9,6 +9,8 @@ import runpy
 import signal
 import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from muse.benchmarks import suite
 from muse.benchmarks.suite import MEASUREMENTS
 from muse.config import BenchConfig, StageConfig
 from muse.hardware import describe, use_hardware
+from muse.launch import bench as bench_run
 from muse.launch import train as train_cell
 from muse.launch.bench import composed_stage
 from support.processes import ROOT
@@ -58,10 +61,22 @@ def measured_here(measurement: str, config: BenchConfig) -> dict[str, Any]:
     return {**MEASUREMENTS[measurement](config, device), "device": describe(device)}
 
 
+# Handlers of a log would outlive the test.
+WITHOUT_LOG = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+
+
 def keep_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let measurements and the cells of a sweep start no processes of their own."""
     monkeypatch.setattr(suite, "measure_isolated", measured_here)
+    monkeypatch.setattr(bench_run, "composed_stage", default_stage)
     monkeypatch.setattr(train_cell, "run_isolated", lambda job, *arguments: job(*arguments))
+
+
+def commands_here(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[[str, list[str]], int]:
+    """As ``run_here``, for train.py and bench.py in a folder, with all that they would start."""
+    keep_here(monkeypatch)
+    monkeypatch.chdir(folder)
+    return lambda script, arguments: run_here(script, [*arguments, *WITHOUT_LOG])
 
 
 def default_stage(number: str) -> StageConfig:

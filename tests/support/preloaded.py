@@ -11,7 +11,7 @@ import muse.launch.commands
 import muse.training.run  # noqa: F401
 from muse.config import CONF
 from muse.launch.composition import prepare_hydra
-from support import distributed  # noqa: F401
+from support import distributed, pictures  # noqa: F401
 
 prepare_hydra()
 with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
