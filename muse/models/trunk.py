@@ -224,6 +224,10 @@ class _FixedPoint:
         """Of the sub-layer whose drift was undone."""
         self.momentum -= _whole(change, self.trunk.kicks[self.done])
 
+    def release(self) -> None:
+        """Free the memory: the embedding's gradient, which comes now, is large."""
+        self.position = self.momentum = self.position.new_empty(0)
+
     def _drift(self, number: int) -> Tensor:
         return torch.mul(self.momentum, self.trunk.drifts[number]).round_()
 
@@ -246,6 +250,7 @@ class _Enter(torch.autograd.Function):
         fixed, trunk = ctx.fixed, ctx.fixed.trunk
         # What is not finite is told by the loss.
         failed = ((fixed.momentum > 0) | (fixed.momentum < 0)).any()
+        fixed.release()
         if trunk.deferred:
             trunk.rebuild_failed = failed if trunk.rebuild_failed is None else trunk.rebuild_failed | failed
         elif failed:

@@ -95,6 +95,7 @@ def states(monkeypatch):
         found.append((state, state.position.clone()))
         return state
 
+    monkeypatch.setattr(fixed_point, "release", lambda state: None)
     monkeypatch.setattr(trunk, "_FixedPoint", recorded)
     return found
 
