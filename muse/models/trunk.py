@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from muse.dynamics import FallsBack
@@ -303,9 +304,12 @@ class _Step(torch.autograd.Function):
             x = fixed.value().requires_grad_()
             change = sublayer(x)
         fixed.undo_kick(change.detach())
-        grad_change = (grad_momentum * fixed.trunk.kicks[number]).to(change.dtype)
+        edge, dtype = get_gradient_edge(change), change.dtype
+        # Its memory is the gradient's from here on.
+        del change
+        grad_change = (grad_momentum * fixed.trunk.kicks[number]).to(dtype)
         wanted = [x, *sublayer.parameters()]
-        grad_x, *gradients = torch.autograd.grad(change, wanted, grad_change, allow_unused=True)
+        grad_x, *gradients = torch.autograd.grad(edge, wanted, grad_change, allow_unused=True)
         return None, None, grad_position.add_(grad_x), grad_momentum, *gradients
 
 
