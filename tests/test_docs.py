@@ -306,8 +306,9 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     text = write_text(folder).read_text(encoding="utf-8")
     (folder / "corpus").mkdir()
-    for split_name in ("train", "valid", "test"):
-        (folder / "corpus" / f"{split_name}.txt").write_text(text, encoding="utf-8")
+    # Whole splits are evaluated.
+    for split_name, size in (("train", len(text)), ("valid", 1000), ("test", 1000)):
+        (folder / "corpus" / f"{split_name}.txt").write_text(text[:size], encoding="utf-8")
     return folder
 
 
@@ -398,6 +399,7 @@ def test_a_command_runs(command, place, tmp_path, finished_run, monkeypatch, cap
     monkeypatch.setattr(Figure, "savefig", save_blank)
     monkeypatch.setattr(suite, "measure_isolated", measured_once)
     monkeypatch.setattr("muse.measure.matrix_products.PEAK_SIDE", {"cpu": 64})
+    monkeypatch.setattr("muse.benchmarks.speedup.EVALUATED_TOKENS", 128)
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(default_entity="someone"))
     monkeypatch.setattr(workspaces.Workspace, "save", lambda workspace: workspace)
     monkeypatch.setattr(workspaces.Workspace, "url", "https://there")
