@@ -135,10 +135,14 @@ def forces(stage: StageConfig) -> int:
     return stages(stage.integrator, stage.ode_steps, stage.dt).forces
 
 
+def segment_length(stage: StageConfig) -> int:
+    """Stages of the integrator that ``gradient=checkpoint`` computes again together."""
+    return math.isqrt(len(stages(stage.integrator, stage.ode_steps, stage.dt).kicks) - 1) + 1
+
+
 def segments(stage: StageConfig) -> int:
-    """Parts that ``gradient=checkpoint`` computes again, of isqrt(stages - 1) + 1 stages each."""
-    count = len(stages(stage.integrator, stage.ode_steps, stage.dt).kicks)
-    return math.ceil(count / (math.isqrt(count - 1) + 1))
+    """Parts that ``gradient=checkpoint`` computes again."""
+    return math.ceil(len(stages(stage.integrator, stage.ode_steps, stage.dt).kicks) / segment_length(stage))
 
 
 def forward_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_len: int) -> Flops:
@@ -173,6 +177,11 @@ def forward_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_l
     )
 
 
+def computed_again(stage: StageConfig) -> bool:
+    """Whether the backward pass computes all blocks again."""
+    return stage.trunk == "reversible" or stage.recompute == "block"
+
+
 def skips_first_kick(stage: StageConfig) -> bool:
     """Whether the backward pass of a flow leaves the initial state alone, which nobody asks for."""
     return stage.gradient == "exact" and not stage.verify
@@ -194,6 +203,9 @@ def step_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_len:
       undoes no first kick, which saves one product: 4 (n + 1) - 1 / 2;
     - ``checkpoint``: as backprop, and segments once more but for the last product of each:
       4 (n + g) - g / 2 with g segments.
+
+    ``trunk=reversible`` takes one more forward pass of all blocks, with every gradient of the flow as much as
+    it takes without, and so does ``recompute=block``, but for what ``_left_out`` says.
     """
     forward = forward_flops(stage, model, vocab_size, seq_len)
     of_scores, of_weights = PARTS[stage.score] if stage.number != "0" else (1, 1)
@@ -207,9 +219,37 @@ def step_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_len:
         flow *= 4 - parts / 2 / units
     else:
         flow *= 4 - skips_first_kick(stage) / 2 / (forces(stage) + stage.context)
+    again = computed_again(stage)
+    maps_left_out, forces_left_out = _left_out(stage, model) if stage.recompute == "block" else (0.0, 0.0)
     return Flops(
-        maps=3 * forward.maps,
-        attention=forward.attention * (both + 2 * both + of_scores) / both,
-        forces=flow,
+        maps=(3 + again) * forward.maps - maps_left_out,
+        attention=forward.attention * (both + 2 * both + of_scores + again * both) / both,
+        forces=flow + again * forward.forces - forces_left_out,
         head=3 * forward.head,
     )
+
+
+def _left_out(stage: StageConfig, model: ModelConfig) -> tuple[float, float]:
+    """FLOPs of a token, in maps and in forces, that ``recompute=block`` does not take a second time.
+
+    Each part of ``recompute_blocks`` blocks stops where all that its backward pass asks for is there: in
+    stage 0 before the last map, 2 d h or 2 d F; in stage 2 with ``gradient=backprop`` before the last product
+    of the last flow, 2 U D, with ``checkpoint`` before its last segment. A dropout behind them needs all.
+    """
+    width = width_of(stage, model)
+    parts = math.ceil(width.layers / stage.recompute_blocks)
+    if stage.dropout > 0:
+        return 0.0, 0.0
+    if stage.number == "0":
+        units = swiglu_units(width) if stage.activation == "swiglu" else width.d_ff
+        return 2.0 * width.d_model * units * parts, 0.0
+    if stage.number == "1" or stage.potential != "mlp":
+        return 0.0, 0.0
+    product = 2.0 * hidden_units(width, stage) * width.d_model * parts
+    if stage.gradient == "backprop":
+        return 0.0, product
+    if stage.gradient == "checkpoint":
+        kicks = stages(stage.integrator, stage.ode_steps, stage.dt).kicks
+        last = kicks[(segments(stage) - 1) * segment_length(stage) :]
+        return 0.0, 2 * product * (sum(kick != 0 for kick in last) + stage.context)
+    return 0.0, 0.0

@@ -13,7 +13,6 @@ from muse.models.loss import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS
 from muse.scaling.counts import (
     check_modelled,
     forces,
-    numbers,
     segments,
     shapes,
     swiglu_units,
@@ -32,17 +31,24 @@ HELD_KEYS = 256
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that the forward pass keeps up to the loss.
+    """Bytes that a forward pass keeps.
 
     Attributes:
-        layer: of a token and block.
+        attention: of a token and block, by the attention and its norm.
+        feed: of a token and block, by the feed-forward map or the flows, and their norm.
         end: of a token, behind the blocks: the last norm and the features.
         table: of a block, whatever the number of windows: rotary angles, a mask of scores.
     """
 
-    layer: float
+    attention: float
+    feed: float
     end: float
     table: float
+
+    @property
+    def layer(self) -> float:
+        """Of a token and block."""
+        return self.attention + self.feed
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Memory:
         parameters: as the optimiser holds them, a part of each with ``fsdp``.
         optimiser: AdamW's two moments, in the dtype of the parameters.
         gradients: of all parameters held, when the backward pass has ended.
-        activations: what the forward pass keeps.
+        activations: what the forward pass keeps up to the loss.
         gathered: whole parameters of FSDP: what belongs to no block, and two blocks.
         temporaries: what else is alive at the peak, gradients included as far as they are there by then.
         peak: sum of all but ``gradients``.
@@ -76,7 +82,8 @@ def element_bytes(stage: StageConfig) -> int:
     """Bytes of a stored number.
 
     Raises:
-        ConfigError: a mixed precision, whose activations have no single dtype, or mixer=none.
+        ConfigError: a mixed precision, whose activations have no single dtype, mixer=none, or checkpoints
+            within checkpoints, some of which wait for Python's garbage collector.
     """
     check_modelled(stage)
     if stage.precision not in BYTES:
@@ -85,11 +92,18 @@ def element_bytes(stage: StageConfig) -> int:
         )
     if stage.mixer == "none":
         raise ConfigError("stage.mixer=none has no memory model; choose stage.mixer=attention")
+    if stage.number == "2" and stage.gradient == "checkpoint" and stage.recompute == "block":
+        raise ConfigError(
+            "stage.gradient=checkpoint has no memory model with stage.recompute=block; choose "
+            "stage.gradient=exact"
+        )
     return BYTES[stage.precision]
 
 
 def activation_bytes(stage: StageConfig, model: ModelConfig, seq_len: int, device: str) -> Activations:
     """What autograd keeps of a token, by the tensors that the backward pass of each operation asks for.
+
+    Of blocks that ``trunk`` or ``recompute`` compute again, it keeps that in the backward pass only.
 
     b bytes a number, k = kv_heads / heads, statistics of norms and softmax in float32.
 
@@ -107,34 +121,45 @@ def activation_bytes(stage: StageConfig, model: ModelConfig, seq_len: int, devic
     - A CPU keeps the scores, heads x seq_len numbers, of complex bfloat16 attention of at most 256 tokens,
       and their mask, seq_len^2 bytes a block.
 
-    Dropout keeps its mask for both branches: a number each on a CPU, else a byte.
+    Dropout keeps its mask for both branches: a number each on a CPU, else a byte. A block that ``recompute``
+    computes again keeps the activated hidden channels of stage 1, too, 2 F.
     """
     width, size = width_of(stage, model), element_bytes(stage)
     d, heads = width.d_model, width.heads
     keys = 2 * width.kv_heads / heads
-    dropped = 2.0 * d * (size if device == "cpu" else 1) * (stage.dropout > 0)
+    dropped = d * (size if device == "cpu" else 1.0) * (stage.dropout > 0)
     if stage.number == "0":
-        wide = 13 if size == 2 and device == "cpu" else 9
+        norm, end = (5, 5) if size == 2 and device == "cpu" else (3, 3)
         units = 4 * swiglu_units(width) if stage.activation == "swiglu" else 2 * width.d_ff
         return Activations(
-            layer=size * (d * (wide + keys) + units) + 8 + 4 * heads + dropped,
-            end=size * d * (5 if wide == 13 else 3) + 4,
+            attention=size * d * (norm + 3 + keys) + 4 + 4 * heads + dropped,
+            feed=size * (d * norm + units) + 4 + dropped,
+            end=size * d * end + 4,
             table=4.0 * seq_len * d / heads,
         )
-    layer = size * 2 * d * (5 + keys) + 8 + 2 * dropped
+    attention = size * 2 * d * (4 + keys) + 4 + 2 * dropped
     table = 8.0 * seq_len * d / heads
-    if device != "cpu" or (size == 4 and stage.score == "real"):
-        layer += size * 2 * d + 4 * heads
+    if _fused(stage, size, device):
+        attention += size * 2 * d + 4 * heads
     elif seq_len <= HELD_KEYS:
         if stage.score != "real":
             raise ConfigError(
                 f"stage.score={stage.score} has no memory model for windows of {seq_len} tokens on a CPU; "
                 f"choose stage.score=real or more than {HELD_KEYS}"
             )
-        layer += size * heads * seq_len
+        attention += size * heads * seq_len
         table += seq_len**2
-    layer += size * 2 * (d + width.d_ff) if stage.number == "1" else _bytes_of_flows(stage, model)
-    return Activations(layer=layer, end=size * 4 * d + 4, table=table)
+    feed = size * 2 * d + 4 + 2 * dropped
+    if stage.number == "1":
+        feed += size * 2 * (d + width.d_ff * (1 + (stage.recompute == "block")))
+    else:
+        feed += _bytes_of_flows(stage, model)
+    return Activations(attention=attention, feed=feed, end=size * 4 * d + 4, table=table)
+
+
+def _fused(stage: StageConfig, size: int, device: str) -> bool:
+    """Whether fused attention runs in stages 1 and 2, which keeps its output."""
+    return device != "cpu" or (size == 4 and stage.score == "real")
 
 
 def _bytes_of_flows(stage: StageConfig, model: ModelConfig) -> float:
@@ -171,13 +196,24 @@ def memory(
 
     b bytes a number, T = windows seq_len tokens, E = b V d or 2 b V D bytes of the embedding's gradient.
 
+    What the forward pass keeps is what autograd keeps of all blocks. With ``recompute=block`` it is b bytes a
+    number of the state of every ``recompute_blocks``-th block only, and with ``trunk=reversible`` 16 bytes a
+    number of the state, z and v, for all blocks together. Behind the blocks nothing changes.
+
     1. The loss: activations, logits of min(T, 2^25 / V) tokens, their softmax of 2^22 numbers, the features'
        gradient, once more for a chunk, and E.
     2. The backward pass of the last block, when all others still hold their activations: E, in stage 1 four
        times the hidden channels, in stage 0 three times those of up and gate, in stage 2 64 D bytes a token
        (states and gradients of a flow, in pieces and joined) and four times the hidden units of 1024 tokens.
        What autograd frees meanwhile is not counted. Eager attention on a CPU holds scores of some queries.
-    3. Its end: all gradients, E once more for the lookup, and three states.
+       With ``recompute=block`` there is what ``recompute_blocks`` blocks keep in addition, and the peak is at
+       the last ones, when the inputs of all others are there, or at the first ones, when there is one input
+       and all gradients but those of a block. With ``trunk=reversible`` it is in the first block: all
+       gradients but its own, z and v, and of a sub-layer, attention or the other one, what it keeps, what its
+       backward pass takes, its output and the gradient of that, b bytes a number each, and three float32
+       gradients of the state, before and behind. That of attention takes the gradients of q, k and v; on a
+       CPU in bfloat16 of its queries and scores.
+    3. Its end: all gradients, E once more for the lookup, three states, and z and v.
     4. The update: all gradients; if they are bfloat16, float32 copies of parameter, gradient and moments of a
        slice of 2^20 numbers, and 2^21 random int32.
 
@@ -206,7 +242,11 @@ def memory(
     whole = found.blocks * block + rest
     held = size * whole / shards
     kept = activation_bytes(stage, model, seq_len, device)
-    activations = tokens * (kept.layer * width.layers + kept.end) + kept.table * width.layers
+    layer = tokens * kept.layer + kept.table
+    reversible, again = stage.trunk == "reversible", stage.recompute == "block"
+    parts = -(-width.layers // stage.recompute_blocks) if again else 0
+    states = tokens * d * (16 if reversible else size * parts)
+    activations = states + (0 if reversible or again else width.layers) * layer + tokens * kept.end
     early = 0.0
     if parallel == "ddp" or accumulation > 1:
         early = size * whole
@@ -218,14 +258,25 @@ def memory(
     chunk = min(tokens, max(1, CHUNK_ELEMENTS // vocab_size))
     softmax = min(max(1, SOFTMAX_ELEMENTS // vocab_size), chunk)
     loss = early + embedding + size * ((chunk + softmax) * vocab_size + (tokens + chunk) * d)
-    second_half = _block_bytes(stage, model, tokens)
-    scores = _attention_bytes(stage, model, windows, seq_len, device)
-    last_block = early + embedding + max(second_half, scores) + summed_block
+    late = max(early + embedding, held - size * block / shards)
+    if reversible:
+        backward = states + late + _sublayer_bytes(stage, model, kept, windows, seq_len, device)
+    else:
+        second_half = _block_bytes(stage, model, tokens)
+        backward = max(second_half, _attention_bytes(stage, model, windows, seq_len, device))
+        if again:
+            backward += min(stage.recompute_blocks, width.layers) * layer
+            backward += max(states + early + embedding, states / parts + late)
+        else:
+            backward += activations + early + embedding
+    backward += summed_block - activations
     # Activations are gone from here on.
     end = max(held, early) + embedding + 3 * size * tokens * d + summed_rest - activations
+    if reversible:
+        end += states
     update = held - activations - gathered
     if size == 2:
-        largest = max(numbers([shape]) for shape in (*found.block, *found.rest))
+        largest = max(padded(shape, shards) for shape in (*found.block, *found.rest)) // shards
         update += 16 * min(SLICE_ELEMENTS, largest) + 8 * SLICE_ELEMENTS
     return Memory(
         parameters=held,
@@ -233,7 +284,7 @@ def memory(
         gradients=held,
         activations=activations,
         gathered=gathered,
-        temporaries=max(loss, last_block, end, update),
+        temporaries=max(loss, backward, end, update),
     )
 
 
@@ -243,15 +294,35 @@ def _block_bytes(stage: StageConfig, model: ModelConfig, tokens: int) -> float:
     if stage.number == "0":
         return size * tokens * 6.0 * (swiglu_units(width) if stage.activation == "swiglu" else width.d_ff / 2)
     if stage.number == "1":
-        return size * tokens * 4.0 * width.d_ff
+        # The activated ones, of which this is half, are kept where the whole block is computed again.
+        return size * tokens * (2.0 if stage.recompute == "block" else 4.0) * width.d_ff
     units = hidden_units(width, stage) if stage.potential == "mlp" else width.d_model
+    force = tokens * (size * 4 * width.d_model + 8.0 * units)
     if stage.gradient == "backprop":
-        return tokens * (size * 4 * width.d_model + 8.0 * units)
+        return force
     own = 64.0 * tokens * width.d_model + 16.0 * units * min(tokens, CHUNK)
     if stage.gradient == "checkpoint":
         kicks = stages(stage.integrator, stage.ode_steps, stage.dt).kicks
-        own = tokens * -(-len(kicks) // segments(stage)) * (4 * width.d_model + 8.0 * units)
+        own = force + tokens * -(-len(kicks) // segments(stage)) * (4 * width.d_model + 8.0 * units)
     return own
+
+
+def _sublayer_bytes(
+    stage: StageConfig, model: ModelConfig, kept: Activations, windows: int, seq_len: int, device: str
+) -> float:
+    """What the backward pass of a reversible trunk takes beside z and v: the larger of both sub-layers."""
+    width, size = width_of(stage, model), element_bytes(stage)
+    d = width.d_model * (1 if stage.number == "0" else 2)
+    tokens = windows * seq_len
+    feed = tokens * kept.feed + _block_bytes(stage, model, tokens)
+    attention = tokens * kept.attention + kept.table
+    if scores := _eager_scores(stage, model, windows, seq_len, device):
+        attention += size * (EAGER_TENSORS * scores + 6 * tokens * d)
+    elif stage.number != "0" and not _fused(stage, size, device):
+        attention += size * tokens * (2 * width.heads * seq_len + d)
+    else:
+        attention += size * tokens * d * (1 + 2 * width.kv_heads / width.heads)
+    return tokens * d * (12 + 2 * size) + max(feed, attention)
 
 
 def _attention_bytes(
@@ -259,13 +330,20 @@ def _attention_bytes(
 ) -> float:
     """What eager attention on a CPU takes in the last block, whose second half has let go what it kept."""
     width, size = width_of(stage, model), element_bytes(stage)
-    if device != "cpu" or stage.number == "0" or size == 4 or seq_len <= HELD_KEYS:
+    scores = _eager_scores(stage, model, windows, seq_len, device)
+    if not scores:
         return 0.0
-    rows = windows * width.heads
+    hidden = 2.0 * width.d_ff * (1 + (stage.recompute == "block"))
+    let_go = size * hidden if stage.number == "1" else _bytes_of_flows(stage, model)
+    return size * EAGER_TENSORS * scores + windows * seq_len * (size * 8 * width.d_model - let_go)
+
+
+def _eager_scores(stage: StageConfig, model: ModelConfig, windows: int, seq_len: int, device: str) -> int:
+    """Scores that eager attention on a CPU holds at a time, if it runs and does not hold them all."""
+    if stage.number == "0" or _fused(stage, element_bytes(stage), device) or seq_len <= HELD_KEYS:
+        return 0
+    rows = windows * model.complex.heads
     step = min(max(EAGER_SCORES // (rows * seq_len), EAGER_QUERIES[0]), EAGER_QUERIES[1])
     # Queries of a block see the keys up to its end.
     ends = [min(first + step, seq_len) for first in range(0, seq_len, step)]
-    scores = rows * max((end - first) * end for first, end in zip(range(0, seq_len, step), ends, strict=True))
-    second = 2 * width.d_ff if stage.number == "1" else 16.0 * width.d_model
-    tokens = windows * seq_len
-    return size * (EAGER_TENSORS * scores + tokens * (8 * width.d_model - second))
+    return rows * max((end - first) * end for first, end in zip(range(0, seq_len, step), ends, strict=True))

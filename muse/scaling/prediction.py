@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from muse.config import ModelConfig, StageConfig
-from muse.scaling.counts import forces, numbers, shapes, skips_first_kick, step_flops
+from muse.scaling.counts import computed_again, forces, numbers, shapes, skips_first_kick, step_flops
 from muse.scaling.memory import Memory, element_bytes, memory
 from muse.scaling.ranks import padded, traffic
 
@@ -40,9 +40,12 @@ class Machine:
     latency: float
 
 
-# From data sheets, dense products: NVIDIA H200 SXM, 141 GB, 989 TFLOPS bfloat16, 494 TFLOPS TF32, NVLink
-# 900 GB/s for both directions together.
-CARDS = {"h200": {"memory_gb": 141.0, "peak_tflops": 989.0, "peak_tflops_fp32": 494.0, "link_gbs": 450.0}}
+# From data sheets, dense products: NVIDIA H100 and H200 SXM, 80 and 141 GB, 989 TFLOPS bfloat16, 494 TFLOPS
+# TF32, NVLink 900 GB/s for both directions together.
+CARDS = {
+    card: {"memory_gb": gigabytes, "peak_tflops": 989.0, "peak_tflops_fp32": 494.0, "link_gbs": 450.0}
+    for card, gigabytes in (("h100", 80.0), ("h200", 141.0))
+}
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,8 @@ def _products_again(stage: StageConfig) -> float:
     """How many products a GPU takes for one of a CPU.
 
     The backward pass computes W1 q and W1 y again for the parameters' gradients, 11 products a force in all
-    instead of 8; the kick that is not undone has 2 of them, on a CPU 1.
+    instead of 8; the kick that is not undone has 2 of them, on a CPU 1. Where blocks are computed again, both
+    take 2 more.
     """
-    count, skipped = forces(stage), skips_first_kick(stage)
-    return (11 * count - 2 * skipped) / (8 * count - skipped)
+    count, skipped, again = forces(stage), skips_first_kick(stage), 2 * computed_again(stage)
+    return ((11 + again) * count - 2 * skipped) / ((8 + again) * count - skipped)

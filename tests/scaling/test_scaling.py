@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,6 +16,7 @@ from muse.benchmarks.vram import measure_memory
 from muse.config import BenchConfig, BenchmarkConfig, ModelConfig, StageConfig, WidthConfig
 from muse.measure.matrix_products import COMPLEX_ATTENTION, ProductRecorder
 from muse.measure.operations import InsideOperations
+from muse.measure.peak_memory import peak_memory
 from muse.models import build_model, count_parameters
 from muse.processes.ranks import local
 from muse.scaling.__main__ import main
@@ -62,6 +62,19 @@ MODELS = [
     {"number": "2", "gradient": "checkpoint", "ode_steps": 2},
     {"number": "2", "gradient": "backprop"},
 ]
+# Three blocks do not fill parts of two.
+DEEP = dataclasses.replace(WIDTH, layers=3)
+COMPUTED_AGAIN = [
+    *({"number": number, "trunk": "reversible", "width": DEEP} for number in "012"),
+    {"number": "2", "trunk": "reversible", "gradient": "checkpoint", "width": DEEP},
+    *({"number": number, "recompute": "block", "width": DEEP} for number in "012"),
+    *({"number": number, "recompute": "block", "recompute_blocks": 2, "width": DEEP} for number in "012"),
+    {"number": "0", "recompute": "block", "activation": "gelu", "width": DEEP},
+    {"number": "0", "recompute": "block", "dropout": 0.1, "width": DEEP},
+    {"number": "2", "recompute": "block", "potential": "duffing", "width": DEEP},
+    {"number": "2", "recompute": "block", "recompute_blocks": 2, "gradient": "backprop", "width": DEEP},
+    {"number": "2", "recompute": "block", "gradient": "checkpoint", "ode_steps": 2, "width": DEEP},
+]
 
 
 @pytest.mark.parametrize("options", [*MODELS, {"number": "1", "mixer": "none"}], ids=str)
@@ -79,7 +92,7 @@ def test_the_seeds_model_has_their_number_of_parameters():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", MODELS, ids=str)
+@pytest.mark.parametrize("options", [*MODELS, *COMPUTED_AGAIN], ids=str)
 def test_flops_of_a_step_are_those_of_the_products_in_it(options):
     config = build(windows=1, **options)
     _, step = random_training_step(config, benchmark_model(config, CPU), CPU)
@@ -125,6 +138,23 @@ MEASURED = [
     {"number": "2", "gradient": "checkpoint", "ode_steps": 4},
     {"number": "2", "gradient": "backprop"},
     {"number": "2", "gradient": "backprop", "ode_steps": 4},
+    *(
+        {"number": number, "trunk": "reversible", "width": dataclasses.replace(WIDTH, layers=layers)}
+        for number in "012"
+        for layers in (2, 6)
+    ),
+    # The largest phase is the backward pass of an attention, and of flows.
+    {"number": "1", "trunk": "reversible", "seq_len": 640, "windows": 4},
+    {"number": "1", "trunk": "reversible", "seq_len": 128, "windows": 8, "vocab": 128},
+    {"number": "2", "trunk": "reversible", "precision": "fp32"},
+    {"number": "2", "trunk": "reversible", "gradient": "backprop"},
+    {"number": "2", "trunk": "reversible", "gradient": "checkpoint", "ode_steps": 4},
+    *({"number": number, "recompute": "block", "width": DEEP} for number in "012"),
+    *({"number": number, "recompute": "block", "recompute_blocks": 2, "width": DEEP} for number in "012"),
+    {"number": "1", "recompute": "block", "recompute_blocks": 2, "seq_len": 640, "width": DEEP},
+    {"number": "1", "recompute": "block", "recompute_blocks": 2, "precision": "fp32", "width": DEEP},
+    {"number": "2", "recompute": "block", "recompute_blocks": 2, "seq_len": 640, "width": DEEP},
+    {"number": "2", "recompute": "block", "gradient": "backprop", "width": DEEP},
 ]
 
 
@@ -151,6 +181,16 @@ def test_memory_of_exact_does_not_grow_with_the_steps_and_that_of_backprop_does(
     assert activations("exact", 1) == activations("exact", 40)
     assert activations("checkpoint", 10) < activations("backprop", 10)
     assert activations("backprop", 10) > 5 * activations("backprop", 1)
+
+
+def test_memory_does_not_grow_with_the_depth_of_a_reversible_trunk_but_for_parameters():
+    def sizes(layers):
+        config = build("2", width=dataclasses.replace(WIDTH, layers=layers), vocab=64, trunk="reversible")
+        found = memory(config.stage, config.model, 64, 640, 4)
+        return found.activations, found.peak - found.parameters - found.optimiser - found.gradients
+
+    assert sizes(2)[0] == sizes(48)[0]
+    assert sizes(2)[1] == pytest.approx(sizes(48)[1])
 
 
 class Collectives(TorchDispatchMode):
@@ -199,16 +239,23 @@ def sharded_step(config):
     return model, optimizer, step
 
 
+SHARDED_AGAIN = [
+    {"number": "1", "trunk": "reversible"},
+    {"number": "2", "recompute": "block", "recompute_blocks": 2},
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", ["0", "1", "2"])
+@pytest.mark.filterwarnings("ignore:.*returned a view tensor")
+@pytest.mark.parametrize("options", [*({"number": number} for number in "012"), *SHARDED_AGAIN], ids=str)
 @pytest.mark.parametrize("ranks", [3, 8, 1000])
-def test_what_fsdp_sends_and_holds(pretended_ranks, number, ranks):
+def test_what_fsdp_sends_and_holds(pretended_ranks, options, ranks):
     pretended_ranks(ranks)
-    config = build(number, windows=1, seq_len=8)
+    config = build(windows=1, seq_len=8, **options)
     model, _, step = sharded_step(config)
     with Collectives() as seen:
         step(0)
-    size = 4 if number == "0" else 2
+    size = 4 if config.stage.number == "0" else 2
     expected = traffic(shapes(config.stage, config.model, 512), size, "fsdp", ranks)
     assert expected.sent == pytest.approx(seen.bytes * (ranks - 1) / ranks)
     assert expected.collectives == seen.count
@@ -218,19 +265,18 @@ def test_what_fsdp_sends_and_holds(pretended_ranks, number, ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", ["1", "2"])
-def test_memory_of_a_rank_of_fsdp(pretended_ranks, number):
+@pytest.mark.filterwarnings("ignore:.*returned a view tensor")
+@pytest.mark.parametrize("options", [{"number": "1"}, {"number": "2"}, *SHARDED_AGAIN], ids=str)
+def test_memory_of_a_rank_of_fsdp(pretended_ranks, options):
     pretended_ranks(8)
-    config = build(number, vocab=4096)
+    config = build(vocab=4096, **options)
     model, optimizer, step = sharded_step(config)
     step(0)
     model.zero_grad(set_to_none=True)
     optimizer.attach_gradients()
-    tracker = MemTracker()
-    tracker.track_external(model, *optimizer.state_tensors())
-    with tracker, InsideOperations():
+    with peak_memory(CPU, model, optimizer.state_tensors()) as meter:
         step(1)
-    peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
+        peak = meter.peak()
     expected = memory(config.stage, config.model, 4096, 320, 2, "cpu", "fsdp", 8)
     assert expected.peak == pytest.approx(peak, rel=0.1)
 
@@ -310,6 +356,7 @@ def test_the_command_prints_what_it_assumes_and_a_row_for_each_number_of_ranks(c
         (["stage.recompute=block", *PLACE], "stage.recompute=none"),
         (["modl=tiny", *PLACE], "modl"),
         (["stage.precision=bf16-mixed", *PLACE], "choose one of fp32, bf16"),
+        (["stage=2", "stage.gradient=checkpoint", "stage.recompute=block", *PLACE], "stage.gradient=exact"),
         (["--ranks", "0", *PLACE], "--ranks 0"),
         (["--mfu", "2", "--card", "h200", "--network-gbs", "50"], "--mfu 2"),
         (["--mfu", "0.4", "--network-gbs", "50"], "--memory-gb is not given"),
