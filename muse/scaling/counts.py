@@ -59,15 +59,10 @@ def check_modelled(stage: StageConfig) -> None:
     """Refuse what the formulas leave out.
 
     Raises:
-        ConfigError: stage 3a, and blocks that are computed again.
+        ConfigError: stage 3a.
     """
     if stage.number == "3a":
         raise ConfigError("stage=3a has no cost model; choose stage=0, 1 or 2")
-    if stage.trunk == "reversible" or stage.recompute != "none":
-        raise ConfigError(
-            f"stage.trunk={stage.trunk} with stage.recompute={stage.recompute} has no cost model; choose "
-            "stage.trunk=residual and stage.recompute=none"
-        )
 
 
 def width_of(stage: StageConfig, model: ModelConfig) -> WidthConfig:

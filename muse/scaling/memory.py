@@ -12,6 +12,7 @@ from muse.models.hamiltonian import hidden_units
 from muse.models.loss import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS
 from muse.scaling.counts import (
     check_modelled,
+    computed_again,
     forces,
     segments,
     shapes,
@@ -121,8 +122,8 @@ def activation_bytes(stage: StageConfig, model: ModelConfig, seq_len: int, devic
     - A CPU keeps the scores, heads x seq_len numbers, of complex bfloat16 attention of at most 256 tokens,
       and their mask, seq_len^2 bytes a block.
 
-    Dropout keeps its mask for both branches: a number each on a CPU, else a byte. A block that ``recompute``
-    computes again keeps the activated hidden channels of stage 1, too, 2 F.
+    Dropout keeps its mask for both branches: a number each on a CPU, else a byte. What is computed again as a
+    whole keeps the activated hidden channels of stage 1, too, 2 F.
     """
     width, size = width_of(stage, model), element_bytes(stage)
     d, heads = width.d_model, width.heads
@@ -151,7 +152,7 @@ def activation_bytes(stage: StageConfig, model: ModelConfig, seq_len: int, devic
         table += seq_len**2
     feed = size * 2 * d + 4 + 2 * dropped
     if stage.number == "1":
-        feed += size * 2 * (d + width.d_ff * (1 + (stage.recompute == "block")))
+        feed += size * 2 * (d + width.d_ff * (1 + computed_again(stage)))
     else:
         feed += _bytes_of_flows(stage, model)
     return Activations(attention=attention, feed=feed, end=size * 4 * d + 4, table=table)
@@ -295,7 +296,7 @@ def _block_bytes(stage: StageConfig, model: ModelConfig, tokens: int) -> float:
         return size * tokens * 6.0 * (swiglu_units(width) if stage.activation == "swiglu" else width.d_ff / 2)
     if stage.number == "1":
         # The activated ones, of which this is half, are kept where the whole block is computed again.
-        return size * tokens * (2.0 if stage.recompute == "block" else 4.0) * width.d_ff
+        return size * tokens * (2.0 if computed_again(stage) else 4.0) * width.d_ff
     units = hidden_units(width, stage) if stage.potential == "mlp" else width.d_model
     force = tokens * (size * 4 * width.d_model + 8.0 * units)
     if stage.gradient == "backprop":

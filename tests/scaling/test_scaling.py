@@ -352,8 +352,6 @@ def test_the_command_prints_what_it_assumes_and_a_row_for_each_number_of_ranks(c
     ("arguments", "told"),
     [
         (["stage=3a", *PLACE], "stage=3a"),
-        (["stage.trunk=reversible", *PLACE], "stage.trunk=residual"),
-        (["stage.recompute=block", *PLACE], "stage.recompute=none"),
         (["modl=tiny", *PLACE], "modl"),
         (["stage.precision=bf16-mixed", *PLACE], "choose one of fp32, bf16"),
         (["stage=2", "stage.gradient=checkpoint", "stage.recompute=block", *PLACE], "stage.gradient=exact"),
