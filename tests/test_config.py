@@ -261,7 +261,7 @@ def test_every_file_of_conf_gives_a_checked_configuration(path):
 
 
 def test_the_tokenizer_and_the_optimiser_follow_the_model():
-    for size in ("tiny", "small", "seed"):
+    for size in ("tiny", "small", "seed", "deep"):
         built = build_config(composed("train", [f"model={size}"]))
         assert built.tokenizer.vocab_size == built.model.vocab_size
         assert built.optim.lr == built.model.lr

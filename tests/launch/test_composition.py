@@ -208,7 +208,7 @@ def test_a_sweep_is_written_in_an_experiment_file(run, tmp_path):
         ("stage=", "stage= is not known; choose one of 0, 1, 2, 3a"),
         ("stage=1.5", "stage=1.5 is not known; choose one of 0, 1, 2, 3a"),
         ("stage=[1,2]", "stage=[1,2] is not known; choose one of 0, 1, 2, 3a"),
-        ("model=huge", "model=huge is not known; choose one of scaled, seed, simple, small, tiny"),
+        ("model=huge", "model=huge is not known; choose one of deep, scaled, seed, simple, small, tiny"),
         ("data=foo", "data=foo is not known; choose one of stdlib, synthetic, text, wikitext2"),
         ("logger=null", "logger=null is not known; choose one of none, wandb"),
         ("hydra/launcher=foo", "hydra/launcher=foo is not known; choose one of basic"),

@@ -348,6 +348,18 @@ def test_the_command_prints_what_it_assumes_and_a_row_for_each_number_of_ranks(c
     assert "batch" in rows["1,000"]
 
 
+@pytest.mark.parametrize("number", ["1", "2"])
+def test_the_deep_model_fits_a_card_with_65536_tokens_by_its_trunk(command, number):
+    def limits(*options):
+        place = ["--ranks", "1", "--card", "h100", *PLACE[2:]]
+        _, out = command(f"stage={number}", "model=deep", *options, *place)
+        return next(line for line in out.splitlines() if line.startswith("1 ")).split()[-1]
+
+    assert limits("--windows", "4", "stage.trunk=reversible") == "none"
+    assert limits("--windows", "32", "stage.trunk=reversible") == "none"
+    assert limits("--windows", "32") == "memory"
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
