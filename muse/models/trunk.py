@@ -207,8 +207,9 @@ class _FixedPoint:
         return self.position.to(self.dtype, copy=True)
 
     def carrier(self) -> Tensor:
-        """A tensor of the shape of z that holds one number."""
-        return self.position.new_zeros((), dtype=self.high).expand(self.position.shape)
+        """A tensor of the shape of z that holds one number, and is no view: FSDP2 would warn of one."""
+        shape = self.position.shape
+        return self.position.new_empty_strided(shape, [0] * len(shape), dtype=self.high)
 
     def kick(self, change: Tensor) -> None:
         """The kick and the drift of the next sub-layer."""

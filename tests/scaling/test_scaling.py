@@ -246,7 +246,6 @@ SHARDED_AGAIN = [
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*returned a view tensor")
 @pytest.mark.parametrize("options", [*({"number": number} for number in "012"), *SHARDED_AGAIN], ids=str)
 @pytest.mark.parametrize("ranks", [3, 8, 1000])
 def test_what_fsdp_sends_and_holds(pretended_ranks, options, ranks):
@@ -265,7 +264,6 @@ def test_what_fsdp_sends_and_holds(pretended_ranks, options, ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*returned a view tensor")
 @pytest.mark.parametrize("options", [{"number": "1"}, {"number": "2"}, *SHARDED_AGAIN], ids=str)
 def test_memory_of_a_rank_of_fsdp(pretended_ranks, options):
     pretended_ranks(8)
