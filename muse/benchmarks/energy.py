@@ -340,7 +340,7 @@ BENCHMARK = Benchmark(
     shown=(Metric("max_drift", "largest relative energy drift", "", {"max_drift_leapfrog": "leapfrog"}),),
     stages=("2",),
     # It follows the model's flow for its steps without changing what the model computes.
-    # What a trained potential keeps in small steps says nothing of the model's own, which are leapfrog's.
+    # Of order 4: leapfrog, with which models train, would drift further than the potential makes it.
     workload=lambda config: Workload(4, 512, ode_steps=100, integrator="blanes_moan_rkn4"),
     tables=tables,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from kernels.products import linear
 from muse.layers import ComplexAttention, KVCache
 from muse.layers.recompute import recomputed_call
 from muse.models.loss import linear_cross_entropy
-from muse.models.trunk import ReversibleTrunk
+from muse.models.trunk import ReversibleTrunk, through
 
 
 class LanguageModel(nn.Module):
@@ -53,9 +53,9 @@ class LanguageModel(nn.Module):
         if self.trunk is not None:
             return self.trunk(state, self.blocks)
         if not self.recompute or not torch.is_grad_enabled():
-            return _through(state, self.blocks)
+            return through(state, self.blocks)
         for start in range(0, len(self.blocks), self.recompute):
-            state = recomputed_call(_through, state, self.blocks[start : start + self.recompute])
+            state = recomputed_call(through, state, self.blocks[start : start + self.recompute])
         return state
 
     def compile_features(self) -> None:
@@ -97,8 +97,7 @@ class LanguageModel(nn.Module):
         if self.trunk is not None:
             state = self.trunk(state, self.blocks, caches)
         else:
-            for block, cache in zip(self.blocks, caches, strict=True):
-                state = block(state, cache)
+            state = through(state, self.blocks, caches)
         return self._logits(self.read_out(self.norm(state)))
 
     def _logits(self, features: Tensor) -> Tensor:
@@ -113,12 +112,6 @@ class LanguageModel(nn.Module):
         """Cross-entropy in nats of ``targets`` (B, S) given ``features`` (B, S, E)."""
         weight, bias = self.head_parameters()
         return linear_cross_entropy(features.flatten(0, 1), weight, targets.flatten(), bias, reduction)
-
-
-def _through(state: Tensor, blocks: Iterable[nn.Module]) -> Tensor:
-    for block in blocks:
-        state = block(state)
-    return state
 
 
 def count_parameters(model: nn.Module) -> int:

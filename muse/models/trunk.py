@@ -23,7 +23,7 @@ Hyperparameter Optimization through Reversible Learning" (2015).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -31,12 +31,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils.checkpoint import checkpoint
 
 from muse.dynamics import FallsBack
 from muse.errors import RunError
 from muse.layers import KVCache
-from muse.layers.recompute import recomputed_as_a_whole
+from muse.layers.recompute import recomputed_as_a_whole, recomputed_call
 
 # The resolution of z is that of float32 at about 8.
 FRACTION_BITS = 20
@@ -102,6 +101,17 @@ class TrunkState(NamedTuple):
         return TrunkState(position, momentum, self.path)
 
 
+def through(state: Any, blocks: Iterable[nn.Module], caches: Sequence[KVCache] | None = None) -> Any:
+    """The state, of whatever trunk, after blocks; each takes its cache, if there are any."""
+    if caches is None:
+        for block in blocks:
+            state = block(state)
+    else:
+        for block, cache in zip(blocks, caches, strict=True):
+            state = block(state, cache)
+    return state
+
+
 def drifts_of(sublayers: int, decay: float) -> list[float]:
     """c_l for each sub-layer: powers of ``decay``, or of the least larger number that GROWTH_BITS allow."""
     slowest = 2.0 ** (-GROWTH_BITS / (sublayers - 1)) if sublayers > 1 else 1.0
@@ -135,30 +145,23 @@ class ReversibleTrunk(FallsBack):
     # Its backward pass cannot be traced; ``LanguageModel.compile_features`` compiles the sub-layers.
     @torch.compiler.disable
     def forward(
-        self, z: Tensor, blocks: nn.ModuleList, caches: Sequence[KVCache | None] | None = None
+        self, z: Tensor, blocks: Iterable[nn.Module], caches: Sequence[KVCache] | None = None
     ) -> Tensor:
         """The state after all blocks, like z (..., D), in whose dtype each sub-layer sees it."""
-        caches = caches or [None] * len(blocks)
         if not self.fallen_back:
             fixed = _FixedPoint(self, z)
             position, momentum = _Enter.apply(fixed, z)
-            position, momentum, _ = _through(TrunkState(position, momentum, fixed), blocks, caches)
+            position, momentum, _ = through(TrunkState(position, momentum, fixed), blocks, caches)
             return _Leave.apply(fixed, position, momentum)
         high = torch.promote_types(z.dtype, torch.float32)
         position = z.to(high)
         state = TrunkState(position, torch.zeros_like(position), _FloatingPoint(self, z.dtype))
-        return _through(state, blocks, caches).position.to(z.dtype)
+        return through(state, blocks, caches).position.to(z.dtype)
 
     def take_rebuild_failed(self) -> Tensor | None:
         """Whether a backward pass did not come back to where it began since the last call; on the device."""
         failed, self.rebuild_failed = self.rebuild_failed, None
         return failed
-
-
-def _through(state: TrunkState, blocks: nn.ModuleList, caches: Sequence[KVCache | None]) -> TrunkState:
-    for block, cache in zip(blocks, caches, strict=True):
-        state = block(state) if cache is None else block(state, cache)
-    return state
 
 
 class _FloatingPoint:
@@ -171,10 +174,7 @@ class _FloatingPoint:
     def step(self, sublayer: Sublayer, position: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
         kick, drift = next(self.schedule)
         x = position.to(self.dtype)
-        if torch.is_grad_enabled() and sublayer.cache is None:
-            change = checkpoint(sublayer, x, use_reentrant=False, preserve_rng_state=sublayer.random)
-        else:
-            change = sublayer(x)
+        change = recomputed_call(sublayer, x) if torch.is_grad_enabled() else sublayer(x)
         momentum = momentum.add(change, alpha=kick)
         return position.add(momentum, alpha=drift), momentum
 
