@@ -108,6 +108,12 @@ class StageConfig:
         choices=("none", "block"),
     )
     recompute_blocks: int = option(1, "blocks for each input that recompute=block keeps.", at_least=1)
+    loops: int = option(
+        1,
+        "how often the state goes through all blocks, which share their weights: a looped decoder, whose "
+        "embedding is added before each time but the first. Not of stage 3a.",
+        at_least=1,
+    )
     ode_steps: int = option(1, "steps of the flow (this and what follows are of stage 2).", at_least=1)
     dt: float = option(1.0, "size of a step.", above=0)
     integrator: str = option(
@@ -178,6 +184,10 @@ class StageConfig:
                     f"stage.recompute={self.recompute} has nothing to do with stage.trunk=reversible, which "
                     "computes every sub-layer again; it must be none"
                 )
+        if self.loops > 1 and (self.number == "3a" or self.trunk == "reversible"):
+            raise ConfigError(
+                f"stage.loops={self.loops} needs stage 0, 1 or 2 with stage.trunk=residual; it must be 1"
+            )
         if self.number == "2" and self.mixer == "none":
             raise ConfigError("stage.mixer=none is the block of the seeds; it goes with stage=1")
 
@@ -410,7 +420,7 @@ class BenchmarkConfig:
     name: str = option(
         "all",
         "which benchmark; all runs every one that is about the stage, so not kernels and not adjoint, "
-        "which compares with torchdiffeq. Stage 3a has speedup only.",
+        "which compares with torchdiffeq, and not price, which trains for hours. Stage 3a has speedup only.",
         choices=BENCHMARKS,
         given_as="benchmark",
     )
@@ -469,6 +479,31 @@ class BenchmarkConfig:
     compile: bool = option(True, "whether torch.compile is one of the kernels' alternatives.")
     ablation: bool = option(
         False, "whether speedup trains with each part of the stack alone and left out, too."
+    )
+
+    stages: list[str] = option(
+        ["0", "1", "2"],
+        "that price trains beside the stage itself (this and what follows are of price).",
+        choices=("0", "1", "2"),
+    )
+    seeds: int = option(3, "trainings of each kind, with seeds from seed on.", at_least=1)
+    learning_rates: list[float] = option(
+        [0.5, 1.0, 2.0],
+        "multiples of the learning rate that each model is trained with at the first seed, and of which it "
+        "keeps the best.",
+        above=0,
+    )
+    loops: list[int] = option(
+        [2, 4], "loops of the looped decoders of stage 0 beside it; [] for none.", at_least=2
+    )
+    flow_steps: list[int] = option(
+        [2, 4], "multiples of the steps of the flow that stage 2 is trained with, too.", at_least=2
+    )
+    depths: list[float] = option(
+        [2.0],
+        "multiples of the number of blocks that stages 0 and 2 are trained with, too, to tell what loops and "
+        "steps are worth.",
+        above=0,
     )
 
     def __post_init__(self) -> None:

@@ -2,11 +2,13 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
 from muse.errors import RunError
-from muse.files import DISK_FULL, disk_full_as_run_error, find_files, write_atomically
+from muse.files import DISK_FULL, claimed, disk_full_as_run_error, find_files, write_atomically
 
 
 def test_files_are_found_at_every_depth(tmp_path):
@@ -58,3 +60,23 @@ def test_another_error_of_the_system_is_left_as_it_is(tmp_path):
     with pytest.raises(OSError, match="Input/output") as caught, disk_full_as_run_error(tmp_path):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     assert caught.value.filename is None
+
+
+def test_a_file_is_held_by_one_alone_until_it_ends(tmp_path):
+    path = tmp_path / "new" / "claim"
+    with claimed(path) as first:
+        assert first
+        with claimed(path) as second:
+            assert not second
+    held = f"import fcntl, sys, time\nf = open({str(path)!r}, 'a')\nfcntl.flock(f, fcntl.LOCK_EX)\n"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", held + "print('held', flush=True)\ntime.sleep(600)"], stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with claimed(path) as other:
+        assert not other
+    holder.kill()
+    holder.communicate()
+    with claimed(path, wait=True) as after:
+        assert after

@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from muse.benchmarks.results import Results
 from muse.benchmarks.workload import Workload
 from muse.config import BenchConfig
 from muse.report.sweep_plot import Metric
 from muse.report.wandb_tables import ResultTable
 
-Measure = Callable[[BenchConfig, torch.device], dict[str, Any]]
+# Of a configuration, or of several in turns, on a device, the last argument.
+Measure = Callable[..., dict[str, Any]]
 # What was measured under the name of a benchmark, by model.
 Models = Mapping[str, Mapping[str, Any]]
 

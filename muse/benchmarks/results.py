@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class Results:
 
     Attributes:
         folder: of the run.
-        isolated: runs a measurement, by its name, in a process of its own.
+        isolated: runs a measurement, by its name, in a process of its own; see ``run``.
         stage_of: composes the options of another stage from its number.
         values: the keys of result.json; a criterion that could not be measured is None.
         details: everything measured, by measurement and model.
@@ -34,7 +34,7 @@ class Results:
     """
 
     folder: Path
-    isolated: Callable[[str, BenchConfig], dict[str, Any]]
+    isolated: Callable[..., dict[str, Any]]
     stage_of: Callable[[str], StageConfig]
     values: dict[str, Any] = field(default_factory=dict)
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -42,10 +42,15 @@ class Results:
     failures: dict[str, str] = field(default_factory=dict)
     unjudged: dict[str, str] = field(default_factory=dict)
 
-    def run(self, measurement: str, config: BenchConfig, model: str = "") -> dict[str, Any]:
-        """What a measurement returns; one that fails is noted and has found nothing."""
+    def run(
+        self, measurement: str, config: BenchConfig, model: str = "", others: Sequence[BenchConfig] = ()
+    ) -> dict[str, Any]:
+        """What a measurement returns, of ``others`` in turns with it, if there are any.
+
+        One that fails is noted and has found nothing.
+        """
         try:
-            return self.isolated(measurement, config)
+            return self.isolated(measurement, config, *others)
         except RunError as error:
             print(f"  {error}", flush=True)
             self.failures[f"{measurement}, {model}" if model else measurement] = str(error)

@@ -15,6 +15,7 @@ from muse.benchmarks import (
     gradients,
     kernels,
     perplexity,
+    price,
     speedup,
     stability,
     throughput,
@@ -41,6 +42,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "stability": stability.BENCHMARK,
     "kernels": kernels.BENCHMARK,
     "adjoint": adjoint.BENCHMARK,
+    "price": price.BENCHMARK,
 }
 # What benchmark=all runs, in this order, where it goes with the stage.
 ALL = ("vram", "throughput", "stability", "gradients", "energy", "perplexity", "speedup")
@@ -119,7 +121,7 @@ def run_suite(config: BenchConfig, folder: Path, stage_of: Callable[[str], Stage
     return results
 
 
-def measure_isolated(measurement: str, config: BenchConfig) -> dict[str, Any]:
+def measure_isolated(measurement: str, *configs: BenchConfig) -> dict[str, Any]:
     """Run a measurement in a process of its own and return what it measured, as JSON has it.
 
     Peak memory, the allocator's caches and a CUDA context outlive a measurement in its process.
@@ -128,16 +130,16 @@ def measure_isolated(measurement: str, config: BenchConfig) -> dict[str, Any]:
         RunError: when the process fails or is killed, e.g. for lack of memory.
     """
     try:
-        return run_isolated(_measured, measurement, config)
+        return run_isolated(_measured, measurement, *configs)
     except ConfigError as error:
         # The others may go with the options.
         raise RunError(str(error)) from error
 
 
-def _measured(measurement: str, config: BenchConfig) -> dict[str, Any]:
-    device = use_hardware(config.hardware)
+def _measured(measurement: str, *configs: BenchConfig) -> dict[str, Any]:
+    device = use_hardware(configs[0].hardware)
     try:
-        values = MEASUREMENTS[measurement](config, device)
+        values = MEASUREMENTS[measurement](*configs, device)
     except torch.OutOfMemoryError as error:
         raise RunError(f"out of GPU memory: {str(error).splitlines()[0]}") from error
     precision = {"matmul_precision": torch.get_float32_matmul_precision()}

@@ -29,6 +29,7 @@ def build_model(stage: StageConfig, model: ModelConfig, vocab_size: int, seed: i
     if stage.trunk == "reversible":
         # An attention and a feed-forward map or flows.
         built.trunk = ReversibleTrunk(2 * len(built.blocks), stage.trunk_decay)
+    built.loops = stage.loops
     built.recompute = stage.recompute_blocks if stage.recompute == "block" else 0
     return built.to(torch.bfloat16) if stage.precision == "bf16" else built
 

@@ -90,7 +90,7 @@ def complex_decoder(stage: StageConfig, width: WidthConfig, vocab_size: int, seq
     """Build stage 1; ``mixer=none`` builds the model of the seeds."""
     if stage.mixer == "none":
         return _seed_model(stage, width, vocab_size, seq_len)
-    gain = 1 / math.sqrt(2 * width.layers)
+    gain = 1 / math.sqrt(2 * width.layers * stage.loops)
     blocks = [ComplexBlock(width, stage, gain) for _ in range(width.layers)]
     return decoder_of(blocks, stage, width, vocab_size)
 
@@ -114,7 +114,7 @@ def decoder_of(
 
 
 def _seed_model(stage: StageConfig, width: WidthConfig, vocab_size: int, seq_len: int) -> LanguageModel:
-    gain = 1 / math.sqrt(width.layers)
+    gain = 1 / math.sqrt(width.layers * stage.loops)
     head = nn.Linear(width.d_model, vocab_size)
     nn.init.normal_(head.weight, std=TIED_LOGIT / width.d_model)
     nn.init.zeros_(head.bias)

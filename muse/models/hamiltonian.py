@@ -83,7 +83,7 @@ class HamiltonianBlock(nn.Module):
 
 def hamiltonian_decoder(stage: StageConfig, width: WidthConfig, vocab_size: int) -> LanguageModel:
     """Build stage 2."""
-    gain = 1 / math.sqrt(2 * width.layers)
+    gain = 1 / math.sqrt(2 * width.layers * stage.loops)
     blocks = [HamiltonianBlock(width, stage, gain, f"blocks.{i}.flow") for i in range(width.layers)]
     return decoder_of(blocks, stage, width, vocab_size)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,16 +44,29 @@ class LanguageModel(nn.Module):
         # Blocks of which the first one's input alone is kept, and which the backward pass computes again;
         # 0 for none. A trunk keeps none.
         self.recompute = 0
+        # How often the state goes through all blocks. The embedding is added before each time but the first.
+        self.loops = 1
 
     def features(self, tokens: Tensor) -> Tensor:
         """Real features (B, S, E) before the head."""
-        return self.read_out(self.norm(self._through_blocks(self.embedding(tokens))))
+        return self.read_out(self.norm(self._through_loops(self.embedding(tokens))))
 
-    def _through_blocks(self, state: Tensor) -> Tensor:
+    def _through_loops(self, embedded: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
+        """The state after all blocks; each takes a cache for every loop, if there are any."""
         if self.trunk is not None:
-            return self.trunk(state, self.blocks)
+            return self.trunk(embedded, self.blocks, caches)
+        state, count = embedded, len(self.blocks)
+        for loop in range(self.loops):
+            if loop:
+                state = state + embedded
+            state = self._through_blocks(
+                state, None if caches is None else caches[loop * count : (loop + 1) * count]
+            )
+        return state
+
+    def _through_blocks(self, state: Tensor, caches: Sequence[KVCache] | None) -> Tensor:
         if not self.recompute or not torch.is_grad_enabled():
-            return through(state, self.blocks)
+            return through(state, self.blocks, caches)
         for start in range(0, len(self.blocks), self.recompute):
             state = recomputed_call(through, state, self.blocks[start : start + self.recompute])
         return state
@@ -85,19 +98,16 @@ class LanguageModel(nn.Module):
         return self._logits(self.features(tokens)[:, -1])
 
     def new_caches(self) -> list[KVCache] | None:
-        """For each block a cache without tokens; None where blocks take none: stages 0 and 3a, mixer=none."""
+        """For each block and loop a cache without tokens; None where blocks take none: stages 0 and 3a,
+        mixer=none."""
         if all(isinstance(getattr(block, "attention", None), ComplexAttention) for block in self.blocks):
-            return [KVCache() for _ in self.blocks]
+            return [KVCache() for _ in range(self.loops * len(self.blocks))]
         return None
 
     @torch.no_grad()
     def continue_logits(self, tokens: Tensor, caches: list[KVCache]) -> Tensor:
         """Logits (B, S, V) of tokens (B, S) that follow those in ``caches``, which they are added to."""
-        state = self.embedding(tokens)
-        if self.trunk is not None:
-            state = self.trunk(state, self.blocks, caches)
-        else:
-            state = through(state, self.blocks, caches)
+        state = self._through_loops(self.embedding(tokens), caches)
         return self._logits(self.read_out(self.norm(state)))
 
     def _logits(self, features: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def _linear(in_features: int, out_features: int, gain: float = 1.0) -> nn.Linear
 
 def real_decoder(stage: StageConfig, width: WidthConfig, vocab_size: int) -> LanguageModel:
     """Build stage 0."""
-    gain = 1 / math.sqrt(2 * width.layers)
+    gain = 1 / math.sqrt(2 * width.layers * stage.loops)
     embedding = RealEmbedding(vocab_size, width.d_model, TIED_LOGIT / width.d_model)
     head = None
     if not stage.tied:

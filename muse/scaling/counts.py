@@ -105,13 +105,22 @@ def shapes(stage: StageConfig, model: ModelConfig, vocab_size: int) -> Shapes:
     block = [*norm, (2, channels, d), (2, d, d), *norm]
     if stage.number == "1":
         block += [(2, hidden, d), *[(hidden,)] * GATES.get(stage.activation, 0), (2, d, hidden)]
-    elif stage.potential == "duffing":
-        block += stage.flows * [(d,), (d,)]
     else:
-        units = hidden_units(width, stage)
-        block += stage.flows * [(units, d), (units,), (units,), *([(units, 2 * d)] if stage.context else [])]
+        block += potential_shapes(stage, model)
     head = [] if stage.tied else [(vocab_size, 2 * d)]
     return Shapes(block, [(vocab_size, 2, d), *norm, *head], width.layers)
+
+
+def potential_shapes(stage: StageConfig, model: ModelConfig) -> list[Shape]:
+    """The parameters of the flows of a block of stage 2; none in other stages."""
+    if stage.number != "2":
+        return []
+    d = model.complex.d_model
+    if stage.potential == "duffing":
+        return [(d,) for _ in range(2 * stage.flows)]
+    units = hidden_units(model.complex, stage)
+    context: list[Shape] = [(units, 2 * d)] if stage.context else []
+    return stage.flows * [(units, d), (units,), (units,), *context]
 
 
 def numbers(of: Iterable[Shape]) -> int:
@@ -164,10 +173,11 @@ def forward_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_l
         once = segments(stage) if stage.gradient == "checkpoint" else 1
         count = forces(stage) + once * stage.context
         of_forces = 4.0 * hidden_units(width, stage) * d * count * stage.flows
+    passes = width.layers * stage.loops
     return Flops(
-        maps=2.0 * planes * linear * width.layers,
-        attention=float(mixes) * products * 2 * planes * d * (seq_len // 2) * width.layers,
-        forces=of_forces * width.layers,
+        maps=2.0 * planes * linear * passes,
+        attention=float(mixes) * products * 2 * planes * d * (seq_len // 2) * passes,
+        forces=of_forces * passes,
         head=2.0 * vocab_size * d * (planes if stage.mixer == "attention" else 1),
     )
 
@@ -232,7 +242,7 @@ def _left_out(stage: StageConfig, model: ModelConfig) -> tuple[float, float]:
     of the last flow, 2 U D, with ``checkpoint`` before its last segment. A dropout behind them needs all.
     """
     width = width_of(stage, model)
-    parts = math.ceil(width.layers / stage.recompute_blocks)
+    parts = math.ceil(width.layers / stage.recompute_blocks) * stage.loops
     if stage.dropout > 0:
         return 0.0, 0.0
     if stage.number == "0":

@@ -83,8 +83,8 @@ def element_bytes(stage: StageConfig) -> int:
     """Bytes of a stored number.
 
     Raises:
-        ConfigError: a mixed precision, whose activations have no single dtype, mixer=none, or checkpoints
-            within checkpoints, some of which wait for Python's garbage collector.
+        ConfigError: a mixed precision, whose activations have no single dtype, mixer=none, loops, or
+            checkpoints within checkpoints, some of which wait for Python's garbage collector.
     """
     check_modelled(stage)
     if stage.precision not in BYTES:
@@ -93,6 +93,8 @@ def element_bytes(stage: StageConfig) -> int:
         )
     if stage.mixer == "none":
         raise ConfigError("stage.mixer=none has no memory model; choose stage.mixer=attention")
+    if stage.loops > 1:
+        raise ConfigError(f"stage.loops={stage.loops} has no memory model; choose stage.loops=1")
     if stage.number == "2" and stage.gradient == "checkpoint" and stage.recompute == "block":
         raise ConfigError(
             "stage.gradient=checkpoint has no memory model with stage.recompute=block; choose "

@@ -36,6 +36,7 @@ CASES = {
     **{f"stage 2, {gradient}": run_config(flow_config(gradient)) for gradient in GRADIENTS},
     **{f"reversible trunk, stage {n}": run_config(stage_config(n, trunk="reversible")) for n in ("0", "2")},
     "recomputed blocks": run_config(stage_config("1", recompute="block")),
+    "loops": run_config(flow_config("reversible", loops=2)),
     "stage 3a": run_config(stage_config("3a")),
     "the block of the seeds": run_config(stage_config("1", mixer="none")),
     "untied": run_config(stage_config("1", tied=False, norm="layer")),

@@ -24,7 +24,8 @@ STAGE_2 = [
     {"number": 2, "force_precision": "bf16", "score": "phase", "norm": "layer", "flows": 3, "context": False},
 ]
 TRUNKS = [{"number": number, "trunk": "reversible"} for number in (0, 1, 2)]
-MODELS = [{"number": 0}, {"number": 0, "activation": "swiglu"}, *STAGE_1, *STAGE_2, *TRUNKS]
+LOOPS = [{"number": number, "loops": 3} for number in (0, 1, 2)]
+MODELS = [{"number": 0}, {"number": 0, "activation": "swiglu"}, *STAGE_1, *STAGE_2, *TRUNKS, *LOOPS]
 SCORES = [{"score": score} for score in ("real", "magnitude", "phase")]
 
 
@@ -64,12 +65,14 @@ def continued(model, x):
     for sizes in ([1] * 12, [7, 1, 1, 3]):
         caches = model.new_caches()
         logits = [model.continue_logits(part, caches) for part in x.split(sizes, dim=1)]
-        assert [cache.length for cache in caches] == [12] * len(model.blocks)
+        assert {cache.length for cache in caches} == {12}
         results.append(torch.cat(logits, dim=1))
     return results
 
 
-@pytest.mark.parametrize("options", [*SCORES, {"norm": "layer"}, *STAGE_2[3:], *TRUNKS[1:]], ids=label)
+@pytest.mark.parametrize(
+    "options", [*SCORES, {"norm": "layer"}, *STAGE_2[3:], *TRUNKS[1:], *LOOPS[1:]], ids=label
+)
 def test_tokens_after_those_in_caches(build, options):
     """In float64, where a difference is not one of rounding; nor is a state rounded to fixed point."""
     model = build(**options | ({"gradient": "backprop"} if "number" in options else {})).double().eval()
@@ -93,12 +96,48 @@ def test_tokens_after_those_in_caches_are_as_accurate_as_all_at_once(build, opti
         assert_as_accurate(continued(model, x), lambda: [model(x)] * 2, [exact] * 2, samples=8)
 
 
+@pytest.mark.parametrize("options", [{"number": 0}, {"number": 1}, {"number": 2, "gradient": "backprop"}])
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_a_looped_model_is_one_with_as_many_blocks_that_share_their_weights(build, options, recompute):
+    looped, deep = (
+        build(**options, loops=3, recompute=recompute).double(),
+        build(**options, layers=6).double(),
+    )
+    deep.load_state_dict(
+        looped.state_dict()
+        | {
+            f"blocks.{2 * loop + block}.{name}": value
+            for loop in range(3)
+            for block in range(2)
+            for name, value in looped.blocks[block].state_dict().items()
+        }
+    )
+    embedded = []
+    deep.embedding.register_forward_hook(lambda _, __, state: embedded.append(state))
+    for block in (2, 4):
+        deep.blocks[block].register_forward_pre_hook(lambda _, states: (states[0] + embedded[0],))
+    x = tokens()
+    losses = [model.loss(x[:, :-1], x[:, 1:]) for model in (looped, deep)]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    for loss in losses:
+        loss.backward()
+    shared = [deep.blocks[block] for block in range(6)]
+    for block, own in enumerate(looped.blocks):
+        for name, parameter in own.named_parameters():
+            summed = sum(other.get_parameter(name).grad for other in shared[block::2])
+            torch.testing.assert_close(parameter.grad, summed, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        looped.embedding.weight.grad, deep.embedding.weight.grad, rtol=1e-9, atol=1e-12
+    )
+    assert count_parameters(looped) == count_parameters(build(**options))
+
+
 @pytest.mark.parametrize("options", [{"number": 0}, {"mixer": "none"}], ids=label)
 def test_models_without_caches(build, options):
     assert build(**options).new_caches() is None
 
 
-@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, *STAGE_2, *TRUNKS], ids=label)
+@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, *STAGE_2, *TRUNKS, *LOOPS], ids=label)
 def test_gradient_of_a_logit_stops_at_its_token(build, options):
     model = build(**options)
     states = []

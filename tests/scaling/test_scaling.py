@@ -75,6 +75,10 @@ COMPUTED_AGAIN = [
     {"number": "2", "recompute": "block", "recompute_blocks": 2, "gradient": "backprop", "width": DEEP},
     {"number": "2", "recompute": "block", "gradient": "checkpoint", "ode_steps": 2, "width": DEEP},
 ]
+LOOPS = [
+    *({"number": number, "loops": 2} for number in "012"),
+    {"number": "0", "loops": 2, "recompute": "block", "recompute_blocks": 2, "width": DEEP},
+]
 
 
 @pytest.mark.parametrize("options", [*MODELS, {"number": "1", "mixer": "none"}], ids=str)
@@ -92,7 +96,7 @@ def test_the_seeds_model_has_their_number_of_parameters():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [*MODELS, *COMPUTED_AGAIN], ids=str)
+@pytest.mark.parametrize("options", [*MODELS, *COMPUTED_AGAIN, *LOOPS], ids=str)
 def test_flops_of_a_step_are_those_of_the_products_in_it(options):
     config = build(windows=1, **options)
     _, step = random_training_step(config, benchmark_model(config, CPU), CPU)

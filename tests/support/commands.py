@@ -55,10 +55,10 @@ def run_here(script: str, arguments: list[str]) -> int:
     return 0
 
 
-def measured_here(measurement: str, config: BenchConfig) -> dict[str, Any]:
+def measured_here(measurement: str, *configs: BenchConfig) -> dict[str, Any]:
     """As measure_isolated, but in this process."""
-    device = use_hardware(config.hardware)
-    return {**MEASUREMENTS[measurement](config, device), "device": describe(device)}
+    device = use_hardware(configs[0].hardware)
+    return {**MEASUREMENTS[measurement](*configs, device), "device": describe(device)}
 
 
 # Handlers of a log would outlive the test.

@@ -1,0 +1,511 @@
+"""``benchmark=price``: the loss of each stage for equal tokens, equal FLOPs and equal seconds.
+
+Every model is trained as train.py would, with the learning rate of a small grid that is best for it, and from
+several seeds. Beside the stages stand looped decoders of stage 0, which share weights as a flow does, and, to
+tell what a loop or a step of a flow is worth, deeper models and flows of more steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from muse.benchmarks.baseline import baseline_of
+from muse.benchmarks.benchmark import Benchmark, Models
+from muse.benchmarks.model import benchmark_model, random_training_step
+from muse.benchmarks.results import Results
+from muse.benchmarks.trainings import CLAIM, Trainings, measure_training
+from muse.benchmarks.workload import FLOW, Workload, batch_shape
+from muse.config import BenchConfig
+from muse.data import load_tokens
+from muse.errors import ConfigError
+from muse.files import claimed, write_json
+from muse.measure.bootstrap import mean_interval, resampled
+from muse.measure.timing import quantile, times_in_turns
+from muse.report.plots import COLOURS, MARKERS, add_legend, new_axes, new_figure
+from muse.report.sweep_plot import Metric
+from muse.report.table import table
+from muse.report.wandb_tables import ResultTable, model_tables
+from muse.runs.folder import RESULT_FILE, read_result
+from muse.runs.provenance import identity, source_hash
+from muse.scaling.counts import numbers, parameters, potential_shapes, shapes, step_flops
+from muse.scaling.recurrence import Recurrence, recurrence_exponents
+
+BUDGETS: tuple[str, ...] = ("tokens", "FLOPs", "seconds")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model that is trained.
+
+    Attributes:
+        name: among the others.
+        config: of the benchmark, with its stage and sizes.
+        budgets: to which it is trained.
+        times: how often its repeated weights are applied: loops, or steps of a flow in multiples of those of
+            the stage.
+    """
+
+    name: str
+    config: BenchConfig
+    budgets: tuple[str, ...] = BUDGETS
+    times: int = 1
+
+
+def variants_of(config: BenchConfig, results: Results) -> list[Variant]:
+    """The stage itself, which sets the budgets, first, the others, and what is compared with them."""
+    own, chosen = config.stage.number, config.benchmark
+    stages = {
+        number: config if number == own else baseline_of(config, results.stage_of(number))
+        for number in dict.fromkeys((own, *chosen.stages))
+    }
+    variants = [Variant(f"stage {number}", stage) for number, stage in stages.items()]
+    for number, multiples in (("0", chosen.loops), ("2", chosen.flow_steps)):
+        if number not in stages or not multiples:
+            continue
+        base = stages[number]
+        for times in multiples:
+            if number == "0":
+                stage = dataclasses.replace(base.stage, loops=times * base.stage.loops)
+                name = f"stage 0, {stage.loops} loops"
+            else:
+                stage = dataclasses.replace(base.stage, ode_steps=times * base.stage.ode_steps)
+                name = f"stage 2, {stage.ode_steps} steps"
+            # A looped decoder is a baseline of its own.
+            budgets = BUDGETS if number == "0" else BUDGETS[:1]
+            variants.append(Variant(name, dataclasses.replace(base, stage=stage), budgets, times))
+        for factor in chosen.depths:
+            deep = _deeper(base, factor)
+            blocks = deep.model.real.layers if number == "0" else deep.model.complex.layers
+            variants.append(Variant(f"stage {number}, {blocks} blocks", deep, BUDGETS[:1]))
+    return variants
+
+
+def _deeper(config: BenchConfig, factor: float) -> BenchConfig:
+    model = config.model
+    real, complex_ = (
+        dataclasses.replace(width, layers=max(1, round(factor * width.layers)))
+        for width in (model.real, model.complex)
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(model, real=real, complex=complex_))
+
+
+def measure_costs(*arguments: Any) -> dict[str, Any]:
+    """Time a training step of each model, in turns.
+
+    Args:
+        arguments: configurations, the first one of the model that the others are held against; the device.
+
+    Returns:
+        ``vocab_size`` of the text, and by model, in lists, ``step_ms``, the median time of a step, and
+        ``ratio``, the median over rounds of its time / that of the first one.
+
+    Raises:
+        NotFinite: the loss of a step is not.
+    """
+    *configs, device = arguments
+    first = configs[0]
+    vocab_size = load_tokens(first.data, first.tokenizer, first.model.vocab_size).vocab_size
+    steps = []
+    for config in configs:
+        model_config = dataclasses.replace(config.model, vocab_size=vocab_size)
+        config = dataclasses.replace(config, model=model_config)
+        _, step = random_training_step(config, benchmark_model(config, device), device)
+        steps.append(step)
+    options = first.benchmark
+    times = times_in_turns(steps, options.warmup, options.repeats, device)
+    return {
+        "vocab_size": vocab_size,
+        "step_ms": [1e3 * quantile(own, 0.5) for own in times],
+        "ratio": [quantile([t / u for t, u in zip(own, times[0], strict=True)], 0.5) for own in times],
+    }
+
+
+def training_of(variant: Variant, steps: int, rate: float, seed: int) -> BenchConfig:
+    """The training of a variant for so many steps, at a multiple of its learning rate, from a seed."""
+    config = variant.config
+    batch, length = batch_shape(config)
+    return dataclasses.replace(
+        config,
+        seed=config.seed + seed,
+        model=dataclasses.replace(config.model, seq_len=length),
+        optim=dataclasses.replace(
+            config.optim, lr=rate * config.optim.lr, muon_lr=rate * config.optim.muon_lr
+        ),
+        train=dataclasses.replace(
+            config.train, steps=steps, batch_size=batch, eval_every=0, test=True, sample_tokens=0
+        ),
+    )
+
+
+def judge(config: BenchConfig, results: Results) -> None:
+    """Train every variant to its budgets, and hold the stage against stage 0."""
+    variants, chosen = variants_of(config, results), config.benchmark
+    results.values |= {f"price_{budget.lower()}_loss": None for budget in BUDGETS}
+    costs = _costs(variants, results)
+    if not costs:
+        return
+    steps = _steps(variants, costs, chosen.train_steps)
+    # Some are the same for two budgets, and one of the grid is the first seed's.
+    different = {
+        (variant.name, steps[variant.name][budget], seed)
+        for variant in variants
+        for budget in variant.budgets
+        for seed in range(chosen.seeds)
+    }
+    planned = [count * costs[name]["step_ms"] for name, count, _ in different]
+    planned += [
+        costs[variant.name]["step_ms"] * steps[variant.name]["tokens"]
+        for variant in variants
+        for _ in chosen.learning_rates[1:]
+    ]
+    print(f"{len(planned)} trainings, {tqdm.format_interval(sum(planned) / 1e3)} of one command", flush=True)
+    trainings = Trainings(results, chosen.rerun, planned)
+
+    def named(variant: Variant, budget: str, rate: float, seed: int) -> tuple[str, BenchConfig, float]:
+        count = steps[variant.name][budget]
+        training = training_of(variant, count, rate, seed)
+        name = f"{variant.name}, learning rate {training.optim.lr:.3g}, seed {training.seed}"
+        return name, training, count * costs[variant.name]["step_ms"]
+
+    # Together, so that commands that share the work need not wait for each other between two variants.
+    grid = [(variant, rate) for variant in variants for rate in chosen.learning_rates]
+    first = trainings.make([named(variant, "tokens", rate, 0) for variant, rate in grid])
+    rates = {}
+    for variant in variants:
+        losses = {
+            rate: found["valid_loss"]
+            for (other, rate), found in zip(grid, first, strict=True)
+            if other is variant and found.get("valid_loss") is not None
+        }
+        if losses:
+            rates[variant.name] = min(losses, key=losses.__getitem__)
+    wanted = [
+        (variant, budget, seed)
+        for variant in variants
+        if variant.name in rates
+        for budget in variant.budgets
+        for seed in range(chosen.seeds)
+    ]
+    made = trainings.make(
+        [named(variant, budget, rates[variant.name], seed) for variant, budget, seed in wanted]
+    )
+    losses_of: dict[tuple[str, str], list[float]] = {}
+    for (variant, budget, _), found in zip(wanted, made, strict=True):
+        if found.get("test_loss") is not None:
+            losses_of.setdefault((variant.name, budget), []).append(found["test_loss"])
+    _report(config, variants, costs, steps, rates, losses_of, results)
+
+
+def _costs(variants: Sequence[Variant], results: Results) -> dict[str, dict[str, Any]]:
+    """What a step of each variant takes, measured once, so that a command given again trains as long.
+
+    Of each ``step_ms``, ``ratio`` to the first one, ``parameters``, ``flops_per_token`` and ``peak_gb``;
+    empty where they could not be measured.
+    """
+    configs = [variant.config for variant in variants]
+    key = "".join(identity(config) for config in configs) + source_hash()
+    name = f"costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    place = Path(configs[0].output_root) / "price" / name
+    with claimed(place / CLAIM, wait=True):
+        stored = read_result(place)
+        if stored and not configs[0].benchmark.rerun:
+            return stored
+        measured = results.run("price costs", configs[0], others=configs[1:])
+        if not measured:
+            return {}
+        costs = {}
+        for number, variant in enumerate(variants):
+            config = variant.config
+            model = dataclasses.replace(config.model, vocab_size=measured["vocab_size"])
+            _, length = batch_shape(config)
+            config = dataclasses.replace(config, model=model)
+            costs[variant.name] = {
+                "step_ms": measured["step_ms"][number],
+                "ratio": measured["ratio"][number],
+                "parameters": parameters(config.stage, model, model.vocab_size),
+                "flops_per_token": step_flops(config.stage, model, model.vocab_size, length).total,
+                "peak_gb": results.run("vram", config, variant.name)["peak"],
+            }
+        if not results.failures:
+            write_json(place / RESULT_FILE, costs)
+        return costs
+
+
+def _steps(
+    variants: Sequence[Variant], costs: Mapping[str, Mapping[str, float]], steps: int
+) -> dict[str, dict[str, int]]:
+    """Steps of each variant to each budget, which is what ``steps`` of the first variant take."""
+    flops = costs[variants[0].name]["flops_per_token"]
+    return {
+        variant.name: {
+            "tokens": steps,
+            "FLOPs": max(1, round(steps * flops / costs[variant.name]["flops_per_token"])),
+            "seconds": max(1, round(steps / costs[variant.name]["ratio"])),
+        }
+        for variant in variants
+    }
+
+
+def _report(
+    config: BenchConfig,
+    variants: Sequence[Variant],
+    costs: Mapping[str, Mapping[str, Any]],
+    steps: Mapping[str, Mapping[str, int]],
+    rates: Mapping[str, float],
+    losses: Mapping[tuple[str, str], list[float]],
+    results: Results,
+) -> None:
+    chosen = resampled(config.benchmark.seeds)
+    batch, length = batch_shape(config)
+    grid = config.benchmark.learning_rates
+    per_step = batch * config.optim.accumulation * length
+    models: dict[str, Any] = {}
+    for variant in variants:
+        name, rate = variant.name, rates.get(variant.name)
+        models[name] = {
+            **costs[name],
+            "learning_rate": None if rate is None else rate * variant.config.optim.lr,
+            # Beyond it might be a better one.
+            "rate_at_edge": len(grid) > 1 and rate in (min(grid), max(grid)),
+            "budgets": {},
+        }
+        for budget in variant.budgets:
+            own = np.array(losses.get((name, budget), []))
+            count = steps[name][budget]
+            models[name]["budgets"][budget] = {
+                "steps": count,
+                "tokens": count * per_step,
+                "flops": count * per_step * costs[name]["flops_per_token"],
+                "seconds": count * costs[variants[0].name]["step_ms"] * costs[name]["ratio"] / 1e3,
+                "losses": own.tolist(),
+                "loss": float(own.mean()) if len(own) else None,
+                "interval": mean_interval(own, chosen) if len(own) == config.benchmark.seeds else None,
+            }
+    results.details["price"] = models
+    _judge_stage(config, models, chosen, results)
+    for name, number in (("loops", "0"), ("flow_steps", "2")):
+        results.values |= _exponent(name, number, config, variants, models, chosen)
+
+
+def _judge_stage(
+    config: BenchConfig, models: Mapping[str, Any], chosen: np.ndarray, results: Results
+) -> None:
+    """The loss of the stage less that of stage 0, from the same seeds, for each budget."""
+    own = f"stage {config.stage.number}"
+    for budget in BUDGETS:
+        values = {name: model["budgets"].get(budget, {}).get("loss") for name, model in models.items()}
+        key = f"price_{budget.lower()}"
+        results.values[f"{key}_loss"] = values[own]
+        if own == "stage 0" or "stage 0" not in models:
+            continue
+        mine, other = (np.array(models[name]["budgets"][budget]["losses"]) for name in (own, "stage 0"))
+        whole = len(mine) == len(other) == config.benchmark.seeds
+        interval = mean_interval(mine - other, chosen) if whole else None
+        difference = None if None in (values[own], values["stage 0"]) else values[own] - values["stage 0"]
+        passed = None
+        if interval is None:
+            results.unjudged[f"{key}_pass"] = "an interval needs two seeds or more; give benchmark.seeds"
+        elif interval[0] <= 0 <= interval[1]:
+            results.unjudged[f"{key}_pass"] = (
+                f"the difference lies between {interval[0]:.3g} and {interval[1]:.3g}: more seeds would tell"
+            )
+        else:
+            passed = interval[1] < 0
+        results.values |= {
+            f"{key}_loss_stage0": values["stage 0"],
+            f"{key}_difference": difference,
+            f"{key}_interval": interval,
+            f"{key}_pass": passed,
+        }
+        results.criteria.append((f"loss less that of stage 0, equal {budget}", difference, "< 0", passed))
+
+
+def _exponent(
+    name: str,
+    number: str,
+    config: BenchConfig,
+    variants: Sequence[Variant],
+    models: Mapping[str, Any],
+    chosen: np.ndarray,
+) -> dict[str, Any]:
+    """Of the models of a stage, what their loops or steps are worth: see ``recurrence_exponents``."""
+    points, losses = [], []
+    for variant in variants:
+        own = models[variant.name]["budgets"]["tokens"]["losses"]
+        if variant.config.stage.number == number and len(own) == config.benchmark.seeds:
+            stage, model = variant.config.stage, variant.config.model
+            found = shapes(stage, model, model.vocab_size)
+            block = numbers(found.block)
+            repeated = block if number == "0" else numbers(potential_shapes(stage, model))
+            once = found.blocks * (block - repeated)
+            points.append(Recurrence(once, found.blocks * repeated, variant.times))
+            losses.append(own)
+    key = f"price_exponent_{name}"
+    if not any(point.times > 1 for point in points):
+        return {}
+    by_seed = np.array(losses)
+    mean = recurrence_exponents(points, by_seed.mean(1)[None])[0]
+    interval = None
+    if config.benchmark.seeds > 1:
+        draws = recurrence_exponents(points, by_seed[:, chosen].mean(2).T)
+        if np.isfinite(draws).all():
+            low, high = np.percentile(draws, (2.5, 97.5))
+            interval = (float(low), float(high))
+    return {key: float(mean) if np.isfinite(mean) else None, f"{key}_interval": interval}
+
+
+def check(config: BenchConfig) -> None:
+    """See that there is something to learn, and that no option is given that changes nothing.
+
+    Raises:
+        ConfigError: it is not so.
+    """
+    options = config.benchmark
+    if options.name != "price":
+        return
+    if config.data.name == "synthetic":
+        raise ConfigError("benchmark=price needs text; choose data=stdlib, wikitext2 or text")
+    if not options.train_steps:
+        raise ConfigError("benchmark.train_steps=0 trains nothing; benchmark=price needs at least 1")
+    if not options.learning_rates:
+        raise ConfigError("benchmark.learning_rates=[] leaves none to train with; it must hold at least 1.0")
+    for option in FLOW:
+        if getattr(options, option) is not None:
+            raise ConfigError(
+                f"benchmark.{option} changes nothing in benchmark=price, which trains the flow of the stage; "
+                f"give stage.{option}"
+            )
+
+
+def _points(models: Models, key: str) -> dict[str, list[tuple[float, float, tuple[float, float] | None]]]:
+    """(x, loss, interval) of each model that is trained to all budgets, by name; x is ``key`` of a training.
+
+    The peak memory is that of a step, the same for all budgets.
+    """
+    points = {}
+    for name, model in models.items():
+        if len(model["budgets"]) < len(BUDGETS):
+            continue
+        trained = [one for one in model["budgets"].values() if one["loss"] is not None]
+        if key == "peak_gb":
+            trained = trained[:1]
+            found = [(1e3 * model[key], one["loss"], one["interval"]) for one in trained if model[key]]
+        else:
+            found = [(one[key], one["loss"], one["interval"]) for one in trained]
+        points[name] = sorted(set(found))
+    return points
+
+
+def plot(models: Models) -> Any:
+    """The loss over tokens, FLOPs, seconds and peak memory, with intervals of 95 %."""
+    figure = new_figure((9, 7))
+    grid = figure.add_gridspec(2, 2)
+    first = None
+    for number, (key, label) in enumerate(
+        (
+            ("tokens", "tokens of training"),
+            ("flops", "FLOPs of training"),
+            ("seconds", "seconds of training steps"),
+            ("peak_gb", "peak memory of a step [MB], equal tokens"),
+        )
+    ):
+        y_label = "" if number % 2 else "test loss [nats per token]"
+        axes = new_axes(figure, label, y_label, grid[number // 2, number % 2], sharey=first)
+        first = first or axes
+        for line, (name, points) in enumerate(_points(models, key).items()):
+            x, y = [point[0] for point in points], [point[1] for point in points]
+            bars = [interval or (loss, loss) for _, loss, interval in points]
+            below = [loss - low for loss, (low, _) in zip(y, bars, strict=True)]
+            above = [high - loss for loss, (_, high) in zip(y, bars, strict=True)]
+            axes.errorbar(
+                x,
+                y,
+                (below, above),
+                label=name if number == 0 else None,
+                color=COLOURS[line % len(COLOURS)],
+                marker=MARKERS[line % len(MARKERS)],
+                markerfacecolor="none",
+                capsize=3,
+                linewidth=1.2,
+            )
+    figure.suptitle("what a loss costs")
+    add_legend(figure, figure.axes[0])
+    return figure
+
+
+def text(models: Models) -> list[str]:
+    """What each model costs, and its losses."""
+    costs = table(
+        ("model", "parameters", "learning rate", "ms a step", "MFLOP a token", "peak MB"),
+        [
+            (
+                name,
+                model["parameters"],
+                f"{model['learning_rate']:.3g}{' (edge)' if model['rate_at_edge'] else ''}"
+                if model["learning_rate"] is not None
+                else None,
+                model["step_ms"],
+                model["flops_per_token"] / 1e6,
+                None if model["peak_gb"] is None else 1e3 * model["peak_gb"],
+            )
+            for name, model in models.items()
+        ],
+    )
+    header = ("loss [nats per token]", *(part for budget in BUDGETS for part in ("steps", f"equal {budget}")))
+    rows = []
+    for name, model in models.items():
+        row: list[object] = [name]
+        for budget in BUDGETS:
+            one = model["budgets"].get(budget, {})
+            row += [one.get("steps"), _with_interval(one)]
+        rows.append(row)
+    return [costs, table(header, rows)]
+
+
+def _with_interval(one: Mapping[str, Any]) -> str | None:
+    if one.get("loss") is None:
+        return None
+    low_high = one["interval"]
+    return f"{one['loss']:.4f}" + ("" if low_high is None else f" ({low_high[0]:.4f} to {low_high[1]:.4f})")
+
+
+def tables(models: Models) -> list[ResultTable]:
+    """The costs, and the losses over each of the budgets."""
+    rows = [
+        [name, budget, *(one[key] for key in ("steps", "tokens", "flops", "seconds", "loss"))]
+        for name, model in models.items()
+        for budget, one in model["budgets"].items()
+    ]
+    columns = ("model", "budget", "steps", "tokens", "flops", "seconds", "loss")
+    lines = [ResultTable(f"price {x}", columns, rows, lines=(x, "loss", "model")) for x in columns[3:6]]
+    return [*model_tables("price", models, drawn="step_ms"), *lines]
+
+
+BENCHMARK = Benchmark(
+    measure={"price costs": measure_costs, "price training": measure_training},
+    judge=judge,
+    plot=plot,
+    shown=(
+        Metric(
+            "price_tokens_loss",
+            "test loss [nats per token]",
+            "equal tokens",
+            {"price_flops_loss": "equal FLOPs", "price_seconds_loss": "equal seconds"},
+            counted=False,
+        ),
+    ),
+    trained=False,
+    # The batch of a training, not that of other benchmarks.
+    workload=lambda config: Workload(config.train.batch_size),
+    check=check,
+    tables=tables,
+    text=text,
+)
