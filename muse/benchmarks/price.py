@@ -397,7 +397,7 @@ def _points(models: Models, key: str) -> dict[str, list[tuple[float, float, tupl
         trained = [one for one in model["budgets"].values() if one["loss"] is not None]
         if key == "peak_gb":
             trained = trained[:1]
-            found = [(1e3 * model[key], one["loss"], one["interval"]) for one in trained if model[key]]
+            found = [(model[key], one["loss"], one["interval"]) for one in trained if model[key]]
         else:
             found = [(one[key], one["loss"], one["interval"]) for one in trained]
         points[name] = sorted(set(found))
@@ -409,19 +409,19 @@ def plot(models: Models) -> Any:
     figure = new_figure((9, 7))
     grid = figure.add_gridspec(2, 2)
     first = None
-    for number, (key, label) in enumerate(
+    for number, (key, unit, label) in enumerate(
         (
-            ("tokens", "tokens of training"),
-            ("flops", "FLOPs of training"),
-            ("seconds", "seconds of training steps"),
-            ("peak_gb", "peak memory of a step [MB], equal tokens"),
+            ("tokens", 1e6, "million tokens of training"),
+            ("flops", 1e12, "TFLOP of training"),
+            ("seconds", 1, "seconds of training steps"),
+            ("peak_gb", 1e-3, "peak memory of a step [MB], equal tokens"),
         )
     ):
         y_label = "" if number % 2 else "test loss [nats per token]"
         axes = new_axes(figure, label, y_label, grid[number // 2, number % 2], sharey=first)
         first = first or axes
         for line, (name, points) in enumerate(_points(models, key).items()):
-            x, y = [point[0] for point in points], [point[1] for point in points]
+            x, y = [point[0] / unit for point in points], [point[1] for point in points]
             bars = [interval or (loss, loss) for _, loss, interval in points]
             below = [loss - low for loss, (low, _) in zip(y, bars, strict=True)]
             above = [high - loss for loss, (_, high) in zip(y, bars, strict=True)]
