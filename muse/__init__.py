@@ -1,8 +1,13 @@
-"""MUSE: language models with a complex hidden state."""
+"""MUSE: language models with a complex hidden state.
+
+What users look for is here by name, and imported when it is asked for: ``muse.load``, ``muse.ComplexLinear``.
+"""
 
 import os
 import sys
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 # Read by torch at its first allocation: large CPU tensors in huge pages. With 4 KB pages a pass over fresh
 # memory spends most of its time in page faults (zeroing 100 MB: 50 ms against 16 ms).
@@ -39,3 +44,46 @@ except ForeignKernels:
     # Nobody above catches it, in a command, and one sentence says all.
     sys.excepthook = _show
     raise
+
+
+# Where each name is.
+_NAMES = {
+    "load": "muse.trained",
+    "Trained": "muse.trained",
+    "build_model": "muse.models",
+    "LanguageModel": "muse.models",
+    "StageConfig": "muse.config",
+    "ModelConfig": "muse.config",
+    "WidthConfig": "muse.config",
+    "Sampling": "muse.generation",
+    "continuation": "muse.generation",
+    "TextStream": "muse.generation",
+    "generate_text": "muse.generate",
+    **dict.fromkeys(
+        (
+            "ComplexLinear",
+            "ComplexEmbedding",
+            "ComplexAttention",
+            "ComplexFFN",
+            "ComplexRMSNorm",
+            "ComplexLayerNorm",
+            "ModReLU",
+            "SplitGELU",
+        ),
+        "muse.layers",
+    ),
+    **dict.fromkeys(
+        ("HamiltonianNeuralODE", "Potential", "MLPPotential", "DuffingPotential"), "muse.dynamics"
+    ),
+}
+__all__ = list(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'muse' has no attribute {name!r}")
+    return getattr(import_module(_NAMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_NAMES])

@@ -12,30 +12,27 @@ import sys
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from muse.config import RunConfig
 from muse.errors import ConfigError, RunError
 from muse.files import replacement
-from muse.models import LanguageModel, build_model
 from muse.runs.checkpoints import (
     find_checkpoint,
     find_damage,
     load_state,
     load_tensors,
-    load_weights,
     stored_tensors,
 )
 from muse.runs.options import stored_options
+from muse.trained import EXPORTED, TOKENIZER, Trained, load, tokenizer_for, trained_options
 
 
 def export_run(run: Path, file: Path, which: str = "best") -> int:
     """Write the weights of a run's checkpoint to one file, which appears only when it is complete.
 
-    Its metadata hold ``config`` (JSON, as in run.json) and ``step``.
+    Its metadata hold ``config`` (JSON, as in run.json), ``step`` and ``tokenizer`` (as in tokenizer.json,
+    missing where the run has none): nothing else is needed to go on with a text.
 
     Args:
         run: folder of the run.
@@ -49,7 +46,7 @@ def export_run(run: Path, file: Path, which: str = "best") -> int:
         ConfigError: when the folder holds no checkpoint or the file's name does not end as it should.
         RunError: when the checkpoint is damaged or the file cannot be written.
     """
-    if file.suffix != ".safetensors":
+    if file.suffix != EXPORTED:
         raise ConfigError(f"{file} is not a name for weights; give one that ends in .safetensors")
     checkpoint = find_checkpoint(run, which) or find_checkpoint(run)
     try:
@@ -62,37 +59,31 @@ def export_run(run: Path, file: Path, which: str = "best") -> int:
     if damage is not None:
         raise RunError(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")
     step = load_state(checkpoint).step
+    tokenizer = tokenizer_for(run, trained_options(run))
     weights = {
         name.removeprefix("model."): torch.empty(size, dtype=dtype)
         for name, (size, dtype) in stored_tensors(checkpoint).items()
         if name.startswith("model.")
     }
     load_tensors(checkpoint, {"model": weights})
+    metadata = {"config": json.dumps(config), "step": str(step)}
+    if tokenizer is not None:
+        metadata[TOKENIZER] = tokenizer.to_json()
     try:
         with replacement(file) as temporary:
-            save_file(weights, temporary, {"config": json.dumps(config), "step": str(step)})
+            save_file(weights, temporary, metadata)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{file} could not be written: {error}") from error
     return step
 
 
-def load_exported(file: Path) -> tuple[RunConfig, LanguageModel]:
-    """The configuration and the model of a file that ``export_run`` wrote.
+def load_exported(file: Path) -> Trained:
+    """The model, its tokenizer and its configuration, of a file that ``export_run`` wrote: ``muse.load``.
 
     Raises:
         RunError: when it is damaged or something else.
     """
-    try:
-        with safe_open(file, "pt") as opened:
-            vocab_size = opened.get_slice("embedding.weight").get_shape()[0]
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), stored_options(file))
-        config: RunConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    except (OSError, SafetensorError, ValueError, OmegaConfBaseException) as error:
-        reason = str(error).partition("\n")[0]
-        raise RunError(f"{file} is no model that MUSE exported, or it is damaged: {reason}") from error
-    model = build_model(config.stage, config.model, vocab_size, config.seed)
-    load_weights(file, model)
-    return config, model
+    return load(file)
 
 
 def main() -> None:

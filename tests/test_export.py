@@ -121,7 +121,9 @@ def test_configuration_and_model_come_back_bit_for_bit(tmp_path, stage):
     models = make_run(tmp_path / "run", config)
     file = tmp_path / "deep" / "folder" / "model.safetensors"
     assert export_run(tmp_path / "run", file) == 3
-    found, model = load_exported(file)
+    model, tokenizer, found = load_exported(file)
+    # Of a run that kept none, and whose text is gone.
+    assert tokenizer is None
     assert found == config
     assert_same_weights(model, models[3])
     tokens = torch.arange(SEQ_LEN)[None]
@@ -137,7 +139,7 @@ def test_configuration_and_model_come_back_bit_for_bit(tmp_path, stage):
 def test_the_checkpoint_asked_for_is_exported(tmp_path, config, which, best, step):
     models = make_run(tmp_path / "run", config, best)
     assert export_run(tmp_path / "run", tmp_path / "model.safetensors", which) == step
-    assert_same_weights(load_exported(tmp_path / "model.safetensors")[1], models[step])
+    assert_same_weights(load_exported(tmp_path / "model.safetensors").model, models[step])
 
 
 def test_an_exported_model_is_what_a_benchmark_measures(tmp_path, run, config):
@@ -150,7 +152,7 @@ def test_an_exported_model_is_what_a_benchmark_measures(tmp_path, run, config):
         bench = BenchConfig(stage=config.stage, model=sizes, benchmark=benchmark)
         models.append(benchmark_model(bench, torch.device("cpu")))
     assert_same_weights(*models)
-    assert_same_weights(models[0], load_exported(file)[1])
+    assert_same_weights(models[0], load_exported(file).model)
 
 
 def test_exported_weights_are_loaded_in_the_dtype_of_the_model(tmp_path, run):
@@ -159,7 +161,7 @@ def test_exported_weights_are_loaded_in_the_dtype_of_the_model(tmp_path, run):
     model = random_model(run_config(precision="bf16"), 1)
     load_weights(file, model)
     for (name, a), (_, b) in zip(
-        model.named_parameters(), load_exported(file)[1].named_parameters(), strict=True
+        model.named_parameters(), load_exported(file).model.named_parameters(), strict=True
     ):
         assert a.dtype == torch.bfloat16
         assert torch.equal(a, b.bfloat16()), name

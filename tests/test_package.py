@@ -85,7 +85,7 @@ def test_a_wheel_trains_measures_exports_and_loads(installed):
     code = (
         "import runpy, pathlib, muse; runpy.run_module('muse.export', run_name='__main__', alter_sys=True); "
         "from muse.export import load_exported; "
-        "print(muse.__file__, load_exported(pathlib.Path('model.safetensors'))[0].stage.number)"
+        "print(muse.__file__, load_exported(pathlib.Path('model.safetensors')).config.stage.number)"
     )
     shown = run(installed, "-c", code, str(result.parent), "model.safetensors").stdout.split()[-2:]
     assert shown == [str(installed[0] / "muse" / "__init__.py"), "2"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from muse.errors import ConfigError
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
-from muse.models.transformer import Past, continue_logits, empty_past
+from muse.models.transformer import Past
 
 # Tokens in a pass. Every pass has the same shape, so that a token's logits are the same bits whether it was
 # guessed or not.
@@ -38,11 +38,12 @@ def greedy_decode(model: LanguageModel, prompt: list[int], tokens: int) -> list[
     if not tokens:
         return ids
     device = model_device(model)
-    pasts = empty_past(model, len(prompt) + tokens)
-    logits = continue_logits(model, torch.tensor(ids, device=device), pasts)[-1]
+    pasts = model.new_caches(len(prompt) + tokens)
+    assert pasts is not None
+    logits = model.continue_logits(torch.tensor([ids], device=device), pasts)[0, -1]
     for _ in range(tokens - 1):
         ids.append(int(logits.argmax()))
-        logits = continue_logits(model, torch.tensor(ids[-1:], device=device), pasts)[-1]
+        logits = model.continue_logits(torch.tensor([ids[-1:]], device=device), pasts)[0, -1]
     return [*ids, int(logits.argmax())]
 
 
@@ -96,7 +97,8 @@ class InferenceScalingEngine:
         """As ``greedy_decode``; without ``speculate`` in the same passes, but with nothing guessed."""
         ids, wanted = list(prompt), len(prompt) + tokens
         device = model_device(model)
-        pasts = empty_past(model, wanted + PASS)
+        pasts = model.new_caches(wanted + PASS)
+        assert pasts is not None
         for start in range(0, len(ids) - 1, PASS):
             chunk = ids[start : min(start + PASS, len(ids) - 1)]
             _logits_of(model, chunk, pasts, device)
@@ -148,7 +150,7 @@ def _continuation(ids: list[int], order: int) -> list[int]:
 def _logits_of(model: LanguageModel, tokens: list[int], pasts: list[Past], device: torch.device) -> Tensor:
     """Logits (n, V) of n <= PASS tokens, from a pass of PASS; the rest is padding."""
     padded = tokens + [0] * (PASS - len(tokens))
-    return continue_logits(model, torch.tensor(padded, device=device), pasts)[: len(tokens)]
+    return model.continue_logits(torch.tensor([padded], device=device), pasts)[0, : len(tokens)]
 
 
 def _forget(pasts: list[Past], length: int) -> None:

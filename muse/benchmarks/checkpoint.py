@@ -7,11 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint.api import CheckpointException
-
 from muse.config import BenchConfig
-from muse.runs.checkpoints import find_checkpoint, stored_tensors
+from muse.runs.checkpoints import find_checkpoint, stored_vocabulary
 from muse.runs.options import is_missing_path, stored_options, with_options_of
 
 # Options of a stage that say how a model is initialised, trained or computed, but not what it computes.
@@ -48,7 +45,8 @@ def with_checkpoint_options(config: BenchConfig, given: Collection[str]) -> Benc
         return config
     place = Path(checkpoint)
     taken = with_options_of(config, "benchmark.checkpoint", place, given, GROUPS, _may_differ)
-    size = _vocabulary(place) or taken.model.vocab_size
+    weights = place if place.suffix == ".safetensors" else find_checkpoint(place, "best") or place
+    size = stored_vocabulary(weights) or taken.model.vocab_size
     return dataclasses.replace(taken, model=dataclasses.replace(taken.model, vocab_size=size))
 
 
@@ -56,19 +54,6 @@ def _may_differ(name: str, trained_with: Any) -> bool:
     """Whether a benchmark may give an option another value than the checkpoint was trained with."""
     group, _, option = name.partition(".")
     return (group == "stage" and option in FREE) or is_missing_path(name, trained_with)
-
-
-def _vocabulary(checkpoint: Path) -> int | None:
-    """Entries of the vocabulary that the weights are for; None where that cannot be read."""
-    try:
-        if checkpoint.suffix == ".safetensors":
-            with safe_open(checkpoint, "pt") as opened:
-                return int(opened.get_slice("embedding.weight").get_shape()[0])
-        folder = find_checkpoint(checkpoint, "best") or checkpoint
-        return int(stored_tensors(folder)["model.embedding.weight"][0][0])
-    # Whoever loads the weights says what is wrong with them; CheckpointException is no Exception.
-    except (OSError, SafetensorError, KeyError, ValueError, CheckpointException):
-        return None
 
 
 def tokens_seen(checkpoint: str) -> int:

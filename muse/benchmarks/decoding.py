@@ -12,7 +12,6 @@ from muse.acceleration import InferenceScalingEngine, greedy_decode
 from muse.acceleration.training import StackTraining
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
-from muse.models.transformer import continue_logits, empty_past
 
 # Tokens that a text begins with.
 PROMPT = 16
@@ -70,6 +69,5 @@ def measure_decoding(
 def _gap(model: LanguageModel, plain: list[int], other: list[int]) -> float:
     """Between the logits of the first tokens that differ, as a fraction of the largest."""
     at = next(i for i, (a, b) in enumerate(zip(plain, other, strict=True)) if a != b)
-    tokens = torch.tensor(plain[:at], device=model_device(model))
-    logits = continue_logits(model, tokens, empty_past(model, at))[-1]
+    logits = model.next_logits(torch.tensor([plain[:at]], device=model_device(model)))[0]
     return ((logits[plain[at]] - logits[other[at]]).abs() / logits.abs().max()).item()

@@ -3,7 +3,7 @@
 from muse.data.batches import evaluation_batches, evaluation_windows, training_batch
 from muse.data.corpus import Corpus, count_words, load_corpus
 from muse.data.splits import SPLITS
-from muse.data.tokenizer import Tokenizer, build_tokenizer
+from muse.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_of
 from muse.data.tokens import Counts, TokenData, load_tokens
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "evaluation_windows",
     "load_corpus",
     "load_tokens",
+    "tokenizer_of",
     "training_batch",
 ]

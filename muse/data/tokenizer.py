@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import sys
@@ -76,10 +77,19 @@ class Tokenizer:
         return index
 
     @property
+    def of_words(self) -> bool:
+        """Whether tokens are words, and not bytes."""
+        return self.end == END_OF_LINE
+
+    @property
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of everything that decides how text is encoded."""
         state = f"{tokenizers.__version__}\n{self.end}\n{self.model.to_str()}"
         return hashlib.sha256(state.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """All of it, as a ``tokenizer.json`` of the library; ``tokenizer_of`` reads it again."""
+        return self.model.to_str()
 
     def encode(self, text: str) -> list[int]:
         """The token ids of ``text``, without an end of document; words have ``<eos>`` at line feeds."""
@@ -107,7 +117,7 @@ class Tokenizer:
                 ids: list[int] = []
                 for (text, last), encoding in zip(batch, encodings, strict=True):
                     ids += encoding.ids
-                    if last and not (self.end == END_OF_LINE and text.endswith("\n")):
+                    if last and not (self.of_words and text.endswith("\n")):
                         ids.append(self.end_id)
                     done += len(text)
                     progress.update(len(text))
@@ -116,14 +126,57 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids; the inverse of ``encode`` except for words, which lose their spacing."""
         text = self.model.decode([int(index) for index in ids], skip_special_tokens=False)
-        if self.end == END_OF_LINE:
+        if self.of_words:
             return re.sub(f" ?{END_OF_LINE} ?", "\n", text)
         return text
 
+    def bytes_of(self, index: int) -> bytes:
+        """The bytes of a token in UTF-8, of which a character may have more; for words the word itself."""
+        token = self.model.id_to_token(int(index))
+        if token is None:
+            return b""
+        if self.of_words or token == self.end:
+            return token.encode()
+        return bytes(_BYTES[character] for character in token)
+
     def _prepare(self, text: str) -> str:
-        if self.end == END_OF_LINE:
+        if self.of_words:
             return " ".join(text.replace("\n", f" {END_OF_LINE} ").split())
         return text
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """Which byte each character of a byte-level token stands for, as in GPT-2 (Radford et al., 2019).
+
+    Bytes that are printable Latin-1 characters stand for themselves, the others for those from 256 on, in
+    order.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    shown = {chr(byte): byte for byte in printable}
+    return shown | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTES = _bytes_of_characters()
+
+
+def tokenizer_of(text: str) -> Tokenizer:
+    """The tokenizer that ``Tokenizer.to_json`` told.
+
+    Raises:
+        ValueError: it is none of this project.
+    """
+    try:
+        model = tokenizers.Tokenizer.from_str(text)
+    # The library raises nothing more specific.
+    except Exception as error:
+        raise ValueError(f"no tokenizer: {error}") from error
+    if model.token_to_id(END_OF_TEXT) is not None:
+        # The expression is in it as JSON has it.
+        return _byte_level(model, cuts_runs=json.dumps(_RUN)[1:-1] in text)
+    if model.token_to_id(END_OF_LINE) is None:
+        raise ValueError(f"a tokenizer without {END_OF_TEXT} and {END_OF_LINE}")
+    return Tokenizer(model, END_OF_LINE)
 
 
 def build_tokenizer(config: TokenizerConfig, corpus: Corpus, cache: Path) -> Tokenizer:

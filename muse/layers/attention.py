@@ -19,7 +19,8 @@ class KVCache:
     """Keys and values of the tokens that one layer has seen.
 
     Attributes:
-        keys: turned by their positions, planar (B, H_kv, length, 2, d); None before the first token.
+        keys: turned by their positions, planar (B, H_kv, length, 2, d), of stage 0 (B, H_kv, length, d); None
+            before the first token.
         values: as keys.
     """
 
@@ -69,6 +70,10 @@ class ComplexAttention(nn.Module):
         apart = math.sqrt((d_model + channels) / (2 * d_model)) if init == "glorot" else 1.0
         self.projection = ComplexLinear(d_model, channels, bias=False, init=init, gain=apart)
         self.output = ComplexLinear(d_model, d_model, bias=False, init=init, gain=gain)
+
+    def new_cache(self, longest: int) -> KVCache:
+        """A cache without tokens, of which it may have any number."""
+        return KVCache()
 
     def forward(
         self,

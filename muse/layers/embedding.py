@@ -45,12 +45,12 @@ class ComplexEmbedding(nn.Module):
             nn.init.normal_(self.weight, std=rms * 0.5**0.5)
         self.phase = nn.Parameter(torch.zeros(positions, features)) if positions else None
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (B, S) to planar (B, S, 2, D)."""
+    def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """Map tokens (B, S), at positions from ``start`` on, to planar (B, S, 2, D)."""
         z = F.embedding(tokens, self.weight.flatten(1)).unflatten(-1, self.weight.shape[1:])
         if self.rms != 1.0:
             z = z * (1 / self.rms)
         if self.phase is not None:
-            phase = self.phase[: tokens.shape[1]]
+            phase = self.phase[start : start + tokens.shape[1]]
             z = multiply(z, torch.stack((phase.cos(), phase.sin()), dim=-2))
         return z

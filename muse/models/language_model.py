@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels.products import linear
-from muse.layers import ComplexAttention, KVCache
 from muse.layers.recompute import recomputed_call
 from muse.models.loss import linear_cross_entropy
 from muse.models.trunk import ReversibleTrunk, through
@@ -51,7 +51,7 @@ class LanguageModel(nn.Module):
         """Real features (B, S, E) before the head."""
         return self.read_out(self.norm(self._through_loops(self.embedding(tokens))))
 
-    def _through_loops(self, embedded: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
+    def _through_loops(self, embedded: Tensor, caches: Sequence[Any] | None = None) -> Tensor:
         """The state after all blocks; each takes a cache for every loop, if there are any."""
         if self.trunk is not None:
             return self.trunk(embedded, self.blocks, caches)
@@ -64,7 +64,7 @@ class LanguageModel(nn.Module):
             )
         return state
 
-    def _through_blocks(self, state: Tensor, caches: Sequence[KVCache] | None) -> Tensor:
+    def _through_blocks(self, state: Tensor, caches: Sequence[Any] | None) -> Tensor:
         if not self.recompute or not torch.is_grad_enabled():
             return through(state, self.blocks, caches)
         for start in range(0, len(self.blocks), self.recompute):
@@ -97,17 +97,21 @@ class LanguageModel(nn.Module):
         """Logits (B, V) of the token that follows ``tokens`` (B, S)."""
         return self._logits(self.features(tokens)[:, -1])
 
-    def new_caches(self) -> list[KVCache] | None:
-        """For each block and loop a cache without tokens; None where blocks take none: stages 0 and 3a,
-        mixer=none."""
-        if all(isinstance(getattr(block, "attention", None), ComplexAttention) for block in self.blocks):
-            return [KVCache() for _ in range(self.loops * len(self.blocks))]
-        return None
+    def new_caches(self, longest: int) -> list[Any] | None:
+        """For each block and loop a cache without tokens; None where blocks take none, with mixer=none.
+
+        Args:
+            longest: tokens that a cache of stage 3a may have, of one sequence; others have any number.
+        """
+        blocks: list[Any] = self.loops * list(self.blocks)
+        if not all(hasattr(block, "attention") for block in blocks):
+            return None
+        return [block.attention.new_cache(longest) for block in blocks]
 
     @torch.no_grad()
-    def continue_logits(self, tokens: Tensor, caches: list[KVCache]) -> Tensor:
+    def continue_logits(self, tokens: Tensor, caches: list[Any]) -> Tensor:
         """Logits (B, S, V) of tokens (B, S) that follow those in ``caches``, which they are added to."""
-        state = self._through_loops(self.embedding(tokens), caches)
+        state = self._through_loops(self.embedding(tokens, caches[0].length), caches)
         return self._logits(self.read_out(self.norm(state)))
 
     def _logits(self, features: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muse.config import StageConfig, WidthConfig
+from muse.layers import KVCache
 from muse.layers.rotary import rotary_table, rotate_pairs
 from muse.models.language_model import LanguageModel
 from muse.models.trunk import Sublayer, TrunkState
@@ -25,7 +26,8 @@ class RealEmbedding(nn.Module):
         self.rms = rms
         self.weight = nn.Parameter(torch.empty(vocab_size, features).normal_(std=rms))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """Map tokens (B, S) to (B, S, d); positions, from ``start`` on, are a matter of attention."""
         return F.embedding(tokens, self.weight) * (1 / self.rms)
 
 
@@ -42,16 +44,26 @@ class RealAttention(nn.Module):
         self.projection = _linear(width.d_model, channels, apart)
         self.output = _linear(width.d_model, width.d_model, gain)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def new_cache(self, longest: int) -> KVCache:
+        """A cache without tokens, of which it may have any number."""
+        return KVCache()
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Map (B, S, d) to (B, S, d); a cache is of the tokens before x, which those of x are added to."""
         heads = self.projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        table = rotary_table(torch.arange(x.shape[1], device=x.device), self.head_dim // 2)
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        table = rotary_table(positions, self.head_dim // 2)
+        q, k, v = rotate_pairs(q, table), rotate_pairs(k, table), v.contiguous()
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(k, v)
+            # SDPA's own causal mask begins at the first key.
+            if start:
+                mask = torch.arange(k.shape[2], device=x.device) <= positions[:, None]
         out = F.scaled_dot_product_attention(
-            rotate_pairs(q, table),
-            rotate_pairs(k, table),
-            v.contiguous(),
-            is_causal=True,
-            enable_gqa=self.heads != self.kv_heads,
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
         )
         return self.output(out.transpose(1, 2).flatten(-2))
 
@@ -86,17 +98,17 @@ class RealBlock(nn.Module):
         self.ffn = RealFFN(width, stage.activation, gain)
         self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
 
-    def sublayers(self) -> list[Sublayer]:
+    def sublayers(self, cache: KVCache | None = None) -> list[Sublayer]:
         """What is added to the state, in turn."""
         return [
-            Sublayer(self.attention_norm, self.attention, self.dropout),
+            Sublayer(self.attention_norm, self.attention, self.dropout, cache),
             Sublayer(self.ffn_norm, self.ffn, self.dropout),
         ]
 
-    def forward(self, x: Tensor | TrunkState) -> Tensor | TrunkState:
+    def forward(self, x: Tensor | TrunkState, cache: KVCache | None = None) -> Tensor | TrunkState:
         if isinstance(x, TrunkState):
-            return x.through(self.sublayers())
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+            return x.through(self.sublayers(cache))
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 

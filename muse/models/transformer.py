@@ -71,6 +71,12 @@ class TransformerAttention(nn.Module):
         self.projection = _linear(width.d_model, 3 * width.d_model, apart=3)
         self.output = _linear(width.d_model, width.d_model)
 
+    def new_cache(self, longest: int) -> Past:
+        """The past of one sequence of at most ``longest`` tokens, without tokens."""
+        weight = self.projection.weight
+        shape = (1, self.heads, longest, weight.shape[1] // self.heads)
+        return Past(weight.new_zeros(shape), weight.new_zeros(shape))
+
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         length = x.shape[1]
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.projection(x).chunk(3, -1))
@@ -80,6 +86,7 @@ class TransformerAttention(nn.Module):
             seen = torch.arange(past.k.shape[2], device=x.device)
             rows = torch.arange(here.start, here.stop, device=x.device)
             out = F.scaled_dot_product_attention(q, past.k, past.v, attn_mask=seen <= rows[:, None])
+            past.length = here.stop
         elif self.fused:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -133,26 +140,3 @@ def transformer_decoder(stage: StageConfig, width: WidthConfig, vocab_size: int)
         read_out=nn.Identity(),
         head=None if stage.tied else _linear(width.d_model, vocab_size),
     )
-
-
-def empty_past(model: LanguageModel, longest: int) -> list[Past]:
-    """For each layer of a stage-3a model the past of one sequence of at most ``longest`` tokens."""
-    pasts = []
-    for block in model.blocks:
-        assert isinstance(block, TransformerBlock)
-        heads, weight = block.attention.heads, block.attention.projection.weight
-        shape = (1, heads, longest, weight.shape[1] // heads)
-        pasts.append(Past(weight.new_zeros(shape), weight.new_zeros(shape)))
-    return pasts
-
-
-@torch.no_grad()
-def continue_logits(model: LanguageModel, tokens: Tensor, pasts: list[Past]) -> Tensor:
-    """Logits (S, V) after each of ``tokens`` (S,), which follow those in ``pasts`` and are added to it."""
-    start = pasts[0].length
-    state = model.embedding(tokens[None], start)
-    for block, past in zip(model.blocks, pasts, strict=True):
-        state = block(state, past)
-        past.length = start + len(tokens)
-    weight, bias = model.head_parameters()
-    return F.linear(model.read_out(model.norm(state))[0], weight, bias)

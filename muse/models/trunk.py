@@ -101,7 +101,7 @@ class TrunkState(NamedTuple):
         return TrunkState(position, momentum, self.path)
 
 
-def through(state: Any, blocks: Iterable[nn.Module], caches: Sequence[KVCache] | None = None) -> Any:
+def through(state: Any, blocks: Iterable[nn.Module], caches: Sequence[Any] | None = None) -> Any:
     """The state, of whatever trunk, after blocks; each takes its cache, if there are any."""
     if caches is None:
         for block in blocks:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -232,6 +232,22 @@ def stored_tensors(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]
         for name, kept in stored.items()
         if isinstance(kept, TensorStorageMetadata)
     }
+
+
+def stored_vocabulary(checkpoint: Path) -> int | None:
+    """Entries of the vocabulary that weights are for; None where that cannot be read.
+
+    Args:
+        checkpoint: its folder, or a file that ``muse.export`` wrote.
+    """
+    try:
+        if checkpoint.suffix == ".safetensors":
+            with safe_open(checkpoint, "pt") as opened:
+                return int(opened.get_slice("embedding.weight").get_shape()[0])
+        return int(stored_tensors(checkpoint)["model.embedding.weight"][0][0])
+    # Whoever loads the weights says what is wrong with them; CheckpointException is no Exception.
+    except (OSError, SafetensorError, KeyError, ValueError, CheckpointException):
+        return None
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:

@@ -12,6 +12,8 @@ RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
 CHECKPOINTS = "checkpoints"
 SAMPLE_FILE = "sample.txt"
+# Written beside the configuration: what turns its text into tokens and back.
+TOKENIZER_FILE = "tokenizer.json"
 
 
 def read_run(run: Path) -> dict[str, Any]:

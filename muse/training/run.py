@@ -13,6 +13,7 @@ from muse.config import RunConfig
 from muse.data import TokenData, load_tokens
 from muse.errors import ConfigError
 from muse.files import write_atomically, write_json
+from muse.generation import Sampling, continuation
 from muse.hardware import describe, use_hardware
 from muse.models import LanguageModel
 from muse.processes.ranks import broadcast, on_first_rank, process_group, rank, ranks
@@ -20,7 +21,7 @@ from muse.report.metrics import MetricsLog, read_metrics
 from muse.report.run_plot import plot_flow, plot_loss_curve
 from muse.report.table import table
 from muse.runs.checkpoints import adopt_checkpoints, find_sound_checkpoint, load_state
-from muse.runs.folder import RESULT_FILE, RUN_FILE, SAMPLE_FILE, read_result
+from muse.runs.folder import RESULT_FILE, RUN_FILE, SAMPLE_FILE, TOKENIZER_FILE, read_result
 from muse.runs.options import format_changes
 from muse.runs.provenance import provenance
 from muse.training.profile import require_steps
@@ -31,7 +32,6 @@ from muse.training.resume import (
     run_to_resume,
     warn_of_changes,
 )
-from muse.training.sample import sample_text
 from muse.training.trainer import TrainResult, train
 
 # Tokens of the validation split that the sample goes on from.
@@ -117,6 +117,8 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
                 **history,
             },
         )
+        if data.tokenizer is not None:
+            write_atomically(run / TOKENIZER_FILE, data.tokenizer.to_json())
         model, result = train(config, data, device, run, log, checkpoint, log.wandb_id)
         if result.signal is not None:
             # A sweep's resume=auto takes no run whose options have changed.
@@ -159,7 +161,8 @@ def _sample(config: RunConfig, model: LanguageModel, data: TokenData) -> str | N
     if not config.train.sample_tokens or data.tokenizer is None:
         return None
     prompt = [int(token) for token in data.valid[:PROMPT]]
-    return sample_text(model, data.tokenizer, prompt, config.train.sample_tokens, config.model.seq_len)
+    drawn = continuation(model, prompt, config.train.sample_tokens, config.model.seq_len, Sampling())
+    return data.tokenizer.decode([*prompt, *drawn])
 
 
 def _summary(result: TrainResult, run: Path) -> dict[str, Any]:

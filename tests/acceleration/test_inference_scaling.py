@@ -11,7 +11,6 @@ from support.acceleration import VOCAB, build
 from muse.acceleration import InferenceScalingEngine, greedy_decode
 from muse.acceleration.inference_scaling import ORDERS, PASS, Acceptance
 from muse.errors import ConfigError
-from muse.models.transformer import continue_logits, empty_past
 
 SIZES = {
     "small": {},
@@ -131,18 +130,18 @@ def test_guesses_do_not_change_the_tokens_of_an_undecided_model():
 @pytest.mark.parametrize(("size", "count"), [("small", 2), *((size, 1) for size in SIZES)])
 def test_logits_are_the_same_bits_in_any_place_of_a_pass(size, count):
     torch.set_num_threads(count)
-    model, ids = build(**SIZES[size]).eval(), torch.tensor(prompt(5 + PASS))
-    together = empty_past(model, 40)
-    continue_logits(model, ids[:5], together)
-    expected = continue_logits(model, ids[5:], together)
-    alone = empty_past(model, 40)
-    continue_logits(model, ids[:5], alone)
+    model, ids = build(**SIZES[size]).eval(), torch.tensor([prompt(5 + PASS)])
+    together = model.new_caches(40)
+    model.continue_logits(ids[:, :5], together)
+    expected = model.continue_logits(ids[:, 5:], together)[0]
+    alone = model.new_caches(40)
+    model.continue_logits(ids[:, :5], alone)
     for i in range(PASS):
-        padded = torch.zeros(PASS, dtype=torch.int64)
-        padded[0] = ids[5 + i]
+        padded = torch.zeros(1, PASS, dtype=torch.int64)
+        padded[0, 0] = ids[0, 5 + i]
         for past in alone:
             past.length = 5 + i
-        assert torch.equal(continue_logits(model, padded, alone)[0], expected[i])
+        assert torch.equal(model.continue_logits(padded, alone)[0, 0], expected[i])
 
 
 @pytest.mark.parametrize(("period", "warmup"), [(1, 0), (2, 5), (3, 100), (7, 0), (8, 5), (11, 100), (11, 0)])

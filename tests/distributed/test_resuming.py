@@ -121,7 +121,7 @@ def test_what_two_ranks_have_sharded_is_exported_whole(tmp_path):
     first, second = run_ranks(2, run_train, config, tmp_path)
     write_json(tmp_path / RUN_FILE, provenance(config))
     assert export_run(tmp_path, tmp_path / "weights.safetensors", "last") == STEPS
-    _, exported = load_exported(tmp_path / "weights.safetensors")
+    exported = load_exported(tmp_path / "weights.safetensors").model
     loaded = build_model(config.stage, config.model, VOCAB, seed=1)
     load_weights(find_sound_checkpoint(tmp_path), loaded)
     for model in (exported, loaded):

@@ -337,7 +337,9 @@ def test_a_run_is_exported_into_one_file(place, undisturbed):
     assert status == 0, err
     best = find_checkpoint(undisturbed, "best")
     assert out == f"the weights after step {int(best.name[5:])} are in {file}\n"
-    config, model = load_exported(file)
+    model, tokenizer, config = load_exported(file)
+    assert tokenizer is not None
+    assert tokenizer.to_json() == (undisturbed / "tokenizer.json").read_text(encoding="utf-8")
     assert dataclasses.asdict(config) == read_json(undisturbed / "run.json")["config"]
     exported = {f"model.{name}": value for name, value in model.state_dict().items()}
     assert same(exported, stored(best, "model"))

@@ -63,7 +63,7 @@ def continued(model, x):
     """Logits of tokens one by one, and by parts."""
     results = []
     for sizes in ([1] * 12, [7, 1, 1, 3]):
-        caches = model.new_caches()
+        caches = model.new_caches(12)
         logits = [model.continue_logits(part, caches) for part in x.split(sizes, dim=1)]
         assert {cache.length for cache in caches} == {12}
         results.append(torch.cat(logits, dim=1))
@@ -71,11 +71,14 @@ def continued(model, x):
 
 
 @pytest.mark.parametrize(
-    "options", [*SCORES, {"norm": "layer"}, *STAGE_2[3:], *TRUNKS[1:], *LOOPS[1:]], ids=label
+    "options",
+    [{"number": 0}, *SCORES, {"norm": "layer"}, *STAGE_2[3:], *TRUNKS, *LOOPS],
+    ids=label,
 )
 def test_tokens_after_those_in_caches(build, options):
     """In float64, where a difference is not one of rounding; nor is a state rounded to fixed point."""
-    model = build(**options | ({"gradient": "backprop"} if "number" in options else {})).double().eval()
+    flow = {"gradient": "backprop"} if options.get("number") == 2 else {}
+    model = build(**options | flow).double().eval()
     if model.trunk is not None:
         model.trunk.fallen_back = True
     x = tokens(12)
@@ -132,9 +135,8 @@ def test_a_looped_model_is_one_with_as_many_blocks_that_share_their_weights(buil
     assert count_parameters(looped) == count_parameters(build(**options))
 
 
-@pytest.mark.parametrize("options", [{"number": 0}, {"mixer": "none"}], ids=label)
-def test_models_without_caches(build, options):
-    assert build(**options).new_caches() is None
+def test_the_block_of_the_seeds_has_no_cache(build):
+    assert build(mixer="none").new_caches(12) is None
 
 
 @pytest.mark.parametrize("options", [{"number": 0}, *SCORES, *STAGE_2, *TRUNKS, *LOOPS], ids=label)

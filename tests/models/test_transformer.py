@@ -9,7 +9,7 @@ from support.models import model_config, stage_config
 
 from muse.config import ModelConfig, StageConfig, WidthConfig
 from muse.models import build_model, count_parameters, transformer
-from muse.models.transformer import continue_logits, empty_past, sinusoids
+from muse.models.transformer import sinusoids
 
 VOCAB = 97
 WIDTH = WidthConfig(d_model=32, layers=2, heads=4, kv_heads=4, d_ff=48)
@@ -281,8 +281,8 @@ def test_untied_head_is_its_own():
 @pytest.mark.parametrize("chunks", [[1] * 23, [23], [1, 22], [22, 1], [8, 8, 7], [3, 1, 10, 2, 7]], ids=str)
 def test_continued_logits_are_those_of_a_full_pass(fused, tied, chunks):
     model, x = trained(fused=fused, tied=tied).double(), tokens(23, batch=1)
-    pasts = empty_past(model, 23)
-    found = torch.cat([continue_logits(model, part, pasts) for part in x[0].split(chunks)])
+    pasts = model.new_caches(23)
+    found = torch.cat([model.continue_logits(part, pasts)[0] for part in x.split(chunks, 1)])
     assert not found.requires_grad
     assert [past.length for past in pasts] == [23, 23]
     torch.testing.assert_close(found, model(x)[0].detach(), rtol=1e-11, atol=1e-12)
@@ -290,25 +290,26 @@ def test_continued_logits_are_those_of_a_full_pass(fused, tied, chunks):
 
 def test_what_lies_beyond_the_length_of_a_past_does_not_count():
     """Tokens may be taken back by shortening the past: what they left is never read."""
-    model, x = trained(), tokens(12, batch=1)[0]
-    clean, used = empty_past(model, 30), empty_past(model, 30)
+    model, x = trained(), tokens(12, batch=1)
+    clean, used = model.new_caches(30), model.new_caches(30)
     for past in used:
         past.k.normal_()
         past.v.normal_()
     for pasts in (clean, used):
-        continue_logits(model, x[:5], pasts)
-    continue_logits(model, x[5:9].flip(0), used)
+        model.continue_logits(x[:, :5], pasts)
+    model.continue_logits(x[:, 5:9].flip(1), used)
     for past in used:
         past.length = 5
-    assert torch.equal(continue_logits(model, x[5:], used), continue_logits(model, x[5:], clean))
+    assert torch.equal(model.continue_logits(x[:, 5:], used), model.continue_logits(x[:, 5:], clean))
 
 
 def test_pasts_of_two_sequences_are_apart():
     model, (first, second) = trained().double(), tokens(10, batch=2)
-    pasts = [empty_past(model, 10) for _ in range(2)]
+    pasts = [model.new_caches(10) for _ in range(2)]
     for t in range(10):
         ours = [
-            continue_logits(model, x[t : t + 1], p)[0] for x, p in zip((first, second), pasts, strict=True)
+            model.continue_logits(x[None, t : t + 1], p)[0, 0]
+            for x, p in zip((first, second), pasts, strict=True)
         ]
     expected = model(torch.stack((first, second)))[:, -1].detach()
     torch.testing.assert_close(torch.stack(ours), expected, rtol=1e-11, atol=1e-12)

@@ -1,0 +1,152 @@
+"""Perplexity per token and word, and bits per byte, of a trained model, by the protocol of train.py.
+
+python -m muse.evaluate outputs/train/stage1-tiny/2026-01-31_12-00-00-123 --split test
+python -m muse.evaluate stage1.safetensors --text chapter.txt notes.txt --stride 32 --json result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from muse.commands import Parser, add_model, device_of, run
+from muse.data import Counts, Tokenizer, count_words, load_tokens
+from muse.data.reading import NotTextError, read_text
+from muse.errors import ConfigError
+from muse.files import finite, write_json
+from muse.hardware import autocast_dtype
+from muse.report.table import table
+from muse.trained import Trained, load
+from muse.training.evaluate import Evaluation, evaluate
+
+WINDOWS = 16
+
+
+def main() -> None:
+    """The command."""
+    parser = Parser(
+        prog="python -m muse.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model(parser)
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument(
+        "--split", choices=("valid", "test"), default="valid", help="of the text it was trained on (valid)"
+    )
+    text.add_argument("--text", nargs="+", metavar="FILE", help="other text, in UTF-8; a document each")
+    parser.add_argument("--stride", type=int, help="tokens that the window moves by (no overlap)")
+    parser.add_argument("--batch-size", type=int, default=WINDOWS, help=f"windows at a time ({WINDOWS})")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too; - prints nothing else")
+    run(lambda: _command(parser.parse_args()))
+
+
+def _command(arguments: argparse.Namespace) -> None:
+    if arguments.batch_size < 1:
+        raise ConfigError(f"--batch-size {arguments.batch_size} is too small; it must be at least 1")
+    if arguments.json == "-":
+        # Whatever else says something on the way.
+        shown, sys.stdout = sys.stdout, sys.stderr
+    trained = load(arguments.model, arguments.which, device_of(arguments.device))
+    seq_len = trained.config.model.seq_len
+    stride = arguments.stride
+    if stride is not None and not 1 <= stride <= seq_len:
+        raise ConfigError(
+            f"--stride {stride} is not allowed; it must be between 1 and the {seq_len} tokens of a window"
+        )
+    if trained.tokenizer is None:
+        raise ConfigError(f"{arguments.model} has no tokenizer, without which there are no tokens")
+    if arguments.text:
+        tokens, counts = tokens_of_files(trained.tokenizer, [Path(name) for name in arguments.text])
+        name = ", ".join(arguments.text)
+    else:
+        tokens, counts = tokens_of_split(trained, arguments.split)
+        name = arguments.split
+    found = evaluate_tokens(trained, tokens, counts, stride, arguments.batch_size)
+    figures = {
+        "model": str(arguments.model),
+        "text": name,
+        "seq_len": seq_len,
+        "stride": stride or seq_len,
+        "bytes": counts.bytes,
+        **dataclasses.asdict(found),
+    }
+    if arguments.json == "-":
+        sys.stdout = shown
+        print(json.dumps(finite(figures), indent=2))
+        return
+    if arguments.json:
+        try:
+            write_json(Path(arguments.json), figures)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(f"--json {arguments.json} cannot be written: {reason}") from error
+    header = ("text", "loss [nats/token]", "perplexity", "per word", "bits/byte", "tokens")
+    print(table(header, [(name, found.loss, found.ppl, found.word_ppl, found.bits_per_byte, found.tokens)]))
+    if found.word_ppl_reason:
+        print(f"no perplexity per word: {found.word_ppl_reason}")
+
+
+def evaluate_tokens(
+    trained: Trained, tokens: np.ndarray, counts: Counts, stride: int | None = None, windows: int = WINDOWS
+) -> Evaluation:
+    """Evaluate a trained model on a stream of tokens, as its training evaluated a split.
+
+    Args:
+        trained: of ``muse.load``.
+        tokens: (tokens,).
+        counts: words and bytes of their text.
+        stride: tokens that the window moves by; None for no overlap.
+        windows: at a time.
+    """
+    precision: torch.dtype | None = autocast_dtype(trained.config.stage.precision)
+    seq_len = trained.config.model.seq_len
+    return evaluate(trained.model, tokens, counts, seq_len, windows, stride, 0, precision)
+
+
+def tokens_of_files(tokenizer: Tokenizer, paths: list[Path]) -> tuple[np.ndarray, Counts]:
+    """The tokens of files of text, each a document with its end, and how many words and bytes they are of.
+
+    Raises:
+        ConfigError: a file cannot be read, or there are too few tokens.
+    """
+    documents = []
+    for path in paths:
+        try:
+            documents.append(read_text(path))
+        except NotTextError as error:
+            raise ConfigError(f"--text {path} is {error}") from error
+    pieces: list[Any] = list(tokenizer.encode_documents(documents))
+    tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)
+    if len(tokens) < 2:
+        raise ConfigError(f"--text {' '.join(map(str, paths))} has too little text; it needs two tokens")
+    size = sum(len(document.encode()) for document in documents)
+    return tokens, Counts(len(tokens), sum(map(count_words, documents)), size)
+
+
+def tokens_of_split(trained: Trained, split: str) -> tuple[np.ndarray, Counts]:
+    """A split of the text that a model was trained on.
+
+    Raises:
+        ConfigError: the text is not there any more, or is another one.
+    """
+    config = trained.config
+    data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
+    own, of_text = trained.tokenizer, data.tokenizer
+    if own is None or of_text is None or own.to_json() != of_text.to_json():
+        raise ConfigError(
+            f"the text of data={config.data.name} makes another tokenizer than the model's, so it has "
+            "changed since the training; give the text with --text"
+        )
+    return getattr(data, split), data.counts[split]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Go on with a text by a trained model, token by token.
+
+python -m muse.generate outputs/train/stage1-tiny/2026-01-31_12-00-00-123 --prompt "The river"
+python -m muse.generate stage1.safetensors --file chapter.txt --tokens 500 --top-p 0.95
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from muse.commands import Parser, add_model, device_of, run
+from muse.errors import ConfigError
+from muse.generation import Sampling, TextStream, continuation
+from muse.trained import Trained, load
+
+SIZES = (
+    ("--temperature", float, "divides the logits; 0 takes the likeliest token"),
+    ("--top-k", int, "only the so many likeliest tokens; 0 for all"),
+    ("--top-p", float, "only the likeliest tokens that together have this probability"),
+    ("--min-p", float, "only tokens with at least this share of the likeliest one's probability"),
+    ("--repetition-penalty", float, "divides positive logits of tokens that were there"),
+)
+
+
+def main() -> None:
+    """The command."""
+    parser = Parser(
+        prog="python -m muse.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model(parser)
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--prompt", help="the text to go on with")
+    text.add_argument("--file", help="a file with that text; - for standard input")
+    parser.add_argument("--tokens", type=int, default=128, help="to generate (128)")
+    for name, kind, meaning in SIZES:
+        default = getattr(Sampling, name[2:].replace("-", "_"))
+        parser.add_argument(name, type=kind, default=default, help=f"{meaning} ({default:g})")
+    parser.add_argument("--greedy", action="store_true", help="as --temperature 0")
+    parser.add_argument("--seed", type=int, default=0, help="of the first text; the next ones follow (0)")
+    parser.add_argument("--stop", action="append", default=[], help="a text that ends it; may be repeated")
+    parser.add_argument("--count", type=int, default=1, help="texts (1)")
+    run(lambda: generate(parser.parse_args()))
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Print texts as they come; how fast is told on standard error.
+
+    Raises:
+        ConfigError: an argument is not allowed, or the model cannot be used.
+        RunError: the model is damaged, or its logits are not finite.
+    """
+    for name, least in (("tokens", 1), ("count", 1), ("seed", 0)):
+        if getattr(arguments, name) < least:
+            given = getattr(arguments, name)
+            raise ConfigError(f"--{name} {given} is too small; it must be at least {least}")
+    sampling = Sampling(
+        0.0 if arguments.greedy else arguments.temperature,
+        arguments.top_k,
+        arguments.top_p,
+        arguments.min_p,
+        arguments.repetition_penalty,
+    )
+    prompt = _prompt(arguments)
+    if prompt is None and not sys.stdin.isatty():
+        raise ConfigError("there is no text to go on with; give --prompt TEXT, --file FILE or --file -")
+    trained = load(arguments.model, arguments.which, device_of(arguments.device))
+    if prompt is not None:
+        _tell_of_window(trained, prompt, arguments.tokens)
+        _continue(trained, prompt, sampling, arguments)
+        return
+    print("a text to go on with, or Ctrl-D to end", file=sys.stderr)
+    for line in _lines():
+        try:
+            _continue(trained, line, sampling, arguments)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+
+
+def generate_text(
+    trained: Trained,
+    prompt: str,
+    tokens: int = 128,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    stops: Sequence[str] = (),
+) -> Iterator[str]:
+    """Yield the text that follows ``prompt``, a piece for each token, empty where it ends no character.
+
+    Args:
+        trained: of ``muse.load``.
+        prompt: text to go on with, at least a token.
+        tokens: to generate at most.
+        sampling: how a token is drawn; as ``Sampling()`` if None.
+        seed: of the draw.
+        stops: texts that end it, and are not in it.
+
+    Raises:
+        ConfigError: there is no tokenizer, or no token in the prompt.
+        RunError: a logit is not finite.
+    """
+    tokenizer, seq_len = trained.tokenizer, trained.config.model.seq_len
+    if tokenizer is None:
+        raise ConfigError("the model has no tokenizer, without which there is no text")
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ConfigError("the text to go on with has no token in it; give at least a word")
+    stream = TextStream(tokenizer, stops)
+    drawn = continuation(trained.model, ids, tokens, seq_len, sampling or Sampling(), seed)
+    for number, token in enumerate(drawn):
+        text = stream.push(token)
+        ended = stream.stopped or number == tokens - 1
+        yield text + (stream.end() if ended else "")
+        if stream.stopped:
+            return
+
+
+def _prompt(arguments: argparse.Namespace) -> str | None:
+    """The text that a command names; None where it names none."""
+    if arguments.file is None:
+        text: str | None = arguments.prompt
+    elif arguments.file == "-":
+        text = sys.stdin.read()
+    else:
+        try:
+            text = Path(arguments.file).read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--file {arguments.file} cannot be read: {error}") from error
+    if text == "":
+        raise ConfigError("the text to go on with is empty; give at least a character")
+    return text
+
+
+def _tell_of_window(trained: Trained, prompt: str, tokens: int) -> None:
+    seq_len = trained.config.model.seq_len
+    count = len(trained.tokenizer.encode(prompt)) if trained.tokenizer is not None else 0
+    if count + tokens > seq_len:
+        print(
+            f"the model sees {seq_len} tokens at a time: of the {count} of the prompt and {tokens} to come "
+            "the oldest are forgotten as its window slides",
+            file=sys.stderr,
+        )
+
+
+def _lines() -> Iterator[str]:
+    """What a person types, until there is no more."""
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def _continue(trained: Trained, prompt: str, sampling: Sampling, arguments: argparse.Namespace) -> None:
+    made, began = 0, time.perf_counter()
+    for number in range(arguments.count):
+        if number:
+            print("\n---")
+        seed = arguments.seed + number
+        for text in generate_text(trained, prompt, arguments.tokens, sampling, seed, arguments.stop):
+            made += 1
+            print(text, end="", flush=True)
+    seconds = time.perf_counter() - began
+    print(flush=True)
+    print(f"{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

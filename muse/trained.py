@@ -1,0 +1,127 @@
+"""A trained model with its tokenizer and its options, from the folder of a run or an exported file."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError, safe_open
+
+from muse.config import RunConfig
+from muse.data import Tokenizer, load_tokens, tokenizer_of
+from muse.errors import ConfigError, RunError
+from muse.models import LanguageModel, build_model
+from muse.runs.checkpoints import find_checkpoint, load_weights, stored_vocabulary
+from muse.runs.folder import CHECKPOINTS, TOKENIZER_FILE
+from muse.runs.options import stored_options
+
+# What torch.save writes, and others: reading one runs what is in it.
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+# Ending of an exported file.
+EXPORTED = ".safetensors"
+# Key of the tokenizer among the metadata of an exported file.
+TOKENIZER = "tokenizer"
+
+
+class Trained(NamedTuple):
+    """What ``load`` returns.
+
+    Attributes:
+        model: with its trained weights, in evaluation mode.
+        tokenizer: text to tokens and back, as the model was trained; None of an older version's run or file,
+            which holds none, where the text that it was made from is gone.
+        config: what the model was trained with.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer | None
+    config: RunConfig
+
+
+def load(place: str | Path, which: str = "best", device: str | torch.device = "cpu") -> Trained:
+    """Load a trained model.
+
+    Args:
+        place: folder of a run of train.py, one of its checkpoints, or a file of ``muse.export``.
+        which: checkpoint of a run, ``best`` or ``last``; a run without a best one has a last one.
+        device: of the model.
+
+    Raises:
+        ConfigError: ``place`` is no such thing.
+        RunError: it is damaged, or its tokenizer is another model's.
+    """
+    place = Path(place)
+    config = trained_options(place)
+    weights = place if place.suffix == EXPORTED or _is_checkpoint(place) else find_checkpoint(place, which)
+    weights = weights or find_checkpoint(place)
+    if weights is None:
+        raise ConfigError(f"{place} has no checkpoint yet; give the folder of a run that has saved one")
+    size = stored_vocabulary(weights)
+    if size is None:
+        raise RunError(f"the weights of {weights} cannot be read, they are damaged")
+    model = build_model(config.stage, config.model, size, config.seed)
+    load_weights(weights, model)
+    tokenizer = tokenizer_for(place, config)
+    if tokenizer is not None and tokenizer.vocab_size != size:
+        raise RunError(
+            f"the tokenizer of {place} has {tokenizer.vocab_size:,} entries, and its model {size:,}: it is "
+            "another model's"
+        )
+    return Trained(model.to(device).eval(), tokenizer, config)
+
+
+def trained_options(place: Path) -> RunConfig:
+    """What a model was trained with.
+
+    Raises:
+        ConfigError: ``place`` does not say it, or says what this version does not know.
+        RunError: likewise of an exported file.
+    """
+    if place.suffix in PICKLES:
+        raise ConfigError(
+            f"{place} is a pickle, which is never loaded; give the folder of a run or *{EXPORTED}"
+        )
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), stored_options(place))
+        config = OmegaConf.to_object(merged)
+    except (ValueError, OmegaConfBaseException) as error:
+        reason = str(error).partition("\n")[0]
+        if place.suffix == EXPORTED:
+            raise RunError(f"{place} is no model that MUSE exported, or it is damaged: {reason}") from error
+        raise ConfigError(
+            f"{place} is no run of train.py, or of a version with other options: {reason}"
+        ) from error
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def tokenizer_for(place: Path, config: RunConfig) -> Tokenizer | None:
+    """The tokenizer that a run or an exported file holds, else made again; None, with a warning, if neither.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    try:
+        if place.suffix == EXPORTED:
+            with safe_open(place, "pt") as opened:
+                text = (opened.metadata() or {}).get(TOKENIZER)
+        else:
+            file = (place.parent.parent if _is_checkpoint(place) else place) / TOKENIZER_FILE
+            text = file.read_text(encoding="utf-8") if file.exists() else None
+        if text is not None:
+            return tokenizer_of(text)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RunError(f"the tokenizer of {place} cannot be read, it is damaged: {error}") from error
+    try:
+        return load_tokens(config.data, config.tokenizer, config.model.vocab_size).tokenizer
+    except ConfigError as error:
+        warnings.warn(f"{place} holds no tokenizer, and it cannot be made again: {error}", stacklevel=2)
+        return None
+
+
+def _is_checkpoint(place: Path) -> bool:
+    return place.parent.name == CHECKPOINTS
