@@ -109,6 +109,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(finite(value), indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; empty where there is none."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return found
+
+
 def finite(value: Any) -> Any:
     """``value`` with None in place of infinities and NaN, which JSON does not have."""
     if isinstance(value, dict):

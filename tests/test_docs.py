@@ -82,6 +82,10 @@ BENCH_DEFAULTS = {
     "benchmark.warmup": "0",
     "benchmark.repeats": "1",
     "benchmark.inputs": "2",
+    "benchmark.seeds": "1",
+    "benchmark.learning_rates": "[1]",
+    "benchmark.loops": "[]",
+    "benchmark.flow_steps": "[]",
     # The interpreter of Triton and the compiler of torch take longer than all the rest.
     "benchmark.compile": "false",
     "stack.level": "2",
@@ -94,6 +98,8 @@ DEFAULTS_WITH = {
     "profile=true": "train.steps=12",
     # At least one update within the steps.
     "benchmark=speedup": "optim.accumulation=2",
+    # Whose flow is that of the stage.
+    "benchmark=price": "benchmark.ode_steps=null",
     "hydra/sweeper=search": "hydra.sweeper.n_trials=1",
     "hydra/launcher=submitit_local": "hydra.launcher.timeout_min=9",
     # One at a time stays in this process; tests/launch/test_sweep_cli.py has the cells of a sweep side by
@@ -322,13 +328,13 @@ def without_sizes(value: Any) -> Any:
 MEASURED: dict[str, dict[str, Any]] = {}
 
 
-def measured_once(measurement: str, config: BenchConfig) -> dict[str, Any]:
+def measured_once(measurement: str, config: BenchConfig, *others: BenchConfig) -> dict[str, Any]:
     """A measurement, or what it found before, in other sizes: nothing in these tests depends on that."""
     options = dataclasses.asdict(config)
     groups = {group: without_sizes(options[group]) for group in ("stage", "benchmark", "stack")}
     key = json.dumps([measurement, groups], sort_keys=True)
     if key not in MEASURED:
-        MEASURED[key] = measured_here(measurement, config)
+        MEASURED[key] = measured_here(measurement, config, *others)
     return MEASURED[key]
 
 

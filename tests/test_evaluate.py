@@ -1,6 +1,7 @@
 import io
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,8 +72,6 @@ def test_the_loss_of_a_file_is_that_of_its_tokens_one_by_one(run, command, tmp_p
 
 def test_a_file_of_text_has_the_tokens_of_a_split(run):
     _, tokenizer, config = muse.load(run)
-    from pathlib import Path
-
     tokens, counts = tokens_of_files(tokenizer, [Path(config.data.path)])
     data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
     assert counts.tokens == len(tokens)

@@ -6,6 +6,8 @@ import torch
 from support.trained import make_trained
 
 import muse
+from muse.config import TokenizerConfig
+from muse.data import Corpus, build_tokenizer
 from muse.errors import ConfigError, RunError
 from muse.export import export_run
 from muse.runs.folder import TOKENIZER_FILE
@@ -74,15 +76,12 @@ def test_what_is_no_run_is_one_sentence(run, tmp_path):
 @pytest.mark.parametrize("text", ["", '{"cut', "{}"])
 def test_a_damaged_tokenizer_is_one_sentence(run, text):
     (run / TOKENIZER_FILE).write_text(text)
-    with pytest.raises(RunError, match="tokenizer of .* cannot be read, it is damaged") as caught:
+    with pytest.raises(RunError, match=r"tokenizer of .* cannot be read, it is damaged") as caught:
         muse.load(run)
     assert "\n" not in str(caught.value)
 
 
 def test_the_tokenizer_of_another_model_is_refused(run, tmp_path):
-    from muse.config import TokenizerConfig
-    from muse.data import Corpus, build_tokenizer
-
     other = build_tokenizer(TokenizerConfig(name="word"), Corpus(["a b"], ["a"], ["a"]), tmp_path)
     (run / TOKENIZER_FILE).write_text(other.to_json())
     with pytest.raises(RunError, match=r"has 4 entries, and its model \d+: it is another model's"):

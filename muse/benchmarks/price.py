@@ -26,18 +26,19 @@ from muse.benchmarks.workload import FLOW, Workload, batch_shape
 from muse.config import BenchConfig
 from muse.data import load_tokens
 from muse.errors import ConfigError
-from muse.files import claimed, write_json
+from muse.files import claimed, read_json, write_json
 from muse.measure.bootstrap import mean_interval, resampled
 from muse.measure.timing import quantile, times_in_turns
 from muse.report.plots import COLOURS, MARKERS, add_legend, new_axes, new_figure
 from muse.report.sweep_plot import Metric
 from muse.report.table import table
 from muse.report.wandb_tables import ResultTable, model_tables
-from muse.runs.folder import RESULT_FILE, read_result
 from muse.runs.provenance import identity, source_hash
 from muse.scaling.counts import numbers, parameters, potential_shapes, shapes, step_flops
 from muse.scaling.recurrence import Recurrence, recurrence_exponents
 
+# What a step of each model takes.
+COSTS_FILE = "costs.json"
 BUDGETS: tuple[str, ...] = ("tokens", "FLOPs", "seconds")
 
 
@@ -215,7 +216,7 @@ def _costs(variants: Sequence[Variant], results: Results) -> dict[str, dict[str,
     name = f"costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     place = Path(configs[0].output_root) / "price" / name
     with claimed(place / CLAIM, wait=True):
-        stored = read_result(place)
+        stored = read_json(place / COSTS_FILE)
         if stored and not configs[0].benchmark.rerun:
             return stored
         measured = results.run("price costs", configs[0], others=configs[1:])
@@ -235,7 +236,7 @@ def _costs(variants: Sequence[Variant], results: Results) -> dict[str, dict[str,
                 "peak_gb": results.run("vram", config, variant.name)["peak"],
             }
         if not results.failures:
-            write_json(place / RESULT_FILE, costs)
+            write_json(place / COSTS_FILE, costs)
         return costs
 
 

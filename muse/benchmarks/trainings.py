@@ -16,10 +16,10 @@ from tqdm import tqdm
 from muse.benchmarks.results import Results
 from muse.config import BenchConfig, RunConfig
 from muse.data import load_tokens
-from muse.files import claimed, write_json
+from muse.files import claimed, read_json, write_json
 from muse.hardware import describe
 from muse.runs.checkpoints import find_sound_checkpoint
-from muse.runs.folder import CHECKPOINTS, RESULT_FILE, read_result
+from muse.runs.folder import CHECKPOINTS
 from muse.runs.provenance import identity, provenance, source_hash
 from muse.training.trainer import train
 
@@ -27,6 +27,8 @@ from muse.training.trainer import train
 WAIT = 5.0
 # Held by the command that makes a training or measures what all of them need.
 CLAIM = ".claim"
+# What a training found. It is no run of train.py, and has no name of its files.
+TRAINING_FILE = "training.json"
 
 
 def measure_training(config: BenchConfig, device: torch.device) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def measure_training(config: BenchConfig, device: torch.device) -> dict[str, Any
         "tokens": result.tokens,
         "seconds": result.seconds,
     }
-    write_json(folder / RESULT_FILE, {**values, "device": describe(device), **provenance(_run_of(config))})
+    write_json(folder / TRAINING_FILE, {**values, "device": describe(device), **provenance(_run_of(config))})
     # Some hundred of them would fill a disk, and nobody goes on from one.
     shutil.rmtree(folder / CHECKPOINTS)
     return values
@@ -108,7 +110,7 @@ class Trainings:
         if folder in self._found:
             return
         self._number += 1
-        stored = {} if self._rerun else read_result(folder)
+        stored = {} if self._rerun else read_json(folder / TRAINING_FILE)
         if not stored:
             told = f"training {self._number} of {self._count}: {name}, {config.train.steps} steps"
             print(f"{told}; {tqdm.format_interval(self._left / 1e3)} left", flush=True)

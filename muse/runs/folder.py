@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from muse.files import read_json
+
 # Written when a run begins: its configuration and what it is made with.
 RUN_FILE = "run.json"
 # Written when it has come to its end.
@@ -31,8 +33,4 @@ def read_run(run: Path) -> dict[str, Any]:
 
 def read_result(run: Path) -> dict[str, Any]:
     """The results of a run; empty where it has none."""
-    try:
-        result: dict[str, Any] = json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return result
+    return read_json(run / RESULT_FILE)

@@ -216,7 +216,7 @@ def test_a_command_given_again_trains_nothing_twice(config, monkeypatch, tmp_pat
     assert first.failures == {}
     assert asked.count("price costs") == 1
     count = asked.count("price training")
-    assert count == len(list((tmp_path / "out" / "price").glob("*/result.json"))) - 1
+    assert count == len(list((tmp_path / "out" / "price").glob("*/training.json")))
     asked.clear()
     again = judged(small, measured, monkeypatch, tmp_path)
     assert asked == []
