@@ -398,6 +398,17 @@ class TrainConfig:
     eval_stride: int | None = option(
         None, "tokens that the window moves by in an evaluation; null for no overlap.", at_least=1
     )
+    early_stop: int = option(
+        0,
+        "evaluations in a row without a lower validation loss after which the training ends; 0 for none. The "
+        "best checkpoint is kept in any case.",
+        at_least=0,
+    )
+    init: str | None = option(
+        None,
+        "run folder, or exported file, whose weights the training begins with; stage, model and tokenizer "
+        "are those that they were trained with.",
+    )
     test: bool = option(False, "whether the test split is evaluated at the end.")
     checkpoint_every: int = option(200, "steps between two checkpoints; 0 for the end only.", at_least=0)
     async_checkpoint: bool = option(
@@ -407,6 +418,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self, "train")
+        if self.early_stop and not self.eval_every:
+            raise ConfigError(
+                f"train.early_stop={self.early_stop} needs evaluations on the way; train.eval_every must be "
+                "at least 1"
+            )
 
 
 # Each has a file of options.

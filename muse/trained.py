@@ -15,7 +15,7 @@ from muse.config import RunConfig
 from muse.data import Tokenizer, load_tokens, tokenizer_of
 from muse.errors import ConfigError, RunError
 from muse.models import LanguageModel, build_model
-from muse.runs.checkpoints import find_checkpoint, load_weights, stored_vocabulary
+from muse.runs.checkpoints import find_weights, load_weights, stored_vocabulary
 from muse.runs.folder import CHECKPOINTS, TOKENIZER_FILE
 from muse.runs.options import stored_options
 
@@ -56,8 +56,7 @@ def load(place: str | Path, which: str = "best", device: str | torch.device = "c
     """
     place = Path(place)
     config = trained_options(place)
-    weights = place if place.suffix == EXPORTED or _is_checkpoint(place) else find_checkpoint(place, which)
-    weights = weights or find_checkpoint(place)
+    weights = find_weights(place, which)
     if weights is None:
         raise ConfigError(f"{place} has no checkpoint yet; give the folder of a run that has saved one")
     size = stored_vocabulary(weights)

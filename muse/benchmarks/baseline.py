@@ -9,10 +9,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from muse.benchmarks.checkpoint import FREE
 from muse.config import BenchConfig, StageConfig, WidthConfig
 from muse.errors import ConfigError
-from muse.runs.options import differences, format_changes, stored_options
+from muse.runs.options import FREE, differences, format_changes, stored_options
 
 # What two models must have in common to be compared.
 TEXT = ("data.name", "data.path", "data.variant", "tokenizer.name", "tokenizer.vocab_size", "tokenizer.path")
@@ -95,7 +94,7 @@ def with_trained_stage(config: BenchConfig, checkpoint: str) -> BenchConfig:
     number = config.stage.number
     _require_stage(checkpoint, stored, number)
     try:
-        stage = {name: value for name, value in stored["stage"].items() if name not in FREE}
+        stage = {name: value for name, value in stored["stage"].items() if f"stage.{name}" not in FREE}
         width = {name: stored["model"][_widths(number)][name] for name in dataclasses.asdict(WidthConfig())}
         changed = OmegaConf.merge(OmegaConf.structured(config.stage), stage)
     except (KeyError, TypeError, OmegaConfBaseException) as error:

@@ -9,21 +9,8 @@ from typing import Any
 
 from muse.config import BenchConfig
 from muse.runs.checkpoints import find_checkpoint, stored_vocabulary
-from muse.runs.options import is_missing_path, stored_options, with_options_of
+from muse.runs.options import FREE, is_missing_path, stored_options, with_options_of
 
-# Options of a stage that say how a model is initialised, trained or computed, but not what it computes.
-FREE = (
-    "precision",
-    "init",
-    "embedding_init",
-    "zeta_scale",
-    "dropout",
-    "gradient",
-    "force_precision",
-    "fraction_bits",
-    "recon_threshold",
-    "verify",
-)
 # What a checkpoint says of a benchmark.
 GROUPS = ("stage", "model", "data", "tokenizer")
 
@@ -52,8 +39,7 @@ def with_checkpoint_options(config: BenchConfig, given: Collection[str]) -> Benc
 
 def _may_differ(name: str, trained_with: Any) -> bool:
     """Whether a benchmark may give an option another value than the checkpoint was trained with."""
-    group, _, option = name.partition(".")
-    return (group == "stage" and option in FREE) or is_missing_path(name, trained_with)
+    return name in FREE or is_missing_path(name, trained_with)
 
 
 def tokens_seen(checkpoint: str) -> int:

@@ -60,7 +60,9 @@ class TokenData:
     counts: dict[str, Counts]
 
 
-def load_tokens(data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int) -> TokenData:
+def load_tokens(
+    data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int, made: Tokenizer | None = None
+) -> TokenData:
     """Load a corpus, build its tokenizer and tokenise every split, or find all that in ``data.cache``.
 
     The documents, bytes and tokens of each split are logged.
@@ -69,6 +71,7 @@ def load_tokens(data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int) -
         data: the corpus; ``synthetic`` gives uniformly random tokens, the same ones every time.
         tokenizer: the tokenizer; ignored for synthetic data.
         vocab_size: entries of the synthetic vocabulary; ignored for text.
+        made: a tokenizer to take in place of the one that ``tokenizer`` says.
 
     Raises:
         ConfigError: when text or tokenizer cannot be loaded or ``data.cache`` cannot be written.
@@ -83,7 +86,7 @@ def load_tokens(data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int) -
             *(sizes["train"], sizes["valid"]),
         )
     cache = Path(data.cache)
-    built = build_tokenizer(tokenizer, corpus, cache)
+    built = build_tokenizer(tokenizer, corpus, cache) if made is None else made
     tokens = {split: _cached_tokens(corpus, split, built, cache) for split in SPLITS}
     counts = {
         split: Counts(

@@ -15,16 +15,17 @@ from muse.files import disk_full_as_run_error
 from muse.launch.sweep import given_options, record, sweep_folder
 from muse.processes.isolated import run_isolated
 from muse.runs.folder import RUN_FILE, read_result
-from muse.runs.options import may_change, with_options_of
+from muse.runs.options import RETRAINABLE, is_missing_path, may_change, with_options_of
 from muse.runs.provenance import UNIDENTIFYING
 
 
 def run_train(config: RunConfig, run: Path) -> int:
     """Train as configured and return the exit status; the results are in the folder ``run``.
 
-    With ``resume=<run folder>`` every option that the command does not give is that run's.
+    With ``resume=<run folder>`` every option that the command does not give is that run's; with
+    ``train.init`` stage, model and tokenizer are those of the weights.
     """
-    config = _with_options_of_run(config)
+    config = _with_options_of_weights(_with_options_of_run(config))
     # submitit starts a process for each cell, and Slurm's signals reach all processes of a job by themselves.
     sweep = sweep_folder()
     if sweep is not None and config.logger.group is None:
@@ -47,6 +48,21 @@ def _with_options_of_run(config: RunConfig) -> RunConfig:
         return config
     groups = {field.name for field in dataclasses.fields(RunConfig)} - {*UNIDENTIFYING}
     return with_options_of(config, "resume", Path(config.resume), given_options(), groups, may_change)
+
+
+def _with_options_of_weights(config: RunConfig) -> RunConfig:
+    # A run that is named has been given them when it began.
+    if config.train.init is None or config.resume not in ("never", "auto"):
+        return config
+    groups = ("stage", "model", "tokenizer")
+    return with_options_of(
+        config,
+        "train.init",
+        Path(config.train.init),
+        given_options(),
+        groups,
+        lambda name, value: name in RETRAINABLE or is_missing_path(name, value),
+    )
 
 
 def validation_loss() -> float:

@@ -54,6 +54,7 @@ class TrainingState:
         wandb_id: id of the W&B run.
         best: whether the model had that loss when it was saved.
         best_measure: what ``best_loss`` was measured on, as the trainer describes it; None: not known.
+        stale: evaluations since the one with ``best_loss``.
         unlogged: loss, gradient norm and reconstruction error (None: none was compared) of each step since
             the last line of metrics.
     """
@@ -65,6 +66,7 @@ class TrainingState:
     wandb_id: str | None
     best: bool = False
     best_measure: tuple[int, int, int] | None = None
+    stale: int = 0
     unlogged: list[tuple[float, float, float | None]] = field(default_factory=list)
 
 
@@ -94,6 +96,18 @@ def find_checkpoint(run: Path, which: str = "last") -> Path | None:
         return next(iter(newest_first(folder)), None)
     name = best_name(folder)
     return folder / name if name and (folder / name).is_dir() else None
+
+
+def find_weights(place: Path, which: str = "best") -> Path | None:
+    """What holds the weights of a run, one of its checkpoints or an exported file; None if nothing does.
+
+    Args:
+        place: folder of a run, a checkpoint in it, or a safetensors file.
+        which: checkpoint of a run, ``best`` or ``last``; a run without a best one has a last one.
+    """
+    if place.suffix == ".safetensors" or place.parent.name == CHECKPOINTS:
+        return place
+    return find_checkpoint(place, which) or find_checkpoint(place)
 
 
 def find_sound_checkpoint(run: Path) -> Path | None:

@@ -28,9 +28,34 @@ CHOICE = {option.given_as: path for path, option in options_of(BenchConfig).item
 UNKNOWN = "no option of this version"
 # Options that say how a run goes on: resume=<run folder> may give other values than it had so far.
 CHANGEABLE = (
-    *(f"train.{name}" for name in ("steps", "eval_every", "eval_tokens", "eval_stride", "test")),
+    *(
+        f"train.{name}"
+        for name in ("steps", "eval_every", "eval_tokens", "eval_stride", "early_stop", "test")
+    ),
     *(f"train.{name}" for name in ("checkpoint_every", "async_checkpoint", "sample_tokens")),
     *(f"optim.{name}" for name in ("lr", "muon_lr", "schedule", "warmup", "decay", "final_lr")),
+)
+# Options that say how a model is initialised, trained or computed, but not what it computes.
+FREE = tuple(
+    f"stage.{name}"
+    for name in (
+        "precision",
+        "init",
+        "embedding_init",
+        "zeta_scale",
+        "dropout",
+        "gradient",
+        "force_precision",
+        "fraction_bits",
+        "recon_threshold",
+        "verify",
+    )
+)
+# Options that say it, which weights that a training begins with may be given otherwise.
+RETRAINABLE = (
+    *FREE,
+    *(f"stage.{name}" for name in ("recompute", "recompute_blocks")),
+    *(f"model.{name}" for name in ("name", "seq_len", "lr")),
 )
 # Most options that a message names.
 MOST_NAMED = 10
@@ -144,9 +169,16 @@ def refuse_changes(option: str, place: Path, changes: Changes) -> None:
         )
 
 
-def stage_and_model(stage: str, model: str, resume: str, checkpoint: str | None) -> str:
-    """Name of the folder for runs of a stage and model, which are those of the run that a command names."""
-    place = checkpoint or (resume if resume not in ("never", "auto") else None)
+def stage_and_model(stage: str, model: str, resume: str, weights: str | None) -> str:
+    """Name of the folder for runs of a stage and model, which are those of the run that a command names.
+
+    Args:
+        stage: as composed.
+        model: its name, as composed.
+        resume: the option.
+        weights: that a command measures, or begins with.
+    """
+    place = resume if resume not in ("never", "auto") else weights
     if place is not None:
         # A place without a configuration is refused where the run begins.
         with suppress(ConfigError, KeyError, TypeError):

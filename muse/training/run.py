@@ -24,6 +24,7 @@ from muse.runs.checkpoints import adopt_checkpoints, find_sound_checkpoint, load
 from muse.runs.folder import RESULT_FILE, RUN_FILE, SAMPLE_FILE, TOKENIZER_FILE, read_result
 from muse.runs.options import format_changes
 from muse.runs.provenance import provenance
+from muse.trained import tokenizer_for, trained_options
 from muse.training.profile import require_steps
 from muse.training.resume import (
     Previous,
@@ -76,9 +77,9 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
     require_steps(config, state.step if state else 0)
     loaded: list[TokenData] = []
     # The first rank fills data.cache, the others find everything there.
-    on_first_rank(lambda: loaded.append(_load_data(config)))
+    on_first_rank(lambda: loaded.append(_load_data(config, previous)))
     try:
-        data = loaded[0] if loaded else _load_data(config)
+        data = loaded[0] if loaded else _load_data(config, previous)
     except ConfigError as error:
         # The first rank has found everything.
         error.of_all_ranks = False
@@ -96,6 +97,8 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
         warn_of_changes(config, found, state.step)
         earlier = lines_before(previous, state.step, config.train.steps)
         history = history_of(found, state.step)
+    if config.train.init is not None and state is None:
+        print(f"beginning with the weights of {config.train.init}")
     print(
         f"stage {config.stage.number}, {config.model.name}, {config.stage.precision} on {describe(device)}"
         f"{f', {ranks()} ranks' if ranks() > 1 else ''}: "
@@ -152,8 +155,20 @@ def _plots(config: RunConfig, run: Path) -> list[Path]:
     return [path for path in (run / "loss.png", run / "flow.png") if path.exists()]
 
 
-def _load_data(config: RunConfig) -> TokenData:
-    return load_tokens(config.data, config.tokenizer, config.model.vocab_size)
+def _load_data(config: RunConfig, previous: Path | None) -> TokenData:
+    """The text, in the tokens of the weights that the training begins with, if there are any.
+
+    Raises:
+        ConfigError: it cannot be loaded, or these have no tokenizer.
+    """
+    if config.train.init is None:
+        return load_tokens(config.data, config.tokenizer, config.model.vocab_size)
+    # Of a run that goes on: what it began with may be gone.
+    place = previous if previous is not None else Path(config.train.init)
+    tokenizer = tokenizer_for(place, trained_options(place))
+    if tokenizer is None:
+        raise ConfigError(f"train.init={config.train.init} has no tokenizer; its tokens mean nothing without")
+    return load_tokens(config.data, config.tokenizer, config.model.vocab_size, tokenizer)
 
 
 def _sample(config: RunConfig, model: LanguageModel, data: TokenData) -> str | None:

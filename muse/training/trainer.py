@@ -19,7 +19,14 @@ from muse.dynamics import flow_metrics, watched_flows
 from muse.errors import ConfigError, RunError, of_all_ranks
 from muse.models import LanguageModel, build_model, count_parameters
 from muse.processes.ranks import all_reduced_max, rank, ranks
-from muse.runs.checkpoints import TrainingState, find_checkpoint, load_state, load_tensors
+from muse.runs.checkpoints import (
+    TrainingState,
+    find_checkpoint,
+    find_weights,
+    load_state,
+    load_tensors,
+    load_weights,
+)
 from muse.runs.folder import CHECKPOINTS
 from muse.training.checkpoint import CheckpointWriter, restore_random_state
 from muse.training.evaluate import Evaluation, evaluate
@@ -101,7 +108,7 @@ def train(
         profiling as profile_step,
         trainer.writer.finished_on_error(),
     ):
-        while trainer.done < config.train.steps and signal_number is None:
+        while not trainer.ended and signal_number is None:
             before = time.perf_counter()
             signal_number = trainer.take_step(interrupt.signal)
             seconds = time.perf_counter() - before
@@ -167,6 +174,11 @@ class Trainer:
         self.model = build_model(config.stage, config.model, data.vocab_size, config.seed)
         self.parameters = count_parameters(self.model)
         state = load_state(resume_from) if resume_from is not None else None
+        if options.init is not None and resume_from is None:
+            weights = find_weights(Path(options.init))
+            if weights is None:
+                raise ConfigError(f"train.init={options.init} has no checkpoint yet; give a run that has one")
+            load_weights(weights, self.model)
         # Ranks drop different activations; on another number of ranks, see ``_restore``, a run that goes on
         # drops others than at its beginning.
         torch.manual_seed(config.seed + rank() * 1_000_003 + (state.step if state else 0) * 1_000_000_007)
@@ -181,7 +193,7 @@ class Trainer:
         )
         # Losses along the way are compared where they are of the same windows.
         self.measure = (self.sampled, self.every_window, self.stride)
-        self.done, self.best, self.best_loss = 0, False, math.inf
+        self.done, self.best, self.best_loss, self.stale = 0, False, math.inf, 0
         self.valid: Evaluation | None = None
         self.unlogged: list[tuple[float, float, float | None]] = []
         if resume_from is not None and state is not None:
@@ -201,7 +213,14 @@ class Trainer:
         if len(state.random) == ranks():
             restore_random_state(state.random[rank()])
         self.done, self.best, self.unlogged = state.step, state.best, list(state.unlogged)
-        self.best_loss = state.best_loss if state.best_measure == self.measure else math.inf
+        if state.best_measure == self.measure:
+            self.best_loss, self.stale = state.best_loss, state.stale
+
+    @property
+    def ended(self) -> bool:
+        """Whether all steps are made, or the validation loss has not fallen for long enough."""
+        options = self.config.train
+        return self.done >= options.steps or 0 < options.early_stop <= self.stale
 
     def take_step(self, signal: int | None) -> int | None:
         """Take a step; the signal that a rank was sent, where several have agreed on one.
@@ -254,6 +273,12 @@ class Trainer:
                     f"step {self.done}: validation loss {valid.loss:.3f}, perplexity {valid.ppl:.1f}"
                 )
             self.best, self.best_loss = valid.loss < self.best_loss, min(self.best_loss, valid.loss)
+            self.stale = 0 if self.best else self.stale + 1
+            if self.ended and not ended:
+                progress.tell(
+                    f"the validation loss has not fallen for {self.stale} evaluations; the training ends "
+                    f"(train.early_stop={options.early_stop})"
+                )
         elif ended:
             # Nothing was compared.
             self.best = self.best_loss == math.inf
@@ -303,6 +328,7 @@ class Trainer:
             best_loss=self.best_loss,
             wandb_id=self.wandb_id,
             best_measure=self.measure,
+            stale=self.stale,
             unlogged=self.unlogged,
         )
         self.writer.save(self._tensors(), state, self.best)
