@@ -42,7 +42,7 @@ def device_of(name: str) -> torch.device:
     return use_hardware(HardwareConfig(device=name))
 
 
-def run(command: Callable[[], object]) -> None:
+def run_command(command: Callable[[], object]) -> None:
     """Run a command, and tell its errors and warnings in one sentence each."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:

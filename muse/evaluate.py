@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from muse.commands import Parser, add_model, device_of, run
+from muse.commands import Parser, add_model, device_of, run_command
 from muse.data import Counts, Tokenizer, count_words, load_tokens
 from muse.data.reading import NotTextError, read_text
 from muse.errors import ConfigError
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--stride", type=int, help="tokens that the window moves by (no overlap)")
     parser.add_argument("--batch-size", type=int, default=WINDOWS, help=f"windows at a time ({WINDOWS})")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too; - prints nothing else")
-    run(lambda: _command(parser.parse_args()))
+    run_command(lambda: _command(parser.parse_args()))
 
 
 def _command(arguments: argparse.Namespace) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from muse.commands import Parser, run_command
 from muse.errors import ConfigError, RunError
 from muse.files import replacement
 from muse.runs.checkpoints import (
@@ -88,7 +88,7 @@ def load_exported(file: Path) -> Trained:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m muse.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -96,11 +96,11 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a run of train.py")
     parser.add_argument("file", type=Path, help="the file to write, *.safetensors")
     parser.add_argument("--which", choices=("best", "last"), default="best", help="which checkpoint")
-    arguments = parser.parse_args()
-    try:
-        step = export_run(arguments.run, arguments.file, arguments.which)
-    except (ConfigError, RunError) as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda: _command(parser.parse_args()))
+
+
+def _command(arguments: argparse.Namespace) -> None:
+    step = export_run(arguments.run, arguments.file, arguments.which)
     print(f"the weights after step {step} are in {arguments.file}")
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from muse.commands import Parser, add_model, device_of, run
+from muse.commands import Parser, add_model, device_of, run_command
 from muse.errors import ConfigError
 from muse.generation import Sampling, TextStream, continuation
 from muse.trained import Trained, load
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first text; the next ones follow (0)")
     parser.add_argument("--stop", action="append", default=[], help="a text that ends it; may be repeated")
     parser.add_argument("--count", type=int, default=1, help="texts (1)")
-    run(lambda: generate(parser.parse_args()))
+    run_command(lambda: generate(parser.parse_args()))
 
 
 def generate(arguments: argparse.Namespace) -> None:

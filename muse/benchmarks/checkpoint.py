@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from muse.config import BenchConfig
-from muse.runs.checkpoints import find_checkpoint, stored_vocabulary
+from muse.runs.checkpoints import find_weights, stored_vocabulary
 from muse.runs.options import FREE, is_missing_path, stored_options, with_options_of
 
 # What a checkpoint says of a benchmark.
@@ -32,8 +32,7 @@ def with_checkpoint_options(config: BenchConfig, given: Collection[str]) -> Benc
         return config
     place = Path(checkpoint)
     taken = with_options_of(config, "benchmark.checkpoint", place, given, GROUPS, _may_differ)
-    weights = place if place.suffix == ".safetensors" else find_checkpoint(place, "best") or place
-    size = stored_vocabulary(weights) or taken.model.vocab_size
+    size = stored_vocabulary(find_weights(place) or place) or taken.model.vocab_size
     return dataclasses.replace(taken, model=dataclasses.replace(taken.model, vocab_size=size))
 
 

@@ -14,7 +14,7 @@ from muse.benchmarks.workload import batch_shape
 from muse.config import BenchConfig
 from muse.data import TokenData
 from muse.models import LanguageModel, build_model
-from muse.runs.checkpoints import find_checkpoint, load_weights
+from muse.runs.checkpoints import find_weights, load_weights
 from muse.training.evaluate import Evaluation
 from muse.training.optim import ModelOptimizer
 from muse.training.step import TakenStep, TrainingStep, training_step
@@ -33,8 +33,8 @@ def benchmark_model(config: BenchConfig, device: torch.device) -> LanguageModel:
     """The model of a benchmark, with the weights of ``benchmark.checkpoint`` if one is given."""
     model = build_model(config.stage, config.model, config.model.vocab_size, config.seed)
     if config.benchmark.checkpoint is not None:
-        checkpoint = find_checkpoint(Path(config.benchmark.checkpoint), "best")
-        load_weights(checkpoint or Path(config.benchmark.checkpoint), model)
+        place = Path(config.benchmark.checkpoint)
+        load_weights(find_weights(place) or place, model)
     model.to(device)
     if config.hardware.compile:
         model.compile_features()

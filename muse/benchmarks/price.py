@@ -21,7 +21,7 @@ from muse.benchmarks.baseline import baseline_of
 from muse.benchmarks.benchmark import Benchmark, Models
 from muse.benchmarks.model import benchmark_model, random_training_step
 from muse.benchmarks.results import Results
-from muse.benchmarks.trainings import CLAIM, Trainings, measure_training
+from muse.benchmarks.trainings import CLAIM, Trainings, measure_training, run_of
 from muse.benchmarks.workload import FLOW, Workload, batch_shape
 from muse.config import BenchConfig
 from muse.data import load_tokens
@@ -212,7 +212,8 @@ def _costs(variants: Sequence[Variant], results: Results) -> dict[str, dict[str,
     empty where they could not be measured.
     """
     configs = [variant.config for variant in variants]
-    key = "".join(identity(config) for config in configs) + source_hash()
+    # Not by what decides how much is trained.
+    key = "".join(identity(run_of(config)) for config in configs) + source_hash()
     name = f"costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     place = Path(configs[0].output_root) / "price" / name
     with claimed(place / CLAIM, wait=True):
@@ -312,8 +313,11 @@ def _judge_stage(
         interval = mean_interval(mine - other, chosen) if whole else None
         difference = None if None in (values[own], values["stage 0"]) else values[own] - values["stage 0"]
         passed = None
-        if interval is None:
+        if config.benchmark.seeds == 1:
             results.unjudged[f"{key}_pass"] = "an interval needs two seeds or more; give benchmark.seeds"
+        elif interval is None:
+            # A training failed, which is told elsewhere.
+            pass
         elif interval[0] <= 0 <= interval[1]:
             results.unjudged[f"{key}_pass"] = (
                 f"the difference lies between {interval[0]:.3g} and {interval[1]:.3g}: more seeds would tell"

@@ -56,20 +56,20 @@ def measure_training(config: BenchConfig, device: torch.device) -> dict[str, Any
         "tokens": result.tokens,
         "seconds": result.seconds,
     }
-    write_json(folder / TRAINING_FILE, {**values, "device": describe(device), **provenance(_run_of(config))})
+    write_json(folder / TRAINING_FILE, {**values, "device": describe(device), **provenance(run_of(config))})
     # Some hundred of them would fill a disk, and nobody goes on from one.
     shutil.rmtree(folder / CHECKPOINTS)
     return values
 
 
-def _run_of(config: BenchConfig) -> RunConfig:
+def run_of(config: BenchConfig) -> RunConfig:
     """The options of a training alone: what else a benchmark measures changes nothing in it."""
     return RunConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)})
 
 
 def training_folder(config: BenchConfig) -> Path:
     """Of a training, the same for every command that asks for it with this code."""
-    return Path(config.output_root) / "price" / identity(_run_of(config), source_hash())
+    return Path(config.output_root) / "price" / identity(run_of(config), source_hash())
 
 
 class Trainings:

@@ -101,7 +101,7 @@ class LanguageModel(nn.Module):
         """For each block and loop a cache without tokens; None where blocks take none, with mixer=none.
 
         Args:
-            longest: tokens that a cache of stage 3a may have, of one sequence; others have any number.
+            longest: tokens that a cache of stage 3a has room for; others may have any number.
         """
         blocks: list[Any] = self.loops * list(self.blocks)
         if not all(hasattr(block, "attention") for block in blocks):

@@ -23,14 +23,26 @@ class Past:
     """Keys and values of the tokens that one layer has seen.
 
     Attributes:
-        k: (B, H, longest, d_head); finite also where nothing was written yet.
+        longest: tokens that it has room for.
+        k: (B, H, longest, d_head), finite also where nothing was written yet; None before the first token.
         v: as k.
         length: tokens seen.
     """
 
-    k: Tensor
-    v: Tensor
+    longest: int
+    k: Tensor | None = None
+    v: Tensor | None = None
     length: int = 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of the tokens that follow, and return all there is room for."""
+        if self.k is None or self.v is None:
+            room = (*k.shape[:2], self.longest, k.shape[3])
+            self.k, self.v = k.new_zeros(room), v.new_zeros(room)
+        here = slice(self.length, self.length + k.shape[2])
+        self.k[:, :, here], self.v[:, :, here] = k, v
+        self.length = here.stop
+        return self.k, self.v
 
 
 def sinusoids(positions: Tensor, features: int) -> Tensor:
@@ -72,21 +84,17 @@ class TransformerAttention(nn.Module):
         self.output = _linear(width.d_model, width.d_model)
 
     def new_cache(self, longest: int) -> Past:
-        """The past of one sequence of at most ``longest`` tokens, without tokens."""
-        weight = self.projection.weight
-        shape = (1, self.heads, longest, weight.shape[1] // self.heads)
-        return Past(weight.new_zeros(shape), weight.new_zeros(shape))
+        """A past without tokens, of which it may have ``longest``."""
+        return Past(longest)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         length = x.shape[1]
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.projection(x).chunk(3, -1))
         if past is not None:
-            here = slice(past.length, past.length + length)
-            past.k[:, :, here], past.v[:, :, here] = k, v
-            seen = torch.arange(past.k.shape[2], device=x.device)
-            rows = torch.arange(here.start, here.stop, device=x.device)
-            out = F.scaled_dot_product_attention(q, past.k, past.v, attn_mask=seen <= rows[:, None])
-            past.length = here.stop
+            rows = torch.arange(past.length, past.length + length, device=x.device)
+            k, v = past.extend(k, v)
+            seen = torch.arange(past.longest, device=x.device)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen <= rows[:, None])
         elif self.fused:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:

@@ -109,6 +109,8 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
     try:
         if previous is not None and checkpoint is not None:
             adopt_checkpoints(previous, checkpoint, run, state is not None and state.best)
+        if data.tokenizer is not None:
+            write_atomically(run / TOKENIZER_FILE, data.tokenizer.to_json())
         # Last, because a run is continued as soon as this is there: it then has all of the one before.
         write_json(
             run / RUN_FILE,
@@ -120,8 +122,6 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
                 **history,
             },
         )
-        if data.tokenizer is not None:
-            write_atomically(run / TOKENIZER_FILE, data.tokenizer.to_json())
         model, result = train(config, data, device, run, log, checkpoint, log.wandb_id)
         if result.signal is not None:
             # A sweep's resume=auto takes no run whose options have changed.

@@ -292,11 +292,11 @@ def test_what_lies_beyond_the_length_of_a_past_does_not_count():
     """Tokens may be taken back by shortening the past: what they left is never read."""
     model, x = trained(), tokens(12, batch=1)
     clean, used = model.new_caches(30), model.new_caches(30)
-    for past in used:
-        past.k.normal_()
-        past.v.normal_()
     for pasts in (clean, used):
         model.continue_logits(x[:, :5], pasts)
+    for past in used:
+        past.k[:, :, 5:].normal_()
+        past.v[:, :, 5:].normal_()
     model.continue_logits(x[:, 5:9].flip(1), used)
     for past in used:
         past.length = 5
