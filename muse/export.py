@@ -1,6 +1,7 @@
-"""One safetensors file with the weights of a run and its configuration, and back.
+"""One file with the weights of a run, its tokenizer and its configuration, or a folder for transformers.
 
 python -m muse.export outputs/train/stage1-tiny/2026-01-31_12-00-00-123 stage1.safetensors
+python -m muse.export outputs/train/stage1-tiny/2026-01-31_12-00-00-123 stage1 --format transformers
 python bench.py benchmark=perplexity benchmark.checkpoint=stage1.safetensors
 """
 
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from muse.commands import Parser, run_command
 from muse.errors import ConfigError, RunError
 from muse.files import replacement
+from muse.models import count_parameters
 from muse.runs.checkpoints import (
     find_checkpoint,
     find_damage,
@@ -26,6 +28,7 @@ from muse.runs.checkpoints import (
 )
 from muse.runs.options import stored_options
 from muse.trained import EXPORTED, TOKENIZER, Trained, load, tokenizer_for, trained_options
+from muse.transformers_folder import architecture, export_transformers
 
 
 def export_run(run: Path, file: Path, which: str = "best") -> int:
@@ -93,15 +96,33 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="folder of a run of train.py")
-    parser.add_argument("file", type=Path, help="the file to write, *.safetensors")
-    parser.add_argument("--which", choices=("best", "last"), default="best", help="which checkpoint")
+    parser.add_argument(
+        "run", type=Path, help="folder of a run of train.py; of transformers also such a file"
+    )
+    parser.add_argument("output", type=Path, help="what to write: *.safetensors, or a folder of transformers")
+    parser.add_argument("--which", choices=("best", "last"), default="best", help="which checkpoint (best)")
+    parser.add_argument(
+        "--format",
+        choices=("safetensors", "transformers"),
+        default="safetensors",
+        help="one file for MUSE, or a folder that transformers and vLLM load (safetensors)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a folder that has other things in it")
     run_command(lambda: _command(parser.parse_args()))
 
 
 def _command(arguments: argparse.Namespace) -> None:
-    step = export_run(arguments.run, arguments.file, arguments.which)
-    print(f"the weights after step {step} are in {arguments.file}")
+    if arguments.format == "safetensors":
+        step = export_run(arguments.run, arguments.output, arguments.which)
+        print(f"the weights after step {step} are in {arguments.output}")
+        return
+    trained = load(arguments.run, arguments.which)
+    written = export_transformers(trained, arguments.output, arguments.force)
+    print(f"{architecture(trained)} with {written:,} parameters is in {arguments.output}")
+    print(
+        f"the model has {count_parameters(trained.model):,}: a head that shares its rows is written apart, "
+        "and a complex map as a real one of twice its numbers"
+    )
 
 
 if __name__ == "__main__":

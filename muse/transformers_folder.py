@@ -1,0 +1,246 @@
+"""A trained model as a folder that transformers, vLLM and the lm-evaluation-harness load as it is.
+
+A real decoder of stage 0 with SwiGLU is a Llama, with GELU an Arcee (RMS norms, rotary positions, maps
+without biases, an MLP of two matrices). So is stage 1 as it is by default, on features [re | im]: a complex
+map A + i B is the real one [[A, -B], [B, A]], which has its numbers twice.
+
+- Gains of complex norms turn planes into each other, which a real norm weight does not: they go into the maps
+  that follow, and into the head. A norm divides by the root of mean |z|^2 = 2 mean x^2 over the real features
+  x, so that its weight is 1 / sqrt(2) and its eps half as large.
+- Scores are divided by sqrt(2 d) there, the real width of a head, and by sqrt(d) here: queries are multiplied
+  by sqrt(2). The rotary embedding pairs halves of a head, which are its planes.
+- Embeddings are divided by their rms on the way in, so head and embedding are two tensors.
+
+None of these programs is needed to write it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from muse.errors import ConfigError, RunError
+from muse.files import write_atomically
+from muse.layers import ComplexEmbedding, ComplexLinear, ComplexRMSNorm
+from muse.models.complex import ComplexBlock
+from muse.models.real import RealBlock, RealEmbedding
+from muse.trained import Trained
+
+# Files of such a folder; one that holds others is not replaced.
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+ROPE = 10_000.0
+
+
+def export_transformers(trained: Trained, folder: Path, force: bool = False) -> int:
+    """Write the folder, which appears or is replaced only when it is complete.
+
+    Args:
+        trained: of ``muse.load``.
+        folder: to write.
+        force: whether a folder with other things in it is replaced, too.
+
+    Returns:
+        The number of parameters in it.
+
+    Raises:
+        ConfigError: the model is none of these, see ``refusal``, has no tokenizer, or the folder is in use.
+        RunError: it cannot be written.
+    """
+    reason = refusal(trained)
+    if reason is not None:
+        raise ConfigError(reason)
+    if trained.tokenizer is None:
+        raise ConfigError("the model has no tokenizer, without which nobody can use it elsewhere")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give the name of a folder")
+    others = [path.name for path in folder.iterdir() if path.name not in FILES] if folder.exists() else []
+    if others and not force:
+        raise ConfigError(f"{folder} has other things in it ({others[0]}); give another folder, or --force")
+    config, tensors = decoder(trained)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
+        end = trained.tokenizer.end_id
+        for name, content in (
+            ("config.json", {**config, "bos_token_id": None, "eos_token_id": end}),
+            ("generation_config.json", {"eos_token_id": end, "do_sample": False}),
+            ("tokenizer_config.json", _tokenizer_config(trained)),
+        ):
+            write_atomically(temporary / name, json.dumps(content, indent=2) + "\n")
+        write_atomically(temporary / "tokenizer.json", trained.tokenizer.to_json())
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except OSError as error:
+        raise RunError(f"{folder} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def refusal(trained: Trained) -> str | None:
+    """Why a model is no decoder that these programs know; None where it is."""
+    stage = trained.config.stage
+    if stage.number == "0" and stage.trunk == "residual" and stage.loops == 1:
+        return None
+    if stage.mixer == "none":
+        return "stage.mixer=none mixes no tokens, which no decoder elsewhere does; it cannot be exported"
+    if stage.score != "real":
+        return (
+            f"stage.score={stage.score} weighs values by complex scores, which attention elsewhere does not "
+            "have; only stage.score=real can be exported"
+        )
+    plain = stage.trunk == "residual" and stage.loops == 1
+    if stage.number == "1" and plain and stage.norm == "rms" and stage.activation == "split_gelu":
+        return None
+    return (
+        "only stage 0, and stage 1 with stage.norm=rms and stage.activation=split_gelu, of residual sums "
+        "without loops, are decoders that transformers knows; give --format safetensors"
+    )
+
+
+def architecture(trained: Trained) -> str:
+    """What transformers calls such a model."""
+    stage = trained.config.stage
+    gated = stage.number == "0" and stage.activation == "swiglu"
+    return "LlamaForCausalLM" if gated else "ArceeForCausalLM"
+
+
+def decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What ``config.json`` says, and the tensors, float32."""
+    model, _, config = trained
+    stage, norm = config.stage, model.norm
+    real = stage.number == "0"
+    width = config.model.real if real else config.model.complex
+    planes = 1 if real else 2
+    llama = architecture(trained) == "LlamaForCausalLM"
+    embedding = model.embedding
+    assert isinstance(embedding, RealEmbedding | ComplexEmbedding)
+    assert isinstance(norm, ComplexRMSNorm | nn.RMSNorm)
+    tensors: dict[str, Tensor] = {}
+    with torch.no_grad():
+        rows = embedding.weight.float().flatten(1)
+        head = model.head_parameters()[0].float().flatten(1)
+        tensors["model.embed_tokens.weight"] = rows / embedding.rms
+        for number, block in enumerate(model.blocks):
+            maps = _real_maps(block) if isinstance(block, RealBlock) else _complex_maps(block)
+            tensors |= {f"model.layers.{number}.{name}.weight": weight for name, weight in maps.items()}
+        tensors["model.norm.weight"] = _norm_weight(norm)
+        if isinstance(norm, ComplexRMSNorm):
+            head = head @ _real_map(norm.gain.float().diag_embed())
+        tensors["lm_head.weight"] = head
+    hidden = tensors["model.layers.0.mlp.up_proj.weight"].shape[0]
+    described = {
+        "architectures": [architecture(trained)],
+        "model_type": "llama" if llama else "arcee",
+        "vocab_size": rows.shape[0],
+        "hidden_size": planes * width.d_model,
+        "intermediate_size": hidden,
+        "num_hidden_layers": width.layers,
+        "num_attention_heads": width.heads,
+        "num_key_value_heads": width.kv_heads,
+        "head_dim": planes * width.d_model // width.heads,
+        "hidden_act": "silu" if llama else "gelu",
+        "max_position_embeddings": config.model.seq_len,
+        "rms_norm_eps": (norm.eps or 0.0) / planes,
+        "rope_theta": ROPE,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    return described, {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _real_maps(block: RealBlock) -> dict[str, Tensor]:
+    attention, ffn = block.attention, block.ffn
+    sizes = [
+        count * attention.head_dim for count in (attention.heads, attention.kv_heads, attention.kv_heads)
+    ]
+    q, k, v = attention.projection.weight.float().split(sizes)
+    maps = {
+        "self_attn.q_proj": q,
+        "self_attn.k_proj": k,
+        "self_attn.v_proj": v,
+        "self_attn.o_proj": attention.output.weight.float(),
+        "input_layernorm": _norm_weight(block.attention_norm),
+        "post_attention_layernorm": _norm_weight(block.ffn_norm),
+        "mlp.down_proj": ffn.down.weight.float(),
+    }
+    if ffn.gated:
+        gate, up = ffn.up.weight.float().chunk(2)
+        return maps | {"mlp.gate_proj": gate, "mlp.up_proj": up}
+    return maps | {"mlp.up_proj": ffn.up.weight.float()}
+
+
+def _complex_maps(block: nn.Module) -> dict[str, Tensor]:
+    assert isinstance(block, ComplexBlock)
+    attention, ffn = block.attention, block.ffn
+    d = attention.head_dim
+    sizes = [count * d for count in (attention.heads, attention.kv_heads, attention.kv_heads)]
+    # Complex maps of normalised states, with the gains of their norms.
+    q, k, v = _after(block.attention_norm, attention.projection).split(sizes, 1)
+    return {
+        "self_attn.q_proj": math.sqrt(2) * _to_heads(_real_map(q), d),
+        "self_attn.k_proj": _to_heads(_real_map(k), d),
+        "self_attn.v_proj": _to_heads(_real_map(v), d),
+        "self_attn.o_proj": _to_heads(_real_map(attention.output.weight.float()).T, d).T,
+        "input_layernorm": _norm_weight(block.attention_norm),
+        "post_attention_layernorm": _norm_weight(block.ffn_norm),
+        "mlp.up_proj": _real_map(_after(block.ffn_norm, ffn.up)),
+        "mlp.down_proj": _real_map(ffn.down.weight.float()),
+    }
+
+
+def _real_map(weight: Tensor) -> Tensor:
+    """[[A, -B], [B, A]] of a planar weight (2, out, in): the same map on [re | im]."""
+    real, imaginary = weight
+    return torch.cat((torch.cat((real, -imaginary), 1), torch.cat((imaginary, real), 1)))
+
+
+def _to_heads(weight: Tensor, d: int) -> Tensor:
+    """Rows of planes of heads as rows of heads of planes: (2, H, d) becomes (H, 2, d)."""
+    return weight.unflatten(0, (2, -1, d)).transpose(0, 1).flatten(0, 2)
+
+
+def _after(norm: nn.Module, linear: ComplexLinear) -> Tensor:
+    """The planar weight of a map that follows a norm, with the norm's gain in it."""
+    assert isinstance(norm, ComplexRMSNorm)
+    (g_r, g_i), (w_r, w_i) = norm.gain.float(), linear.weight.float()
+    return torch.stack((w_r * g_r - w_i * g_i, w_r * g_i + w_i * g_r))
+
+
+def _norm_weight(norm: nn.Module) -> Tensor:
+    """That of a real norm; of a complex one over both planes, without its gain."""
+    if isinstance(norm, nn.RMSNorm):
+        return norm.weight.float()
+    assert isinstance(norm, ComplexRMSNorm)
+    return torch.full((2 * norm.gain.shape[1],), 1 / math.sqrt(2))
+
+
+def _tokenizer_config(trained: Trained) -> dict[str, Any]:
+    tokenizer = trained.tokenizer
+    assert tokenizer is not None
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": trained.config.model.seq_len,
+        "eos_token": tokenizer.end,
+        "clean_up_tokenization_spaces": False,
+    }

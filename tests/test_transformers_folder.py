@@ -1,0 +1,175 @@
+"""The exported folder, by a decoder that is written down here, and by transformers where it is there."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from support.commands import run_here
+from support.trained import make_trained
+
+import muse
+from muse.errors import ConfigError
+from muse.generation import GREEDY, continuation
+from muse.transformers_folder import FILES, decoder, export_transformers
+
+TOKENS = torch.arange(32).reshape(2, 16) * 7 % 257
+DECODERS = [
+    {"stage": "0"},
+    {"stage": "0", "activation": "swiglu"},
+    {"stage": "0", "tied": False},
+    {"stage": "1"},
+    {"stage": "1", "tied": False, "dropout": 0.1},
+    {"stage": "1", "precision": "bf16"},
+]
+
+
+def trained(folder, stage, **options):
+    """A model none of whose gains is 1, in float32."""
+    run, *_ = make_trained(folder, stage, **options)
+    found = muse.load(run)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in found.model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return found._replace(model=found.model.float())
+
+
+def turned(x, theta):
+    """Rotary positions of (B, H, S, d) by halves, as Llama has them."""
+    half = x.shape[-1] // 2
+    angles = torch.arange(x.shape[2])[:, None] * theta ** (-torch.arange(half) / half)
+    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def normalised(x, weight, eps):
+    return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def logits_of(config, tensors, tokens):
+    """A decoder of the kind of Llama, from its definition."""
+    d, heads, groups = config["head_dim"], config["num_attention_heads"], config["num_key_value_heads"]
+    act = {"silu": F.silu, "gelu": F.gelu}[config["hidden_act"]]
+    x = tensors["model.embed_tokens.weight"][tokens]
+    for layer in range(config["num_hidden_layers"]):
+
+        def weight(name, layer=layer):
+            return tensors[f"model.layers.{layer}.{name}.weight"]
+
+        normal = normalised(x, weight("input_layernorm"), config["rms_norm_eps"])
+        q, k, v = (
+            (normal @ weight(f"self_attn.{name}_proj").T).unflatten(-1, (-1, d)).transpose(1, 2)
+            for name in "qkv"
+        )
+        q, k = turned(q, config["rope_theta"]), turned(k, config["rope_theta"])
+        k, v = (y.repeat_interleave(heads // groups, 1) for y in (k, v))
+        later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+        scores = (q @ k.transpose(-1, -2) / math.sqrt(d)).masked_fill(later, -math.inf)
+        x = x + (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2) @ weight("self_attn.o_proj").T
+        normal = normalised(x, weight("post_attention_layernorm"), config["rms_norm_eps"])
+        hidden = normal @ weight("mlp.up_proj").T
+        hidden = (
+            act(normal @ weight("mlp.gate_proj").T) * hidden
+            if config["model_type"] == "llama"
+            else act(hidden)
+        )
+        x = x + hidden @ weight("mlp.down_proj").T
+    return normalised(x, tensors["model.norm.weight"], config["rms_norm_eps"]) @ tensors["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("options", DECODERS, ids=str)
+def test_the_folder_is_a_decoder_with_the_logits_of_the_model(tmp_path, options):
+    found = trained(tmp_path, **options)
+    written = export_transformers(found, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(FILES)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert written == sum(tensor.numel() for tensor in tensors.values())
+    with torch.no_grad():
+        expected = found.model(TOKENS)
+        # The model turns by angles in float64, and rounds differently.
+        torch.testing.assert_close(logits_of(config, tensors, TOKENS), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", DECODERS[3:5], ids=str)
+def test_the_maps_are_exact_in_float64(tmp_path, options):
+    """So what float32 leaves is rounding: a wrong gain or factor would be seen in the eighth digit."""
+    found = trained(tmp_path, **options)
+    config, tensors = decoder(found)
+    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+    with torch.no_grad():
+        found.model.double()
+        expected, logits = found.model(TOKENS), logits_of(config, tensors, TOKENS)
+    assert (logits - expected).norm() < 2e-7 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"stage": "1", "score": "phase"}, "stage.score=phase"),
+        ({"stage": "1", "score": "magnitude"}, "stage.score=magnitude"),
+        ({"stage": "1", "mixer": "none"}, "stage.mixer=none"),
+        ({"stage": "1", "norm": "layer"}, "stage.norm=rms"),
+        ({"stage": "1", "activation": "mod_relu"}, "stage.activation=split_gelu"),
+        ({"stage": "1", "loops": 2}, "without loops"),
+        ({"stage": "0", "trunk": "reversible"}, "residual sums"),
+        ({"stage": "2"}, "only stage 0, and stage 1"),
+        ({"stage": "3a"}, "only stage 0, and stage 1"),
+    ],
+    ids=str,
+)
+def test_what_is_no_such_decoder_is_refused_in_one_sentence(tmp_path, options, told, capsys):
+    run, *_ = make_trained(tmp_path, **options)
+    status = run_here("muse.export", [str(run), str(tmp_path / "out"), "--format", "transformers"])
+    captured = capsys.readouterr()
+    assert status == 1
+    assert told in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_replaced_whole_and_never_one_with_other_things(tmp_path, capsys):
+    run, *_ = make_trained(tmp_path)
+    arguments = [str(run), str(tmp_path / "out"), "--format", "transformers"]
+    assert run_here("muse.export", arguments) == 0
+    told = capsys.readouterr().out
+    assert "ArceeForCausalLM with" in told
+    assert "twice its numbers" in told
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"old")
+    assert run_here("muse.export", arguments) == 0
+    load_file(tmp_path / "out" / "model.safetensors")
+    (tmp_path / "out" / "thesis.tex").write_text("years")
+    assert run_here("muse.export", arguments) == 1
+    assert "has other things in it (thesis.tex)" in capsys.readouterr().err
+    assert (tmp_path / "out" / "thesis.tex").exists()
+    assert run_here("muse.export", [*arguments, "--force"]) == 0
+    assert not (tmp_path / "out" / "thesis.tex").exists()
+    assert not list(tmp_path.glob(".out.*"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        export_transformers(muse.load(run), tmp_path / "file")
+
+
+@pytest.mark.parametrize("options", DECODERS, ids=str)
+def test_transformers_loads_it_and_goes_on_with_the_same_tokens(tmp_path, options):
+    transformers = pytest.importorskip("transformers", reason="the extra interop is not installed")
+    found = trained(tmp_path, **options)
+    export_transformers(found, tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        ours = found.model(TOKENS)
+        # Float32 angles there, and another order of sums; the logits of these weights go up to 6 or so.
+        assert (model(TOKENS).logits - ours).abs().max() < 2e-5 * ours.abs().max()
+    prompt = TOKENS[:1, :4]
+    made = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)[0].tolist()
+    ours = list(continuation(found.model, prompt[0].tolist(), 12, 16, GREEDY))
+    assert made == prompt[0].tolist() + ours
+    text = "Line 7 says\n    that naïve 你好 <|endoftext|>"
+    assert tokenizer.decode(found.tokenizer.encode(text)) == text
+    plain = text.replace(" <|endoftext|>", "")
+    assert tokenizer(plain)["input_ids"] == found.tokenizer.encode(plain)
