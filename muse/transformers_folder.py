@@ -11,6 +11,9 @@ map A + i B is the real one [[A, -B], [B, A]], which has its numbers twice.
   by sqrt(2). The rotary embedding pairs halves of a head, which are its planes.
 - Embeddings are divided by their rms on the way in, so head and embedding are two tensors.
 
+Other models of stages 1 and 2 with real scores bring ``modeling_muse.py``, which computes what they do
+without MUSE, flows in floating point; it is loaded with ``trust_remote_code=True``.
+
 None of these programs is needed to write it.
 """
 
@@ -27,22 +30,27 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from muse.dynamics import HamiltonianNeuralODE, MLPPotential
 from muse.errors import ConfigError, RunError
 from muse.files import write_atomically
 from muse.layers import ComplexEmbedding, ComplexLinear, ComplexRMSNorm
 from muse.models.complex import ComplexBlock
+from muse.models.hamiltonian import HamiltonianBlock
 from muse.models.real import RealBlock, RealEmbedding
 from muse.trained import Trained
 
 # Files of such a folder; one that holds others is not replaced.
 FILES = (
     "config.json",
+    "modeling_muse.py",
     "generation_config.json",
     "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
 )
 ROPE = 10_000.0
+OWN = "MuseForCausalLM"
+CODE = Path(__file__).with_name("modeling_muse.py")
 
 
 def export_transformers(trained: Trained, folder: Path, force: bool = False) -> int:
@@ -57,7 +65,7 @@ def export_transformers(trained: Trained, folder: Path, force: bool = False) -> 
         The number of parameters in it.
 
     Raises:
-        ConfigError: the model is none of these, see ``refusal``, has no tokenizer, or the folder is in use.
+        ConfigError: the model cannot be exported, see ``refusal``, has no tokenizer, or the folder is in use.
         RunError: it cannot be written.
     """
     reason = refusal(trained)
@@ -70,7 +78,8 @@ def export_transformers(trained: Trained, folder: Path, force: bool = False) -> 
     others = [path.name for path in folder.iterdir() if path.name not in FILES] if folder.exists() else []
     if others and not force:
         raise ConfigError(f"{folder} has other things in it ({others[0]}); give another folder, or --force")
-    config, tensors = decoder(trained)
+    own = architecture(trained) == OWN
+    config, tensors = (own_decoder if own else decoder)(trained)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -83,6 +92,8 @@ def export_transformers(trained: Trained, folder: Path, force: bool = False) -> 
         ):
             write_atomically(temporary / name, json.dumps(content, indent=2) + "\n")
         write_atomically(temporary / "tokenizer.json", trained.tokenizer.to_json())
+        if own:
+            shutil.copyfile(CODE, temporary / CODE.name)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
@@ -94,31 +105,31 @@ def export_transformers(trained: Trained, folder: Path, force: bool = False) -> 
 
 
 def refusal(trained: Trained) -> str | None:
-    """Why a model is no decoder that these programs know; None where it is."""
+    """Why a model cannot be exported; None where it can."""
     stage = trained.config.stage
-    if stage.number == "0" and stage.trunk == "residual" and stage.loops == 1:
-        return None
     if stage.mixer == "none":
         return "stage.mixer=none mixes no tokens, which no decoder elsewhere does; it cannot be exported"
-    if stage.score != "real":
+    if stage.number in ("1", "2") and stage.score != "real":
         return (
             f"stage.score={stage.score} weighs values by complex scores, which attention elsewhere does not "
             "have; only stage.score=real can be exported"
         )
-    plain = stage.trunk == "residual" and stage.loops == 1
-    if stage.number == "1" and plain and stage.norm == "rms" and stage.activation == "split_gelu":
-        return None
-    return (
-        "only stage 0, and stage 1 with stage.norm=rms and stage.activation=split_gelu, of residual sums "
-        "without loops, are decoders that transformers knows; give --format safetensors"
-    )
+    if stage.number == "3a":
+        return "stage=3a is a benchmark's transformer; only stages 0, 1 and 2 can be exported"
+    if stage.loops > 1:
+        return f"stage.loops={stage.loops} needs a cache for each loop; only stage.loops=1 can be exported"
+    if stage.number == "0" and stage.trunk == "reversible":
+        return "stage.trunk=reversible of stage 0 cannot be exported; that of stages 1 and 2 can"
+    return None
 
 
 def architecture(trained: Trained) -> str:
     """What transformers calls such a model."""
     stage = trained.config.stage
-    gated = stage.number == "0" and stage.activation == "swiglu"
-    return "LlamaForCausalLM" if gated else "ArceeForCausalLM"
+    if stage.number == "0":
+        return "LlamaForCausalLM" if stage.activation == "swiglu" else "ArceeForCausalLM"
+    plain = stage.norm == "rms" and stage.activation == "split_gelu" and stage.trunk == "residual"
+    return "ArceeForCausalLM" if stage.number == "1" and plain else OWN
 
 
 def decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -167,6 +178,90 @@ def decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "torch_dtype": "float32",
     }
     return described, {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+
+
+def own_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same for ``modeling_muse.py``: complex maps as real ones, all else as it is."""
+    model, _, config = trained
+    stage, width = config.stage, config.model.complex
+    embedding, eps = model.embedding, 1e-6
+    assert isinstance(embedding, ComplexEmbedding)
+    tensors: dict[str, Tensor] = {}
+    kicks: tuple[float, ...] = ()
+    drifts: tuple[float, ...] = ()
+    flows = units = 0
+    with torch.no_grad():
+        rows = embedding.weight.float().flatten(1)
+        tensors["model.embed_tokens.weight"] = rows / embedding.rms
+        tensors["lm_head.weight"] = model.head_parameters()[0].float().flatten(1)
+        tensors |= _named("model.norm", model.norm)
+        for number, block in enumerate(model.blocks):
+            assert isinstance(block, ComplexBlock | HamiltonianBlock)
+            place = f"model.layers.{number}"
+            attention, d = block.attention, block.attention.head_dim
+            sizes = [count * d for count in (attention.heads, attention.kv_heads, attention.kv_heads)]
+            parts = attention.projection.weight.float().split(sizes, 1)
+            for name, part in zip("qkv", parts, strict=True):
+                tensors[f"{place}.self_attn.{name}_proj.weight"] = _to_heads(_real_map(part), d)
+            output = _to_heads(_real_map(attention.output.weight.float()).T, d).T
+            tensors[f"{place}.self_attn.o_proj.weight"] = output
+            tensors |= _named(f"{place}.attention_norm", block.attention_norm)
+            if isinstance(block, HamiltonianBlock):
+                tensors |= _named(f"{place}.mlp_norm", block.flow_norm)
+                flows = len(block.flow.odes)
+                for flow, ode in enumerate(block.flow.odes):
+                    assert isinstance(ode, HamiltonianNeuralODE)
+                    kicks, drifts = ode.stages.kicks, ode.stages.drifts
+                    tensors |= _named(f"{place}.mlp.potentials.{flow}", ode.potential)
+                    if isinstance(ode.potential, MLPPotential):
+                        units = len(ode.potential.b1)
+                continue
+            tensors |= _named(f"{place}.mlp_norm", block.ffn_norm)
+            tensors[f"{place}.mlp.up_proj.weight"] = _real_map(block.ffn.up.weight.float())
+            tensors[f"{place}.mlp.down_proj.weight"] = _real_map(block.ffn.down.weight.float())
+            gates = [
+                gate for gate in (block.ffn.activation.bias, block.ffn.activation.slope) if gate is not None
+            ]
+            if gates:
+                tensors[f"{place}.mlp.gates"] = torch.stack([gate.float() for gate in gates])
+    described = {
+        "architectures": [OWN],
+        "model_type": "muse",
+        "auto_map": {
+            "AutoConfig": f"{CODE.stem}.MuseConfig",
+            "AutoModelForCausalLM": f"{CODE.stem}.{OWN}",
+        },
+        "vocab_size": rows.shape[0],
+        "hidden_size": 2 * width.d_model,
+        "intermediate_size": 2 * width.d_ff,
+        "num_hidden_layers": width.layers,
+        "num_attention_heads": width.heads,
+        "num_key_value_heads": width.kv_heads,
+        "head_dim": 2 * width.d_model // width.heads,
+        "max_position_embeddings": config.model.seq_len,
+        "rope_theta": ROPE,
+        "norm": stage.norm,
+        "norm_eps": eps,
+        "activation": stage.activation,
+        "potential": stage.potential if flows else "",
+        "potential_width": units,
+        "phi": stage.phi,
+        "flows": flows,
+        "context": stage.context,
+        "confinement": stage.confinement,
+        "kicks": kicks,
+        "drifts": drifts,
+        "trunk_kicks": model.trunk.kicks if model.trunk is not None else (),
+        "trunk_drifts": model.trunk.drifts if model.trunk is not None else (),
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    return described, {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _named(place: str, module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a module that has the same ones there."""
+    return {f"{place}.{name}": parameter.float() for name, parameter in module.named_parameters()}
 
 
 def _real_maps(block: RealBlock) -> dict[str, Tensor]:

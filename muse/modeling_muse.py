@@ -1,0 +1,397 @@
+"""MUSE's decoders for transformers, without MUSE: inference in floating point.
+
+States are [re | im], (batch, tokens, 2 D). A block adds an attention, and a feed-forward map or, in stage 2,
+what Hamiltonian flows of (q, p) = (re, im) change, each of the normalised state.
+"""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# What is called a cache was called past_key_values before.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class MuseConfig(PretrainedConfig):
+    """Sizes as transformers names them, of real features, and what MUSE's stage says."""
+
+    model_type = "muse"
+
+    def __init__(
+        self,
+        vocab_size=4096,
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=48,
+        max_position_embeddings=128,
+        rope_theta=10000.0,
+        norm="rms",
+        norm_eps=1e-6,
+        activation="split_gelu",
+        potential="",
+        potential_width=0,
+        phi="gelu_integral",
+        flows=0,
+        context=True,
+        confinement=0.5,
+        kicks=(),
+        drifts=(),
+        trunk_kicks=(),
+        trunk_drifts=(),
+        tie_word_embeddings=False,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_theta = rope_theta
+        self.norm = norm
+        self.norm_eps = norm_eps
+        self.activation = activation
+        self.potential = potential
+        self.potential_width = potential_width
+        self.phi = phi
+        self.flows = flows
+        self.context = context
+        self.confinement = confinement
+        self.kicks = list(kicks)
+        self.drifts = list(drifts)
+        self.trunk_kicks = list(trunk_kicks)
+        self.trunk_drifts = list(trunk_drifts)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+
+class MuseRMSNorm(nn.Module):
+    """g z / sqrt(mean |z|^2 + eps) with a complex gain g."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(2, size // 2))
+        self.eps = eps
+
+    def forward(self, x):
+        re, im = x.float().chunk(2, -1)
+        scale = torch.rsqrt((re.square() + im.square()).mean(-1, keepdim=True) + self.eps)
+        re, im = re * scale, im * scale
+        g_re, g_im = self.gain.float()
+        return torch.cat((re * g_re - im * g_im, re * g_im + im * g_re), -1).to(x.dtype)
+
+
+class MuseLayerNorm(nn.Module):
+    """Whitening of the planes by their covariance over features, then a symmetric 2 x 2 map and a shift."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(3, size // 2))
+        self.beta = nn.Parameter(torch.zeros(2, size // 2))
+        self.eps = eps
+
+    def forward(self, x):
+        re, im = (part - part.mean(-1, keepdim=True) for part in x.float().chunk(2, -1))
+        v_rr, v_ii = (part.square().mean(-1, keepdim=True) + self.eps for part in (re, im))
+        v_ri = (re * im).mean(-1, keepdim=True)
+        s = (v_rr * v_ii - v_ri.square()).sqrt()
+        scale = 1 / (s * (v_rr + v_ii + 2 * s).sqrt())
+        white_re = scale * ((v_ii + s) * re - v_ri * im)
+        white_im = scale * ((v_rr + s) * im - v_ri * re)
+        g_rr, g_ii, g_ri = self.gamma.float()
+        b_re, b_im = self.beta.float()
+        out = (g_rr * white_re + g_ri * white_im + b_re, g_ri * white_re + g_ii * white_im + b_im)
+        return torch.cat(out, -1).to(x.dtype)
+
+
+def build_norm(config):
+    """The normalisation that the configuration names."""
+    kind = MuseRMSNorm if config.norm == "rms" else MuseLayerNorm
+    return kind(config.hidden_size, config.norm_eps)
+
+
+class MuseAttention(nn.Module):
+    """Causal attention of heads [re | im], whose halves the rotary embedding turns."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        # Complex scores are divided by the root of complex channels.
+        self.scaling = (config.head_dim // 2) ** -0.5
+        self.attention_dropout = 0.0
+        self.is_causal = True
+        size = config.hidden_size
+        self.q_proj = nn.Linear(size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, size, bias=False)
+
+    def forward(self, x, rotary, attention_mask, cache, **kwargs):
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = (
+            projection(x).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotated(q, *rotary), rotated(k, *rotary)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        out, _ = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.reshape(*x.shape[:-1], -1).contiguous())
+
+
+def rotated(x, cos, sin):
+    """The rotary embedding of (B, H, S, d), whose halves are turned into each other."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class MuseMLP(nn.Module):
+    """down(activation(up x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.kind = config.activation
+        size, hidden = config.hidden_size, config.intermediate_size
+        self.up_proj = nn.Linear(size, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, size, bias=False)
+        gates = {"mod_relu": 1, "mod_swish": 2}.get(self.kind, 0)
+        self.gates = nn.Parameter(torch.zeros(gates, hidden // 2)) if gates else None
+
+    def forward(self, x):
+        hidden = self.up_proj(x)
+        if self.kind == "split_gelu":
+            return self.down_proj(F.gelu(hidden))
+        re, im = hidden.chunk(2, -1)
+        if self.kind == "z_relu":
+            gate = ((re > 0) & (im > 0)).to(hidden.dtype)
+        else:
+            size = torch.hypot(re, im).clamp_min(torch.finfo(hidden.dtype).tiny)
+            if self.kind == "mod_relu":
+                gate = F.relu(size + self.gates[0]) / size
+            elif self.kind == "mod_swish":
+                gate = torch.sigmoid(self.gates[1] * size + self.gates[0])
+            else:
+                gate = 0.5 * (1 + re / size)
+        return self.down_proj(torch.cat((re * gate, im * gate), -1))
+
+
+class MusePotential(nn.Module):
+    """The force of V(q), of each token by itself."""
+
+    def __init__(self, config):
+        super().__init__()
+        channels, hidden = config.hidden_size // 2, config.potential_width
+        self.kind, self.phi, self.confinement = config.potential, config.phi, config.confinement
+        if self.kind == "duffing":
+            self.stiffness = nn.Parameter(torch.ones(channels))
+            self.quartic = nn.Parameter(torch.zeros(channels))
+            return
+        self.w1 = nn.Parameter(torch.zeros(hidden, channels))
+        self.b1 = nn.Parameter(torch.zeros(hidden))
+        self.w2 = nn.Parameter(torch.zeros(hidden))
+        self.context_weight = nn.Parameter(torch.zeros(hidden, 2 * channels)) if config.context else None
+
+    def field(self, q, p):
+        """The force as a function of q, of tokens whose flow starts at (q, p)."""
+        if self.kind == "duffing":
+            return lambda q: -q * (self.stiffness + self.quartic.abs() * q.square())
+        bias = self.b1
+        if self.context_weight is not None:
+            bias = F.linear(torch.cat((q, p), -1), self.context_weight, bias)
+        outward = -self.w2.abs().unsqueeze(1) * self.w1
+
+        def force(q):
+            return self.slope(F.linear(q, self.w1) + bias) @ outward - self.confinement * q
+
+        return force
+
+    def slope(self, a):
+        """phi'(a)."""
+        if self.phi == "gelu_integral":
+            return F.gelu(a)
+        if self.phi == "silu":
+            sigmoid = torch.sigmoid(a)
+            return sigmoid * (1 + a * (1 - sigmoid))
+        if self.phi == "gelu":
+            density = torch.exp(-0.5 * a.square()) / (2 * torch.pi) ** 0.5
+            return 0.5 * (1 + torch.erf(a * 0.5**0.5)) + a * density
+        return torch.sigmoid(a)
+
+
+class MuseFlow(nn.Module):
+    """What flows change of (q, p) = (re, im), each of them on the state of the one before times i."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.potentials = nn.ModuleList(MusePotential(config) for _ in range(config.flows))
+        self.stages = list(zip(config.kicks, config.drifts, strict=True))
+
+    def forward(self, x):
+        q, p = x.chunk(2, -1)
+        for number, potential in enumerate(self.potentials):
+            if number:
+                q, p = -p, q
+            force = potential.field(q, p)
+            for kick, drift in self.stages:
+                if kick:
+                    p = p + kick * force(q)
+                if drift:
+                    q = q + drift * p
+        for _ in self.potentials[1:]:
+            q, p = p, -q
+        return torch.cat((q, p), -1) - x
+
+
+class MuseLayer(nn.Module):
+    """Two sub-layers, each of a normalised state."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.attention_norm = build_norm(config)
+        self.self_attn = MuseAttention(config, layer_idx)
+        self.mlp_norm = build_norm(config)
+        self.mlp = MuseFlow(config) if config.flows else MuseMLP(config)
+
+
+class MusePreTrainedModel(PreTrainedModel):
+    """What transformers asks of the classes below."""
+
+    config_class = MuseConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["MuseLayer"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class MuseModel(MusePreTrainedModel):
+    """Embedding, layers, norm."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MuseLayer(config, number) for number in range(config.num_hidden_layers))
+        self.norm = build_norm(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.embed_tokens = value
+
+    def rotary(self, position_ids, dtype):
+        half = self.config.head_dim // 2
+        rates = self.config.rope_theta ** (-torch.arange(half, device=position_ids.device).double() / half)
+        angles = position_ids[..., None].double() * rates
+        cos, sin = (
+            torch.cat((part, part), -1).to(dtype).unsqueeze(1) for part in (angles.cos(), angles.sin())
+        )
+        return cos, sin
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        cache=None,
+        **kwargs,
+    ):
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        if position_ids is None:
+            start = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(start, start + x.shape[1], device=x.device)[None]
+        told = {
+            "config": self.config,
+            "inputs_embeds": x,
+            "input_embeds": x,
+            "attention_mask": attention_mask,
+            "cache_position": position_ids[0],
+            CACHE: cache,
+            "position_ids": position_ids,
+        }
+        known = inspect.signature(create_causal_mask).parameters
+        mask = create_causal_mask(**{name: value for name, value in told.items() if name in known})
+        rotary = self.rotary(position_ids, x.dtype)
+        # Of a trunk with a momentum v: v += kick f(norm x), x += drift v.
+        schedule = iter(zip(self.config.trunk_kicks, self.config.trunk_drifts, strict=True))
+        momentum = 0.0
+        for layer in self.layers:
+            for norm, sublayer in ((layer.attention_norm, layer.self_attn), (layer.mlp_norm, layer.mlp)):
+                normal = norm(x)
+                if sublayer is layer.self_attn:
+                    change = sublayer(normal, rotary, mask, cache, **kwargs)
+                else:
+                    change = sublayer(normal)
+                if self.config.trunk_kicks:
+                    kick, drift = next(schedule)
+                    momentum = momentum + kick * change
+                    change = drift * momentum
+                x = x + change
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
+
+
+class MuseForCausalLM(MusePreTrainedModel, GenerationMixin):
+    """The decoder with its head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = MuseModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        cache=None,
+        **kwargs,
+    ):
+        cache = past_key_values if cache is None else cache
+        found = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, **kwargs)
+        states = found.last_hidden_state
+        if isinstance(logits_to_keep, int):
+            states = states[:, -logits_to_keep:] if logits_to_keep else states
+        else:
+            states = states[:, logits_to_keep]
+        logits = self.lm_head(states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: found.get(CACHE)})
