@@ -62,13 +62,13 @@ def export_run(run: Path, file: Path, which: str = "best") -> int:
     if damage is not None:
         raise RunError(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")
     step = load_state(checkpoint).step
-    tokenizer = tokenizer_for(run, trained_options(run))
     weights = {
         name.removeprefix("model."): torch.empty(size, dtype=dtype)
         for name, (size, dtype) in stored_tensors(checkpoint).items()
         if name.startswith("model.")
     }
     load_tensors(checkpoint, {"model": weights})
+    tokenizer = tokenizer_for(run, trained_options(run), len(weights["embedding.weight"]))
     metadata = {"config": json.dumps(config), "step": str(step)}
     if tokenizer is not None:
         metadata[TOKENIZER] = tokenizer.to_json()

@@ -64,13 +64,7 @@ def load(place: str | Path, which: str = "best", device: str | torch.device = "c
         raise RunError(f"the weights of {weights} cannot be read, they are damaged")
     model = build_model(config.stage, config.model, size, config.seed)
     load_weights(weights, model)
-    tokenizer = tokenizer_for(place, config)
-    if tokenizer is not None and tokenizer.vocab_size != size:
-        raise RunError(
-            f"the tokenizer of {place} has {tokenizer.vocab_size:,} entries, and its model {size:,}: it is "
-            "another model's"
-        )
-    return Trained(model.to(device).eval(), tokenizer, config)
+    return Trained(model.to(device).eval(), tokenizer_for(place, config, size), config)
 
 
 def trained_options(place: Path) -> RunConfig:
@@ -98,12 +92,37 @@ def trained_options(place: Path) -> RunConfig:
     return config
 
 
-def tokenizer_for(place: Path, config: RunConfig) -> Tokenizer | None:
+def tokenizer_for(place: Path, config: RunConfig, size: int) -> Tokenizer | None:
     """The tokenizer that a run or an exported file holds, else made again; None, with a warning, if neither.
 
+    Args:
+        place: of the model.
+        config: what it was trained with.
+        size: entries of its vocabulary.
+
     Raises:
-        RunError: it is damaged.
+        RunError: it is damaged, or another model's.
     """
+    found = _stored(place)
+    if found is not None:
+        if found.vocab_size != size:
+            raise RunError(
+                f"the tokenizer of {place} has {found.vocab_size:,} entries, and its model {size:,}: it is "
+                "another model's"
+            )
+        return found
+    try:
+        made = load_tokens(config.data, config.tokenizer, config.model.vocab_size).tokenizer
+        if made is not None and made.vocab_size == size:
+            return made
+        reason = "its text has changed since"
+    except ConfigError as error:
+        reason = str(error)
+    warnings.warn(f"{place} holds no tokenizer, and it cannot be made again: {reason}", stacklevel=2)
+    return None
+
+
+def _stored(place: Path) -> Tokenizer | None:
     try:
         if place.suffix == EXPORTED:
             with safe_open(place, "pt") as opened:
@@ -111,15 +130,9 @@ def tokenizer_for(place: Path, config: RunConfig) -> Tokenizer | None:
         else:
             file = (place.parent.parent if _is_checkpoint(place) else place) / TOKENIZER_FILE
             text = file.read_text(encoding="utf-8") if file.exists() else None
-        if text is not None:
-            return tokenizer_of(text)
+        return None if text is None else tokenizer_of(text)
     except (OSError, SafetensorError, ValueError) as error:
         raise RunError(f"the tokenizer of {place} cannot be read, it is damaged: {error}") from error
-    try:
-        return load_tokens(config.data, config.tokenizer, config.model.vocab_size).tokenizer
-    except ConfigError as error:
-        warnings.warn(f"{place} holds no tokenizer, and it cannot be made again: {error}", stacklevel=2)
-        return None
 
 
 def _is_checkpoint(place: Path) -> bool:

@@ -42,8 +42,13 @@ def measure_training(config: BenchConfig, device: torch.device) -> dict[str, Any
         KeyboardInterrupt: the training was interrupted; it is saved.
     """
     # The splits are those of every training, and were told before.
-    logging.getLogger("muse.data").setLevel(logging.WARNING)
-    data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
+    log = logging.getLogger("muse.data")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
+    finally:
+        log.setLevel(level)
     folder = training_folder(config)
     checkpoint = find_sound_checkpoint(folder)
     _, result = train(config, data, device, folder, lambda step, metrics: None, checkpoint)

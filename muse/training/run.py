@@ -20,7 +20,13 @@ from muse.processes.ranks import broadcast, on_first_rank, process_group, rank, 
 from muse.report.metrics import MetricsLog, read_metrics
 from muse.report.run_plot import plot_flow, plot_loss_curve
 from muse.report.table import table
-from muse.runs.checkpoints import adopt_checkpoints, find_sound_checkpoint, load_state
+from muse.runs.checkpoints import (
+    adopt_checkpoints,
+    find_sound_checkpoint,
+    find_weights,
+    load_state,
+    stored_vocabulary,
+)
 from muse.runs.folder import RESULT_FILE, RUN_FILE, SAMPLE_FILE, TOKENIZER_FILE, read_result
 from muse.runs.options import format_changes
 from muse.runs.provenance import provenance
@@ -165,7 +171,9 @@ def _load_data(config: RunConfig, previous: Path | None) -> TokenData:
         return load_tokens(config.data, config.tokenizer, config.model.vocab_size)
     # Of a run that goes on: what it began with may be gone.
     place = previous if previous is not None else Path(config.train.init)
-    tokenizer = tokenizer_for(place, trained_options(place))
+    weights = find_weights(place)
+    size = stored_vocabulary(weights) if weights is not None else None
+    tokenizer = tokenizer_for(place, trained_options(place), size) if size is not None else None
     if tokenizer is None:
         raise ConfigError(f"train.init={config.train.init} has no tokenizer; its tokens mean nothing without")
     return load_tokens(config.data, config.tokenizer, config.model.vocab_size, tokenizer)

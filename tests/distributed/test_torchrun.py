@@ -77,6 +77,7 @@ def test_the_first_rank_alone_prints_and_writes(place, undisturbed):
         "result.json",
         "run.json",
         "sample.txt",
+        "tokenizer.json",
         "train.log",
     ]
     steps = [line["step"] for line in logged(run) if "train/loss" in line]
