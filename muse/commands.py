@@ -17,7 +17,19 @@ from muse.hardware import use_hardware
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a wrong argument in one sentence, with status 1, as every other error."""
+    """Tells a wrong argument in one sentence, with status 1, as every other error.
+
+    Args:
+        module: that the command runs.
+        description: its docstring, shown as it is written.
+    """
+
+    def __init__(self, module: str, description: str | None) -> None:
+        super().__init__(
+            prog=f"python -m {module}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         """End the command."""

@@ -31,11 +31,7 @@ WINDOWS = 16
 
 def main() -> None:
     """The command."""
-    parser = Parser(
-        prog="python -m muse.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("muse.evaluate", __doc__)
     add_model(parser)
     text = parser.add_mutually_exclusive_group()
     text.add_argument(

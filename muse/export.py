@@ -91,11 +91,7 @@ def load_exported(file: Path) -> Trained:
 
 def main() -> None:
     """The command."""
-    parser = Parser(
-        prog="python -m muse.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("muse.export", __doc__)
     parser.add_argument(
         "run", type=Path, help="folder of a run of train.py; of transformers also such a file"
     )

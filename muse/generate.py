@@ -28,11 +28,7 @@ SIZES = (
 
 def main() -> None:
     """The command."""
-    parser = Parser(
-        prog="python -m muse.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("muse.generate", __doc__)
     add_model(parser)
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--prompt", help="the text to go on with")

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from muse.dynamics import HamiltonianNeuralODE, MLPPotential
 from muse.errors import ConfigError, RunError
 from muse.files import write_atomically
-from muse.layers import ComplexEmbedding, ComplexLinear, ComplexRMSNorm
+from muse.layers import ComplexAttention, ComplexEmbedding, ComplexLayerNorm, ComplexLinear, ComplexRMSNorm
 from muse.models.complex import ComplexBlock
 from muse.models.hamiltonian import HamiltonianBlock
 from muse.models.real import RealBlock, RealEmbedding
@@ -184,8 +184,9 @@ def own_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The same for ``modeling_muse.py``: complex maps as real ones, all else as it is."""
     model, _, config = trained
     stage, width = config.stage, config.model.complex
-    embedding, eps = model.embedding, 1e-6
+    embedding, norm = model.embedding, model.norm
     assert isinstance(embedding, ComplexEmbedding)
+    assert isinstance(norm, ComplexRMSNorm | ComplexLayerNorm)
     tensors: dict[str, Tensor] = {}
     kicks: tuple[float, ...] = ()
     drifts: tuple[float, ...] = ()
@@ -194,17 +195,12 @@ def own_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
         rows = embedding.weight.float().flatten(1)
         tensors["model.embed_tokens.weight"] = rows / embedding.rms
         tensors["lm_head.weight"] = model.head_parameters()[0].float().flatten(1)
-        tensors |= _named("model.norm", model.norm)
+        tensors |= _named("model.norm", norm)
         for number, block in enumerate(model.blocks):
             assert isinstance(block, ComplexBlock | HamiltonianBlock)
             place = f"model.layers.{number}"
-            attention, d = block.attention, block.attention.head_dim
-            sizes = [count * d for count in (attention.heads, attention.kv_heads, attention.kv_heads)]
-            parts = attention.projection.weight.float().split(sizes, 1)
-            for name, part in zip("qkv", parts, strict=True):
-                tensors[f"{place}.self_attn.{name}_proj.weight"] = _to_heads(_real_map(part), d)
-            output = _to_heads(_real_map(attention.output.weight.float()).T, d).T
-            tensors[f"{place}.self_attn.o_proj.weight"] = output
+            maps = _attention_maps(block.attention, block.attention.projection.weight.float())
+            tensors |= {f"{place}.{name}.weight": weight for name, weight in maps.items()}
             tensors |= _named(f"{place}.attention_norm", block.attention_norm)
             if isinstance(block, HamiltonianBlock):
                 tensors |= _named(f"{place}.mlp_norm", block.flow_norm)
@@ -241,7 +237,7 @@ def own_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "max_position_embeddings": config.model.seq_len,
         "rope_theta": ROPE,
         "norm": stage.norm,
-        "norm_eps": eps,
+        "norm_eps": norm.eps,
         "activation": stage.activation,
         "potential": stage.potential if flows else "",
         "potential_width": units,
@@ -287,21 +283,28 @@ def _real_maps(block: RealBlock) -> dict[str, Tensor]:
 
 def _complex_maps(block: nn.Module) -> dict[str, Tensor]:
     assert isinstance(block, ComplexBlock)
-    attention, ffn = block.attention, block.ffn
-    d = attention.head_dim
-    sizes = [count * d for count in (attention.heads, attention.kv_heads, attention.kv_heads)]
+    ffn = block.ffn
     # Complex maps of normalised states, with the gains of their norms.
-    q, k, v = _after(block.attention_norm, attention.projection).split(sizes, 1)
-    return {
-        "self_attn.q_proj": math.sqrt(2) * _to_heads(_real_map(q), d),
-        "self_attn.k_proj": _to_heads(_real_map(k), d),
-        "self_attn.v_proj": _to_heads(_real_map(v), d),
-        "self_attn.o_proj": _to_heads(_real_map(attention.output.weight.float()).T, d).T,
+    maps = _attention_maps(block.attention, _after(block.attention_norm, block.attention.projection))
+    return maps | {
+        "self_attn.q_proj": math.sqrt(2) * maps["self_attn.q_proj"],
         "input_layernorm": _norm_weight(block.attention_norm),
         "post_attention_layernorm": _norm_weight(block.ffn_norm),
         "mlp.up_proj": _real_map(_after(block.ffn_norm, ffn.up)),
         "mlp.down_proj": _real_map(ffn.down.weight.float()),
     }
+
+
+def _attention_maps(attention: ComplexAttention, projection: Tensor) -> dict[str, Tensor]:
+    """Real maps to and from the heads [re | im], of a planar weight that gives queries, keys and values."""
+    d = attention.head_dim
+    sizes = [count * d for count in (attention.heads, attention.kv_heads, attention.kv_heads)]
+    maps = {
+        f"self_attn.{name}_proj": _to_heads(_real_map(part), d)
+        for name, part in zip("qkv", projection.split(sizes, 1), strict=True)
+    }
+    output = _to_heads(_real_map(attention.output.weight.float()).T, d).T
+    return maps | {"self_attn.o_proj": output}
 
 
 def _real_map(weight: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from muse.config import BenchConfig
 from muse.data import load_tokens
 from muse.errors import ConfigError
 from muse.files import claimed, read_json, write_json
-from muse.measure.bootstrap import mean_interval, resampled
+from muse.measure.bootstrap import TAILS, mean_interval, resampled
 from muse.measure.timing import quantile, times_in_turns
 from muse.report.plots import COLOURS, MARKERS, add_legend, new_axes, new_figure
 from muse.report.sweep_plot import Metric
@@ -362,7 +362,7 @@ def _exponent(
     if config.benchmark.seeds > 1:
         draws = recurrence_exponents(points, by_seed[:, chosen].mean(2).T)
         if np.isfinite(draws).all():
-            low, high = np.percentile(draws, (2.5, 97.5))
+            low, high = np.percentile(draws, TAILS)
             interval = (float(low), float(high))
     return {key: float(mean) if np.isfinite(mean) else None, f"{key}_interval": interval}
 
