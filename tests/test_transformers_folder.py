@@ -105,11 +105,11 @@ def test_the_folder_is_a_decoder_with_the_logits_of_the_model(tmp_path, options)
     assert written == sum(tensor.numel() for tensor in tensors.values())
     with torch.no_grad():
         expected = found.model(TOKENS)
-        # The model turns by angles in float64, and rounds differently.
-        torch.testing.assert_close(logits_of(config, tensors, TOKENS), expected, rtol=1e-4, atol=1e-5)
+        # The model turns by angles in float64, and rounds differently; the next test is about what is exact.
+        assert (logits_of(config, tensors, TOKENS) - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("options", DECODERS[3:5], ids=str)
+@pytest.mark.parametrize("options", DECODERS[:5], ids=str)
 def test_the_maps_are_exact_in_float64(tmp_path, options):
     """So what float32 leaves is rounding: a wrong gain or factor would be seen in the eighth digit."""
     found = trained(tmp_path, **options)
