@@ -17,16 +17,24 @@ FLOW_PANELS = (
 
 
 def plot_loss_curve(path: Path, metrics: list[dict[str, Any]], title: str) -> None:
-    """Write training and validation loss over the steps of a run.
+    """Write the picture of ``draw_loss_curve``."""
+    save(draw_loss_curve(metrics, title), path)
+
+
+def draw_loss_curve(metrics: list[dict[str, Any]], title: str) -> Any:
+    """Training and validation loss over the steps of a run.
 
     The y-axis is for what comes after the first tenth of the steps, a little higher for where that begins; a
     remark tells the loss that the training began with. Validation losses are joined where they were measured
     on the same windows; that of the whole split has a mark of its own.
+
+    Returns:
+        The figure.
     """
     figure = new_figure((8, 4.2))
     axes = new_axes(figure, "step", "loss [nats per token]", title=title)
-    training, last = _series(metrics, "train/loss"), _series(metrics, "train/last_loss")
-    whole = _series(metrics, "valid/whole_loss")
+    training, last = series(metrics, "train/loss"), series(metrics, "train/last_loss")
+    whole = series(metrics, "valid/whole_loss")
     # Logged so often that a line holds one step only, the mean shows nothing else.
     if last and last != training:
         axes.plot(*zip(*last, strict=True), color=COLOURS[0], alpha=0.3, linewidth=0.8, label="last batch")
@@ -62,18 +70,18 @@ def plot_loss_curve(path: Path, metrics: list[dict[str, Any]], title: str) -> No
             f"{loss:.3f}", (step, loss), (0, 9), textcoords="offset points", ha="right", color=COLOURS[2]
         )
     lines = [training, last, *measures.values(), whole]
-    _show_what_follows(axes, [point for points in lines for point in points])
+    show_what_follows(axes, [point for points in lines for point in points])
     if axes.lines:
         axes.legend()
-    save(figure, path)
+    return figure
 
 
-def _series(metrics: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+def series(metrics: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     """(step, value) of every line that has a finite value."""
     return [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
 
 
-def _show_what_follows(axes: Any, points: Sequence[tuple[float, float]]) -> None:
+def show_what_follows(axes: Any, points: Sequence[tuple[float, float]]) -> None:
     """Limit y to the points after the first tenth of x, if the first ones are far above all of them."""
     if not points:
         return
@@ -96,14 +104,24 @@ def _show_what_follows(axes: Any, points: Sequence[tuple[float, float]]) -> None
 
 
 def plot_flow(path: Path, metrics: list[dict[str, Any]], title: str) -> None:
-    """Write what ``muse.dynamics.watch`` measured of each flow over the steps of a run, if it did.
+    """Write the picture of ``draw_flow``, if there is one."""
+    figure = draw_flow(metrics, title)
+    if figure is not None:
+        save(figure, path)
+
+
+def draw_flow(metrics: list[dict[str, Any]], title: str) -> Any:
+    """What ``muse.dynamics.watch`` measured of each flow over the steps of a run.
 
     Colours run from the first block to the last, flows of a block differ in line style.
+
+    Returns:
+        The figure; None where it measured nothing.
     """
     keys = dict.fromkeys(key for line in metrics for key in line if key.count("/") == 2)
     names = list(dict.fromkeys(key.split("/")[1] for key in keys if key.startswith("flow/")))
     if not names:
-        return
+        return None
     from matplotlib import colormaps
 
     figure = new_figure((11, 7.5))
@@ -113,7 +131,7 @@ def plot_flow(path: Path, metrics: list[dict[str, Any]], title: str) -> None:
     for place, (key, label) in enumerate(FLOW_PANELS):
         axes = new_axes(figure, "step" if place > 1 else "", "", grid[place], title=label)
         for name in names:
-            points = _series(metrics, f"flow/{name}/{key}")
+            points = series(metrics, f"flow/{name}/{key}")
             if not points:
                 continue
             block, _, flow = name.rpartition("_")
@@ -131,4 +149,4 @@ def plot_flow(path: Path, metrics: list[dict[str, Any]], title: str) -> None:
         if key == "fallen_back":
             axes.set(ylim=(-0.05, 1.05), yticks=(0, 1), yticklabels=("no", "yes"))
         label_ends(axes, axes.lines)
-    save(figure, path)
+    return figure

@@ -81,13 +81,21 @@ def write_summary(sweep: Path) -> list[dict[str, Any]]:
     while (cells := read_cells(sweep)) != written:
         write_json(sweep / SUMMARY, cells)
         write_atomically(sweep / "summary.csv", _csv(cells))
-        _plot(sweep, cells)
+        figure = draw_cells(sweep, cells)
+        if figure is not None:
+            save(figure, sweep / "summary.png")
         written = cells
     return cells
 
 
 def show_cells(cells: list[dict[str, Any]]) -> str:
-    """The cells as a table, and the errors of those that failed.
+    """The cells as a table, and the errors of those that failed."""
+    lines, errors = cell_table(cells)
+    return "\n".join([table(lines[0], lines[1:]), *errors])
+
+
+def cell_table(cells: list[dict[str, Any]]) -> tuple[list[list[Any]], list[str]]:
+    """The lines of a table of the cells, the header first, and the errors of those that failed.
 
     What is too much for a line is a column for each cell; of two there is also the second over the first.
     """
@@ -105,7 +113,7 @@ def show_cells(cells: list[dict[str, Any]]) -> str:
         if len(cells) == 2:
             lines.append(["ratio", None, *(_factor(*(cell.get(key) for cell in cells)) for key in keys)])
         lines = [list(line) for line in zip(*lines, strict=True)]
-    return "\n".join([table(lines[0], lines[1:]), *errors])
+    return lines, errors
 
 
 def _factor(first: Any, second: Any) -> float | None:
@@ -141,15 +149,13 @@ def _csv(cells: list[dict[str, Any]]) -> str:
 MOST_COLUMNS = 12
 
 
-def _plot(sweep: Path, cells: list[dict[str, Any]]) -> None:
+def draw_cells(sweep: Path, cells: list[dict[str, Any]]) -> Any:
+    """The figure of the cells of a multirun in the folder ``sweep``; None where nothing was measured."""
     if searched := _recorded(sweep / SEARCH):
-        figure = draw_search(cells, searched)
-    else:
-        swept, labelled = _labelled(cells)
-        metrics = [Metric(**metric) for metric in _recorded(sweep / METRICS) or []]
-        figure = draw_sweep(labelled, swept, metrics)
-    if figure is not None:
-        save(figure, sweep / "summary.png")
+        return draw_search(cells, searched)
+    swept, labelled = _labelled(cells)
+    metrics = [Metric(**metric) for metric in _recorded(sweep / METRICS) or []]
+    return draw_sweep(labelled, swept, metrics)
 
 
 def _scalar(value: object) -> bool:

@@ -14,6 +14,8 @@ RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
 CHECKPOINTS = "checkpoints"
 SAMPLE_FILE = "sample.txt"
+# Of a profiled run on a CPU.
+MEMORY_FILE = "memory.json"
 # Written beside the configuration: what turns its text into tokens and back.
 TOKENIZER_FILE = "tokenizer.json"
 

@@ -100,8 +100,8 @@ def differences(stored: Mapping[str, Any], config: RunConfig) -> Changes:
     An option that the stored configuration lacks, because it is older, had what is the default now.
     """
     # As JSON has them.
-    own = _flat(json.loads(json.dumps(dataclasses.asdict(config))))
-    kept = {**_flat(dataclasses.asdict(type(config)())), **_flat(stored)}
+    own = flat_options(json.loads(json.dumps(dataclasses.asdict(config))))
+    kept = {**flat_options(dataclasses.asdict(type(config)())), **flat_options(stored)}
     return {
         name: (kept.get(name), own.get(name, UNKNOWN))
         for name in sorted(own.keys() | kept.keys())
@@ -214,11 +214,12 @@ def _is_given(name: str, given: Collection[str]) -> bool:
     return is_among(name, given)
 
 
-def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_options(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options of nested groups by their path, as in ``train.steps``."""
     flat: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= flat_options(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat

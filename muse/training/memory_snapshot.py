@@ -12,10 +12,10 @@ import torch
 from muse.files import write_json
 from muse.measure.peak_memory import peak_memory
 from muse.models import LanguageModel
+from muse.runs.folder import MEMORY_FILE
 from muse.training.optim import ModelOptimizer
 
 CUDA_FILE = "memory_snapshot.pickle"
-CPU_FILE = "memory.json"
 # MemTracker's kinds: it sees who makes a tensor, and the optimiser's state is handed to it.
 KINDS = {
     "Parameter": "parameters",
@@ -30,7 +30,7 @@ KINDS = {
 
 def memory_file(device: torch.device) -> str:
     """Name of the file that ``memory_snapshot`` writes for a device."""
-    return CUDA_FILE if device.type == "cuda" else CPU_FILE
+    return CUDA_FILE if device.type == "cuda" else MEMORY_FILE
 
 
 @contextmanager
