@@ -60,6 +60,7 @@ PLACEHOLDERS = {
     r" \.\.\.(?= |$)": "",
     r"=<user[^>]*>": "=someone",
     r"\w+\.safetensors": "{place}/weights.safetensors",
+    r"docs/figures docs/pictures": f"{ROOT}/docs/figures {{place}}/pictures",
 }
 WIDTH = "{d_model:16,layers:2,heads:2,kv_heads:2,d_ff:32}"
 # Put before a command's own options: what makes any of them small.

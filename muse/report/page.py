@@ -35,7 +35,7 @@ th, td { padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); 
 th:first-child, td:first-child { text-align: left; min-width: 8rem; }
 .pass { color: var(--good); } .fail { color: var(--bad); }
 .pictures { display: grid; gap: 1rem; margin: 1rem 0;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 figure { margin: 0; break-inside: avoid; }
 figure svg { width: 100%; height: auto; fill: currentColor; }
 figure img { max-width: 100%; background: #ffffff; }
