@@ -2,6 +2,7 @@
 
 python -m muse.evaluate outputs/train/stage1-tiny/2026-01-31_12-00-00-123 --split test
 python -m muse.evaluate stage1.safetensors --text chapter.txt notes.txt --stride 32 --json result.json
+python -m muse.evaluate stage1.safetensors --text chapter.txt --rolling --float32
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from muse.files import finite, write_json
 from muse.hardware import autocast_dtype
 from muse.report.table import table
 from muse.trained import Trained, load
-from muse.training.evaluate import Evaluation, evaluate
+from muse.training.evaluate import Evaluation, evaluate, evaluate_rolling
 
 WINDOWS = 16
 
@@ -38,7 +39,16 @@ def main() -> None:
         "--split", choices=("valid", "test"), default="valid", help="of the text it was trained on (valid)"
     )
     text.add_argument("--text", nargs="+", metavar="FILE", help="other text, in UTF-8; a document each")
-    parser.add_argument("--stride", type=int, help="tokens that the window moves by (no overlap)")
+    windows = parser.add_mutually_exclusive_group()
+    windows.add_argument("--stride", type=int, help="tokens that the window moves by (no overlap)")
+    windows.add_argument(
+        "--rolling",
+        action="store_true",
+        help="each file of --text from an end token on, but not its end, as the lm-evaluation-harness has it",
+    )
+    parser.add_argument(
+        "--float32", action="store_true", help="compute in float32, as an export does (the model's precision)"
+    )
     parser.add_argument("--batch-size", type=int, default=WINDOWS, help=f"windows at a time ({WINDOWS})")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too; - prints nothing else")
     run_command(lambda: _command(parser.parse_args()))
@@ -50,7 +60,11 @@ def _command(arguments: argparse.Namespace) -> None:
     if arguments.json == "-":
         # Whatever else says something on the way.
         shown, sys.stdout = sys.stdout, sys.stderr
+    if arguments.rolling and not arguments.text:
+        raise ConfigError("--rolling needs documents; give files with --text")
     trained = load(arguments.model, arguments.which, device_of(arguments.device))
+    if arguments.float32:
+        trained = in_float32(trained)
     seq_len = trained.config.model.seq_len
     stride = arguments.stride
     if stride is not None and not 1 <= stride <= seq_len:
@@ -59,18 +73,21 @@ def _command(arguments: argparse.Namespace) -> None:
         )
     if trained.tokenizer is None:
         raise ConfigError(f"{arguments.model} has no tokenizer, without which there are no tokens")
-    if arguments.text:
-        tokens, counts = tokens_of_files(trained.tokenizer, [Path(name) for name in arguments.text])
-        name = ", ".join(arguments.text)
+    paths = [Path(name) for name in arguments.text or ()]
+    if arguments.rolling:
+        found, counts = evaluate_files_rolling(trained, paths, arguments.batch_size)
     else:
-        tokens, counts = tokens_of_split(trained, arguments.split)
-        name = arguments.split
-    found = evaluate_tokens(trained, tokens, counts, stride, arguments.batch_size)
+        tokens, counts = (
+            tokens_of_files(trained.tokenizer, paths) if paths else tokens_of_split(trained, arguments.split)
+        )
+        found = evaluate_tokens(trained, tokens, counts, stride, arguments.batch_size)
+    name = ", ".join(arguments.text or [arguments.split])
     figures = {
         "model": str(arguments.model),
         "text": name,
         "seq_len": seq_len,
         "stride": stride or seq_len,
+        "rolling": arguments.rolling,
         "bytes": counts.bytes,
         **dataclasses.asdict(found),
     }
@@ -107,24 +124,65 @@ def evaluate_tokens(
     return evaluate(trained.model, tokens, counts, seq_len, windows, stride, 0, precision)
 
 
+def evaluate_files_rolling(
+    trained: Trained, paths: list[Path], windows: int = WINDOWS
+) -> tuple[Evaluation, Counts]:
+    """Evaluate files of text, each by itself, as ``loglikelihood_rolling`` of the lm-evaluation-harness does.
+
+    The first token of a file is predicted from an end token, and no end is predicted after the last one.
+
+    Args:
+        trained: of ``muse.load``, with a tokenizer.
+        paths: of the files, a document each.
+        windows: at a time.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    tokenizer = trained.tokenizer
+    assert tokenizer is not None
+    texts = _read_documents(paths)
+    documents = [np.array(tokenizer.encode(text), np.uint32) for text in texts]
+    counts = _counts(sum(map(len, documents)), texts)
+    precision = autocast_dtype(trained.config.stage.precision)
+    seq_len, prefix = trained.config.model.seq_len, tokenizer.end_id
+    return evaluate_rolling(trained.model, documents, counts, prefix, seq_len, windows, precision), counts
+
+
+def in_float32(trained: Trained) -> Trained:
+    """The model with parameters and activations in float32, whatever it was trained in."""
+    stage = dataclasses.replace(trained.config.stage, precision="fp32")
+    config = dataclasses.replace(trained.config, stage=stage)
+    return trained._replace(model=trained.model.float(), config=config)
+
+
 def tokens_of_files(tokenizer: Tokenizer, paths: list[Path]) -> tuple[np.ndarray, Counts]:
     """The tokens of files of text, each a document with its end, and how many words and bytes they are of.
 
     Raises:
         ConfigError: a file cannot be read, or there are too few tokens.
     """
+    documents = _read_documents(paths)
+    pieces: list[Any] = list(tokenizer.encode_documents(documents))
+    tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)
+    if len(tokens) < 2:
+        raise ConfigError(f"--text {' '.join(map(str, paths))} has too little text; it needs two tokens")
+    return tokens, _counts(len(tokens), documents)
+
+
+def _read_documents(paths: list[Path]) -> list[str]:
     documents = []
     for path in paths:
         try:
             documents.append(read_text(path))
         except NotTextError as error:
             raise ConfigError(f"--text {path} is {error}") from error
-    pieces: list[Any] = list(tokenizer.encode_documents(documents))
-    tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)
-    if len(tokens) < 2:
-        raise ConfigError(f"--text {' '.join(map(str, paths))} has too little text; it needs two tokens")
+    return documents
+
+
+def _counts(tokens: int, documents: list[str]) -> Counts:
     size = sum(len(document.encode()) for document in documents)
-    return tokens, Counts(len(tokens), sum(map(count_words, documents)), size)
+    return Counts(tokens, sum(map(count_words, documents)), size)
 
 
 def tokens_of_split(trained: Trained, split: str) -> tuple[np.ndarray, Counts]:

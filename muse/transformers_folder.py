@@ -225,6 +225,8 @@ def own_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "model_type": "muse",
         "auto_map": {
             "AutoConfig": f"{CODE.stem}.MuseConfig",
+            # vLLM builds it, and has a head of its own.
+            "AutoModel": f"{CODE.stem}.MuseModel",
             "AutoModelForCausalLM": f"{CODE.stem}.{OWN}",
         },
         "vocab_size": rows.shape[0],

@@ -185,3 +185,42 @@ def test_transformers_loads_it_and_goes_on_with_the_same_tokens(tmp_path, option
     assert tokenizer.decode(found.tokenizer.encode(text)) == text
     plain = text.replace(" <|endoftext|>", "")
     assert tokenizer(plain)["input_ids"] == found.tokenizer.encode(plain)
+
+
+@pytest.mark.parametrize("options", OWN, ids=str)
+def test_vllm_can_build_and_compile_the_decoder(tmp_path, options):
+    """By what vLLM 0.33's Transformers backend does with a model, its attention played by torch's."""
+    transformers = pytest.importorskip("transformers", reason="the extra interop is not installed")
+    found = trained(tmp_path, **options)
+    export_transformers(found, tmp_path / "out")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert whole.is_backend_compatible()
+
+    def attend(module, query, key, value, mask, scaling=None, attention_instances=None, **others):
+        assert mask is None
+        assert attention_instances[module.layer_idx] == module.layer_idx
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2).flatten(2)[0], None
+
+    name = "torch_as_vllm"
+    transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.register(name, attend)
+    config = whole.config
+    config._attn_implementation = name
+    decoder = transformers.AutoModel.from_config(config, trust_remote_code=True).get_decoder()
+    decoder.load_state_dict(whole.model.state_dict())
+    told = {
+        "input_ids": TOKENS[:1],
+        "inputs_embeds": None,
+        "use_cache": False,
+        "position_ids": torch.arange(TOKENS.shape[1])[None],
+        "attention_instances": dict(enumerate(range(config.num_hidden_layers))),
+        "return_dict": False,
+    }
+    torch._dynamo.reset()
+    with torch.no_grad():
+        ours = found.model(TOKENS[:1])[0]
+        for call in (decoder, torch.compile(decoder, fullgraph=True, backend="eager")):
+            logits = whole.lm_head(call(**told)[0][0])
+            assert (logits - ours).abs().max() < 2e-5 * ours.abs().max()

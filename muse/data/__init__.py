@@ -1,6 +1,6 @@
 """Text, tokenizers, tokenised splits and batches."""
 
-from muse.data.batches import evaluation_batches, evaluation_windows, training_batch
+from muse.data.batches import evaluation_batches, evaluation_windows, rolling_batches, training_batch
 from muse.data.corpus import Corpus, count_words, load_corpus
 from muse.data.splits import SPLITS
 from muse.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_of
@@ -18,6 +18,7 @@ __all__ = [
     "evaluation_windows",
     "load_corpus",
     "load_tokens",
+    "rolling_batches",
     "tokenizer_of",
     "training_batch",
 ]

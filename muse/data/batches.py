@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -109,3 +109,38 @@ def evaluation_windows(tokens: int, seq_len: int, stride: int | None = None, lim
     stride = seq_len if stride is None else stride
     windows = 1 + max(0, -(-(tokens - 1 - seq_len) // stride))
     return windows if limit == 0 else min(windows, -(-limit // stride))
+
+
+def rolling_batches(
+    documents: Sequence[np.ndarray], prefix: int, seq_len: int, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Windows that predict every token of each document once, as the lm-evaluation-harness cuts them.
+
+    A document's first window begins with ``prefix``, and each window after it with the token before its first
+    target; the last one of several begins earlier, so that it is full, and only its new targets count.
+
+    Args:
+        documents: integers of shape (n,) each; an empty one has no window.
+        prefix: the token before each document.
+        seq_len: inputs in a window.
+        batch_size: windows in a batch; the last one may have fewer.
+
+    Yields:
+        What ``evaluation_batches`` yields.
+    """
+    streams = [np.concatenate([[prefix], document]).astype(np.int64) for document in documents]
+    # Stream, first input, first target that counts.
+    windows = [
+        (stream, min(predicted, max(0, len(stream) - 1 - seq_len)), predicted)
+        for stream in streams
+        for predicted in range(0, len(stream) - 1, seq_len)
+    ]
+    for first in range(0, len(windows), batch_size):
+        chosen = windows[first : first + batch_size]
+        batch = torch.zeros(len(chosen), seq_len + 1, dtype=torch.int64)
+        new = torch.zeros(len(chosen), seq_len, dtype=torch.bool)
+        for row, (stream, start, predicted) in enumerate(chosen):
+            window = torch.from_numpy(stream[start : start + seq_len + 1])
+            batch[row, : len(window)] = window
+            new[row, predicted - start : len(window) - 1] = True
+        yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), new

@@ -6,12 +6,14 @@ Along the way a part of these windows stands for all, always the same one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
-from muse.data import Counts, evaluation_batches
+from muse.data import Counts, evaluation_batches, rolling_batches
 from muse.dynamics import deferred_checks, layers_that_fall_back
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
@@ -47,7 +49,6 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-@torch.no_grad()
 def evaluate(
     model: LanguageModel,
     tokens: np.ndarray,
@@ -69,43 +70,75 @@ def evaluate(
         limit: tokens to evaluate, in windows spread evenly over the split; 0 for all.
         precision: autocast dtype; None for the dtype of the parameters.
     """
-    windows = tokens, seq_len, batch_size, stride, limit
+    windows = partial(evaluation_batches, tokens, seq_len, batch_size, stride, limit)
+    total, predicted = _total(model, precision, windows)
+    return _in_units(total, predicted, counts, counts is not None and predicted >= len(tokens) - 1)
+
+
+def evaluate_rolling(
+    model: LanguageModel,
+    documents: Sequence[np.ndarray],
+    counts: Counts,
+    prefix: int,
+    seq_len: int,
+    batch_size: int,
+    precision: torch.dtype | None = None,
+) -> Evaluation:
+    """Evaluate each document by itself, as ``loglikelihood_rolling`` of the lm-evaluation-harness does.
+
+    Args:
+        model: as in ``evaluate``, whose other arguments are these.
+        documents: (tokens,) each, without ends.
+        counts: words and bytes of all of them.
+        prefix: the token from which a document's first one is predicted.
+        seq_len: tokens in a window.
+        batch_size: windows at a time.
+        precision: autocast dtype; None for the dtype of the parameters.
+    """
+    windows = partial(rolling_batches, documents, prefix, seq_len, batch_size)
+    return _in_units(*_total(model, precision, windows), counts, True)
+
+
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+@torch.no_grad()
+def _total(
+    model: LanguageModel, precision: torch.dtype | None, windows: Callable[[], Batches]
+) -> tuple[float, int]:
+    """The summed loss of the windows, and how many tokens it is of."""
     training = model.training
     model.eval()
     try:
         with deferred_checks(model):
-            total, predicted = _total(model, precision, *windows)
+            total, predicted = _sum(model, precision, windows())
         if not math.isfinite(total) and layers_that_fall_back(model):
-            total, predicted = _total(model, precision, *windows)
+            total, predicted = _sum(model, precision, windows())
     finally:
         model.train(training)
-    loss = total / max(1, predicted)
-    whole = counts is not None and predicted >= len(tokens) - 1
-    reason = _no_word_ppl(total, counts, whole)
-    word_ppl = perplexity(total / counts.words) if reason is None and counts and counts.words else None
-    bits = total / math.log(2) / counts.bytes if whole and counts and counts.bytes else None
-    return Evaluation(loss, perplexity(loss), word_ppl, bits, predicted, reason)
+    return total, predicted
 
 
-def _total(
-    model: LanguageModel,
-    precision: torch.dtype | None,
-    tokens: np.ndarray,
-    seq_len: int,
-    batch_size: int,
-    stride: int | None,
-    limit: int,
-) -> tuple[float, int]:
-    """The summed loss of the windows, and how many tokens it is of. The host waits for the device once."""
+def _sum(model: LanguageModel, precision: torch.dtype | None, windows: Batches) -> tuple[float, int]:
+    """The same, in one pass. The host waits for the device once."""
     device = model_device(model)
     total, predicted = torch.zeros((), dtype=torch.float64, device=device), 0
-    for inputs, targets, mask in evaluation_batches(tokens, seq_len, batch_size, stride, limit):
+    for inputs, targets, mask in windows:
         targets = targets.masked_fill(~mask, -1)
         inputs, targets = (x.to(device, non_blocking=True) for x in _share(inputs, targets))
         with torch.autocast(device.type, precision, enabled=precision is not None):
             total += model.loss(inputs, targets, reduction="sum")
         predicted += int(mask.sum())
     return (all_reduced_sum(total) if ranks() > 1 else total).item(), predicted
+
+
+def _in_units(total: float, predicted: int, counts: Counts | None, whole: bool) -> Evaluation:
+    """A summed loss of so many tokens, those of the whole text or not."""
+    loss = total / max(1, predicted)
+    reason = _no_word_ppl(total, counts, whole)
+    word_ppl = perplexity(total / counts.words) if reason is None and counts and counts.words else None
+    bits = total / math.log(2) / counts.bytes if whole and counts and counts.bytes else None
+    return Evaluation(loss, perplexity(loss), word_ppl, bits, predicted, reason)
 
 
 def _no_word_ppl(total: float, counts: Counts | None, whole: bool) -> str | None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
 from muse.config import ConfigError
-from muse.data import batches, evaluation_batches, evaluation_windows, training_batch
+from muse.data import batches, evaluation_batches, evaluation_windows, rolling_batches, training_batch
 
 
 def count_up(size: int) -> np.ndarray:
@@ -139,3 +141,27 @@ def test_a_stride_that_skips_tokens_names_the_option(stride):
 def test_nothing_to_predict_is_an_error():
     with pytest.raises(ConfigError, match="at least 2"):
         next(evaluation_batches(count_up(1), 8, 4))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_rolling_windows_predict_each_document_from_its_prefix(batch_size):
+    seq_len, prefix = 8, 999
+    sizes = [1, 7, 8, 9, 16, 17, 30, 0, 3]
+    starts = np.cumsum([0, *sizes])
+    documents = [count_up(stop)[start:] for start, stop in pairwise(starts)]
+    first = {int(document[0]) for document in documents if len(document)}
+    seen, contexts = [], []
+    for inputs, targets, new in rolling_batches(documents, prefix, seq_len, batch_size):
+        assert inputs.shape == targets.shape == new.shape
+        assert len(inputs) <= batch_size
+        assert inputs.is_contiguous()
+        for row, wanted, counts in zip(inputs.tolist(), targets.tolist(), new.tolist(), strict=True):
+            places = [place for place in range(seq_len) if counts[place]]
+            assert places == list(range(places[0], places[-1] + 1))
+            for place in places:
+                assert row[place] == (prefix if wanted[place] in first else wanted[place] - 1)
+            seen += [wanted[place] for place in places]
+            contexts.append(places[-1] + 1)
+    assert seen == list(range(sum(sizes)))
+    # Full ones, but for documents that are shorter than a window.
+    assert contexts == [min(size, seq_len) for size in sizes for _ in range(0, size, seq_len)]
