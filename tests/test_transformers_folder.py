@@ -189,7 +189,7 @@ def test_transformers_loads_it_and_goes_on_with_the_same_tokens(tmp_path, option
 
 @pytest.mark.parametrize("options", OWN, ids=str)
 def test_vllm_can_build_and_compile_the_decoder(tmp_path, options):
-    """By what vLLM 0.33's Transformers backend does with a model, its attention played by torch's."""
+    """By what vLLM's Transformers backend does with a model, its attention played by torch's."""
     transformers = pytest.importorskip("transformers", reason="the extra interop is not installed")
     found = trained(tmp_path, **options)
     export_transformers(found, tmp_path / "out")
