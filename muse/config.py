@@ -41,7 +41,15 @@ INTEGRATORS = (
 # Activations of the feed-forward block, by the stage.
 REAL_ACTIVATIONS = ("gelu", "swiglu")
 COMPLEX_ACTIVATIONS = ("split_gelu", "mod_relu", "mod_swish", "cardioid", "z_relu")
-ACTIVATIONS = {"0": REAL_ACTIVATIONS, "1": COMPLEX_ACTIVATIONS, "2": COMPLEX_ACTIVATIONS, "3a": ("gelu",)}
+ACTIVATIONS = {
+    "0": REAL_ACTIVATIONS,
+    "1": COMPLEX_ACTIVATIONS,
+    "2": COMPLEX_ACTIVATIONS,
+    "3": COMPLEX_ACTIVATIONS,
+    "3a": ("gelu",),
+}
+# Stages whose blocks end in Hamiltonian flows.
+FLOWING = ("2", "3")
 
 
 @dataclass
@@ -49,13 +57,14 @@ class StageConfig:
     """Which language model is trained.
 
     Stage 0 is the real baseline, stage 1 the complex model, stage 2 the complex model whose feed-forward
-    blocks are Hamiltonian flows, stage 3a a textbook's transformer.
+    blocks are Hamiltonian flows, stage 3 that with Koopman operators beside attention, stage 3a a textbook's
+    transformer.
     """
 
     number: str = option(
         "1",
-        "name of the stage; 0 and 3a read model.real, 1 and 2 read model.complex.",
-        choices=("0", "1", "2", "3a"),
+        "name of the stage; 0 and 3a read model.real, 1, 2 and 3 read model.complex.",
+        choices=("0", "1", "2", "3", "3a"),
         given_as="stage",
     )
     precision: str = option(
@@ -75,7 +84,7 @@ class StageConfig:
     )
     activation: str = option(
         "split_gelu",
-        "activation of the feed-forward block; stage 2 has none.",
+        "activation of the feed-forward block; stages 2 and 3 have none.",
         choices=lambda stage: ACTIVATIONS[stage.number],
     )
     norm: str = option("rms", "normalisation layer.", choices=("rms", "layer"))
@@ -114,7 +123,18 @@ class StageConfig:
         "embedding is added before each time but the first. Not of stage 3a.",
         at_least=1,
     )
-    ode_steps: int = option(1, "steps of the flow (this and what follows are of stage 2).", at_least=1)
+    koopman: str = option(
+        "none",
+        "where a Koopman operator, a recurrence of the tokens with complex eigenvalues, stands in blocks of "
+        "stage 3: replace (in place of attention), add (beside it) or none.",
+        choices=("none", "replace", "add"),
+    )
+    koopman_every: int = option(
+        2, "which blocks have a Koopman operator: every so many, from the first one on.", at_least=1
+    )
+    ode_steps: int = option(
+        1, "steps of the flow (this and what follows are of stages 2 and 3).", at_least=1
+    )
     dt: float = option(1.0, "size of a step.", above=0)
     integrator: str = option(
         "leapfrog",
@@ -176,7 +196,7 @@ class StageConfig:
         if self.trunk == "reversible":
             if self.number == "3a" or self.mixer == "none":
                 raise ConfigError(
-                    "stage.trunk=reversible needs blocks that add to their state: stage 0, 1 or 2 with "
+                    "stage.trunk=reversible needs blocks that add to their state: stage 0, 1, 2 or 3 with "
                     "stage.mixer=attention"
                 )
             if self.recompute != "none":
@@ -186,10 +206,18 @@ class StageConfig:
                 )
         if self.loops > 1 and (self.number == "3a" or self.trunk == "reversible"):
             raise ConfigError(
-                f"stage.loops={self.loops} needs stage 0, 1 or 2 with stage.trunk=residual; it must be 1"
+                f"stage.loops={self.loops} needs stage 0, 1, 2 or 3 with stage.trunk=residual; it must "
+                "be 1"
             )
-        if self.number == "2" and self.mixer == "none":
+        if self.flowing and self.mixer == "none":
             raise ConfigError("stage.mixer=none is the block of the seeds; it goes with stage=1")
+        if self.koopman != "none" and self.number != "3":
+            raise ConfigError(f"stage.koopman={self.koopman} is of stage=3; it must be none")
+
+    @property
+    def flowing(self) -> bool:
+        """Whether blocks end in Hamiltonian flows."""
+        return self.number in FLOWING
 
 
 @dataclass

@@ -4,6 +4,7 @@ from muse.layers.activation import Cardioid, ModReLU, ModSwish, SplitGELU, ZReLU
 from muse.layers.attention import ComplexAttention, KVCache
 from muse.layers.embedding import ComplexEmbedding
 from muse.layers.feedforward import ComplexFFN
+from muse.layers.koopman import KoopmanOperator, KoopmanState
 from muse.layers.linear import ComplexLinear
 from muse.layers.norm import ComplexLayerNorm, ComplexRMSNorm
 from muse.layers.rotary import rotary_table, rotate_pairs
@@ -17,6 +18,8 @@ __all__ = [
     "ComplexLinear",
     "ComplexRMSNorm",
     "KVCache",
+    "KoopmanOperator",
+    "KoopmanState",
     "ModReLU",
     "ModSwish",
     "SplitGELU",

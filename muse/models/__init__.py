@@ -7,6 +7,7 @@ import torch
 from muse.config import ModelConfig, StageConfig
 from muse.models.complex import complex_decoder
 from muse.models.hamiltonian import hamiltonian_decoder
+from muse.models.integrated import integrated_decoder
 from muse.models.language_model import LanguageModel, count_parameters
 from muse.models.loss import linear_cross_entropy
 from muse.models.real import real_decoder
@@ -24,10 +25,12 @@ def build_model(stage: StageConfig, model: ModelConfig, vocab_size: int, seed: i
             built = transformer_decoder(stage, model.real, vocab_size)
         elif stage.number == "2":
             built = hamiltonian_decoder(stage, model.complex, vocab_size)
+        elif stage.number == "3":
+            built = integrated_decoder(stage, model.complex, vocab_size)
         else:
             built = complex_decoder(stage, model.complex, vocab_size, model.seq_len)
     if stage.trunk == "reversible":
-        # An attention and a feed-forward map or flows.
+        # A mixer of tokens and a feed-forward map or flows.
         built.trunk = ReversibleTrunk(2 * len(built.blocks), stage.trunk_decay)
     built.loops = stage.loops
     built.recompute = stage.recompute_blocks if stage.recompute == "block" else 0

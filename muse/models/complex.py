@@ -37,6 +37,10 @@ class ComplexBlock(nn.Module):
         self.ffn = ComplexFFN(width.d_model, width.d_ff, stage.activation, stage.init, gain)
         self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
 
+    def new_cache(self, longest: int) -> KVCache:
+        """What attention keeps of the tokens before, without tokens."""
+        return self.attention.new_cache(longest)
+
     def sublayers(self, cache: KVCache | None = None) -> list[Sublayer]:
         """What is added to the state, in turn."""
         return [

@@ -104,9 +104,9 @@ class LanguageModel(nn.Module):
             longest: tokens that a cache of stage 3a has room for; others may have any number.
         """
         blocks: list[Any] = self.loops * list(self.blocks)
-        if not all(hasattr(block, "attention") for block in blocks):
+        if not all(hasattr(block, "new_cache") for block in blocks):
             return None
-        return [block.attention.new_cache(longest) for block in blocks]
+        return [block.new_cache(longest) for block in blocks]
 
     @torch.no_grad()
     def continue_logits(self, tokens: Tensor, caches: list[Any]) -> Tensor:

@@ -116,6 +116,10 @@ class TransformerBlock(nn.Module):
         self.down = _linear(width.d_ff, width.d_model)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
+    def new_cache(self, longest: int) -> Past:
+        """What attention keeps of the tokens before, without tokens."""
+        return self.attention.new_cache(longest)
+
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), past))
         return x + self.dropout(self.down(F.gelu(self.up(self.ffn_norm(x)))))

@@ -34,7 +34,6 @@ from torch.autograd.graph import get_gradient_edge
 
 from muse.dynamics import FallsBack
 from muse.errors import RunError
-from muse.layers import KVCache
 from muse.layers.recompute import recomputed_as_a_whole, recomputed_call
 
 # The resolution of z is that of float32 at about 8.
@@ -52,13 +51,13 @@ class Sublayer:
         norm: of the state.
         map: of what is normalised; takes the cache, if there is one.
         dropout: of what the map gives.
-        cache: keys and values of the tokens before.
+        cache: what the map keeps of the tokens before.
     """
 
     norm: nn.Module
     map: nn.Module
     dropout: nn.Module
-    cache: KVCache | None = None
+    cache: Any = None
 
     def __call__(self, x: Tensor) -> Tensor:
         normal = self.norm(x)
@@ -145,7 +144,7 @@ class ReversibleTrunk(FallsBack):
     # Its backward pass cannot be traced; ``LanguageModel.compile_features`` compiles the sub-layers.
     @torch.compiler.disable
     def forward(
-        self, z: Tensor, blocks: Iterable[nn.Module], caches: Sequence[KVCache] | None = None
+        self, z: Tensor, blocks: Iterable[nn.Module], caches: Sequence[Any] | None = None
     ) -> Tensor:
         """The state after all blocks, like z (..., D), in whose dtype each sub-layer sees it."""
         if not self.fallen_back:

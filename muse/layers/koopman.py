@@ -1,0 +1,116 @@
+"""A linear operator that moves observables of the tokens: a causal mixer whose state does not grow."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.complex_scan import complex_scan
+from kernels.planar import multiply
+from kernels.products import linear
+from muse.layers.activation import SplitGELU
+from muse.layers.linear import ComplexLinear
+
+# Griffin's factor between the gate of a decay and its exponent.
+SHARPNESS = 8.0
+# Half-lives at the start, in tokens.
+SHORTEST, LONGEST = 1.0, 256.0
+TAPS = 4
+
+
+@dataclass
+class KoopmanState:
+    """What one operator knows of the tokens that it has seen.
+
+    Attributes:
+        observables: g, planar (B, 2, K) in float32; None before the first token.
+        recent: u of the last TAPS - 1 tokens before the convolution, planar (B, TAPS - 1, 2, K).
+        length: tokens seen.
+    """
+
+    observables: Tensor | None = None
+    recent: Tensor | None = None
+    length: int = 0
+
+
+class KoopmanOperator(nn.Module):
+    """Observables with a linear evolution, in place of attention.
+
+    Of normalised states z_t it takes observables u_t = conv(W_in z)_t, a causal convolution of 4 real taps a
+    channel, and lets them evolve by complex eigenvalues,
+
+        g_t = lambda_t g_(t-1) + sqrt(1 - |lambda_t|^2) u_t
+        lambda_t = exp(-8 r_t softplus(nu) + i theta)        r_t = sigmoid(W_r z_t + b_r)
+        y_t = W_out(g_t GELU(c_t))                           c_t = W_c z_t, GELU on each plane
+
+    with a complex product in the last line. Without input, n tokens multiply g by lambda^n. The operator is
+    Koopman's in that it moves observables of a state linearly (Koopman 1931; Brunton et al. 2022), the
+    recurrence is a gated linear one (De et al., "Griffin", 2024) with the complex eigenvalues of Orvieto et
+    al. (2023). At ``observables`` = ``d_model`` it has as many parameters as ComplexAttention, and K (TAPS +
+    3) more.
+
+    Args:
+        d_model: complex channels D.
+        observables: complex channels K of the state.
+        init: initialisation of the complex maps.
+        gain: factor on the initial output map.
+    """
+
+    def __init__(self, d_model: int, observables: int, init: str = "glorot", gain: float = 1.0) -> None:
+        super().__init__()
+        self.observables = observables
+        # Two maps in one product, initialised as maps of K channels each.
+        apart = math.sqrt((d_model + 2 * observables) / (d_model + observables)) if init == "glorot" else 1.0
+        self.projection = ComplexLinear(d_model, 2 * observables, bias=False, init=init, gain=apart)
+        self.taps = nn.Parameter(torch.zeros(observables, TAPS))
+        self.rate = nn.Linear(2 * d_model, observables)
+        self.nu = nn.Parameter(torch.empty(observables))
+        self.theta = nn.Parameter(torch.empty(observables))
+        self.activation = SplitGELU()
+        self.output = ComplexLinear(observables, d_model, bias=False, init=init, gain=gain)
+        with torch.no_grad():
+            self.taps[:, -1] = 1
+            nn.init.zeros_(self.rate.bias)
+            half_lives = torch.logspace(math.log10(SHORTEST), math.log10(LONGEST), observables)
+            # At the start r is about 1/2.
+            self.nu.copy_(torch.expm1(2 * math.log(2) / (SHARPNESS * half_lives)).log())
+            self.theta.uniform_(-math.pi, math.pi)
+
+    def new_cache(self, longest: int) -> KoopmanState:
+        """A state that has seen no token; it is as large after any number of them."""
+        return KoopmanState()
+
+    def log_decay(self, z: Tensor) -> Tensor:
+        """log |lambda| of planar z (B, S, 2, D): (B, S, K) in float32."""
+        rate = linear(z.flatten(-2), self.rate.weight, self.rate.bias).float()
+        return -SHARPNESS * F.softplus(self.nu.float()) * torch.sigmoid(rate)
+
+    def forward(self, z: Tensor, cache: KoopmanState | None = None) -> Tensor:
+        """Map planar (B, S, 2, D) to planar (B, S, 2, D).
+
+        Args:
+            z: states.
+            cache: of the tokens before z, which takes in those of z. Decode without gradients.
+        """
+        u, gate = self.projection(z).chunk(2, dim=-1)
+        before = None if cache is None else cache.observables
+        g, after = complex_scan(self._convolved(u, cache), self.log_decay(z), self.theta, before)
+        if cache is not None:
+            cache.observables = after
+            cache.length += z.shape[1]
+        return self.output(multiply(g, self.activation(gate)))
+
+    def _convolved(self, u: Tensor, cache: KoopmanState | None) -> Tensor:
+        recent = None if cache is None else cache.recent
+        if recent is None:
+            recent = u.new_zeros(u.shape[0], TAPS - 1, *u.shape[2:])
+        padded = torch.cat((recent, u), 1)
+        if cache is not None:
+            cache.recent = padded[:, -(TAPS - 1) :]
+        weight = self.taps.repeat(2, 1).unsqueeze(1).to(u.dtype)
+        out = F.conv1d(padded.flatten(-2).transpose(1, 2), weight, groups=weight.shape[0])
+        return out.transpose(1, 2).unflatten(-1, (2, -1))
