@@ -132,9 +132,7 @@ class StageConfig:
     koopman_every: int = option(
         2, "which blocks have a Koopman operator: every so many, from the first one on.", at_least=1
     )
-    ode_steps: int = option(
-        1, "steps of the flow (this and what follows are of stages 2 and 3).", at_least=1
-    )
+    ode_steps: int = option(1, "steps of the flow (this and what follows are of stages 2 and 3).", at_least=1)
     dt: float = option(1.0, "size of a step.", above=0)
     integrator: str = option(
         "leapfrog",
@@ -206,8 +204,7 @@ class StageConfig:
                 )
         if self.loops > 1 and (self.number == "3a" or self.trunk == "reversible"):
             raise ConfigError(
-                f"stage.loops={self.loops} needs stage 0, 1, 2 or 3 with stage.trunk=residual; it must "
-                "be 1"
+                f"stage.loops={self.loops} needs stage 0, 1, 2 or 3 with stage.trunk=residual; it must be 1"
             )
         if self.flowing and self.mixer == "none":
             raise ConfigError("stage.mixer=none is the block of the seeds; it goes with stage=1")

@@ -18,12 +18,12 @@ def _tiled(x: Tensor, tiles: int, dtype: torch.dtype) -> Tensor:
     padding = tiles * TILE - x.shape[1]
     if padding:
         x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding))
-    return x.unflatten(1, (tiles, TILE)).movedim(2, 0).to(dtype, memory_format=torch.contiguous_format)
+    return x.unflatten(1, (tiles, TILE)).movedim(2, 0).to(dtype).contiguous()
 
 
 def _joined(x: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """The inverse of ``_tiled``."""
-    return x.movedim(0, 2).flatten(1, 2)[:, :length].to(dtype, memory_format=torch.contiguous_format)
+    return x.movedim(0, 2).flatten(1, 2)[:, :length].to(dtype).contiguous()
 
 
 def _recur(x: Tensor, decay: Tensor, start: Tensor | None = None) -> Tensor:
@@ -35,14 +35,17 @@ def _recur(x: Tensor, decay: Tensor, start: Tensor | None = None) -> Tensor:
     return x
 
 
-def _inputs(
-    u: Tensor, log_decay: Tensor, angle: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _inputs(u: Tensor, log_decay: Tensor, angle: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """In tiles: P (TILE, 1, 1, 2, K), |lambda|, sqrt(1 - |lambda|^2) (each with a plane axis), conj(P) u."""
     dtype, tiles = precise(u), tile_count(u)
     turn = frame(angle, dtype)[:, None, None]
     logs = _tiled(log_decay, tiles, dtype).unsqueeze(-2)
-    return turn, logs.exp(), (-torch.expm1(2 * logs)).sqrt_(), multiply(_tiled(u, tiles, dtype), conjugate(turn))
+    return (
+        turn,
+        logs.exp(),
+        (-torch.expm1(2 * logs)).sqrt_(),
+        multiply(_tiled(u, tiles, dtype), conjugate(turn)),
+    )
 
 
 def scan(u: Tensor, log_decay: Tensor, angle: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:

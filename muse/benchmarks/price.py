@@ -348,10 +348,10 @@ def _exponent(
         if variant.config.stage.number == number and len(own) == config.benchmark.seeds:
             stage, model = variant.config.stage, variant.config.model
             found = shapes(stage, model, model.vocab_size)
-            block = numbers(found.block)
+            block = numbers(found.blocks[0])
             repeated = block if number == "0" else numbers(potential_shapes(stage, model))
-            once = found.blocks * (block - repeated)
-            points.append(Recurrence(once, found.blocks * repeated, variant.times))
+            once = len(found.blocks) * (block - repeated)
+            points.append(Recurrence(once, len(found.blocks) * repeated, variant.times))
             losses.append(own)
     key = f"price_exponent_{name}"
     if not any(point.times > 1 for point in points):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -70,9 +71,7 @@ class IntegratedBlock(nn.Module):
             Sublayer(self.flow_norm, self.flow, self.dropout),
         ]
 
-    def forward(
-        self, z: Tensor | TrunkState, cache: Cache | None = None
-    ) -> Tensor | TrunkState:
+    def forward(self, z: Tensor | TrunkState, cache: Cache | None = None) -> Tensor | TrunkState:
         if isinstance(z, TrunkState):
             return z.through(self.sublayers(cache))
         z, normal = self.flow_norm.of_sum(z, self.dropout(self.mixer(self.mixer_norm(z), cache)))
@@ -84,6 +83,11 @@ def has_koopman(stage: StageConfig, block: int) -> bool:
     return stage.koopman != "none" and block % stage.koopman_every == 0
 
 
+def has_attention(stage: StageConfig, block: int) -> bool:
+    """Whether a block of any stage, counted from 0, has an attention."""
+    return stage.mixer == "attention" and not (stage.koopman == "replace" and has_koopman(stage, block))
+
+
 def build_mixer(
     width: WidthConfig, stage: StageConfig, gain: float, block: int
 ) -> ComplexAttention | KoopmanOperator | AttentionAndKoopman:
@@ -91,15 +95,14 @@ def build_mixer(
 
     An operator has as many observables as the model channels, and so the parameters of an attention.
     """
-    koopman = (
-        KoopmanOperator(width.d_model, width.d_model, stage.init, gain) if has_koopman(stage, block) else None
-    )
-    if koopman is not None and stage.koopman == "replace":
-        return koopman
-    attention = ComplexAttention(
-        width.d_model, width.heads, width.kv_heads, stage.score, stage.init, gain
-    )
-    return attention if koopman is None else AttentionAndKoopman(attention, koopman)
+    parts: list[Any] = []
+    if has_attention(stage, block):
+        parts.append(
+            ComplexAttention(width.d_model, width.heads, width.kv_heads, stage.score, stage.init, gain)
+        )
+    if has_koopman(stage, block):
+        parts.append(KoopmanOperator(width.d_model, width.d_model, stage.init, gain))
+    return AttentionAndKoopman(*parts) if len(parts) == 2 else parts[0]
 
 
 def integrated_decoder(stage: StageConfig, width: WidthConfig, vocab_size: int) -> LanguageModel:

@@ -143,9 +143,7 @@ class ReversibleTrunk(FallsBack):
 
     # Its backward pass cannot be traced; ``LanguageModel.compile_features`` compiles the sub-layers.
     @torch.compiler.disable
-    def forward(
-        self, z: Tensor, blocks: Iterable[nn.Module], caches: Sequence[Any] | None = None
-    ) -> Tensor:
+    def forward(self, z: Tensor, blocks: Iterable[nn.Module], caches: Sequence[Any] | None = None) -> Tensor:
         """The state after all blocks, like z (..., D), in whose dtype each sub-layer sees it."""
         if not self.fallen_back:
             fixed = _FixedPoint(self, z)

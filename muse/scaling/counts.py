@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of stages 0, 1 and 2, by their formulas."""
+"""Parameters and FLOPs of stages 0, 1, 2 and 3, by their formulas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from muse.config import ModelConfig, StageConfig, WidthConfig
 from muse.dynamics.integrators import stages
 from muse.errors import ConfigError
+from muse.layers.koopman import TAPS
 from muse.models.hamiltonian import hidden_units
+from muse.models.integrated import has_attention, has_koopman
 
 Shape = tuple[int, ...]
 # Real products that make one of the scores, and one of the weights, of complex attention.
@@ -23,14 +25,17 @@ class Shapes:
     """Shapes of the parameters, as ``hardware.parallel=fsdp`` groups them.
 
     Attributes:
-        block: of each of the blocks.
+        blocks: of each block.
         rest: embedding, last norm, and a head that is not shared with the embedding.
-        blocks: number of blocks.
     """
 
-    block: list[Shape]
+    blocks: list[list[Shape]]
     rest: list[Shape]
-    blocks: int
+
+    @property
+    def numbers(self) -> int:
+        """Real numbers in all of them."""
+        return sum(map(numbers, self.blocks)) + numbers(self.rest)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def check_modelled(stage: StageConfig) -> None:
         ConfigError: stage 3a.
     """
     if stage.number == "3a":
-        raise ConfigError("stage=3a has no cost model; choose stage=0, 1 or 2")
+        raise ConfigError("stage=3a has no cost model; choose stage=0, 1, 2 or 3")
 
 
 def width_of(stage: StageConfig, model: ModelConfig) -> WidthConfig:
@@ -83,7 +88,8 @@ def shapes(stage: StageConfig, model: ModelConfig, vocab_size: int) -> Shapes:
     - stage 0: d C + d^2 + 2 d, and 2 d F (GELU) or 3 d h (SwiGLU);
     - stage 1: 2 D C + 2 D^2 + 4 D F, two norms of 2 D (rms) or 5 D (layer), gates of 0, F or 2 F;
     - stage 1 with mixer=none: 2 D^2 + 2 D + D + 4 D;
-    - stage 2: as stage 1, but for 4 D F and the gates ``flows`` times U D + 2 U, and 2 U D with a context.
+    - stage 2: as stage 1, but for 4 D F and the gates ``flows`` times U D + 2 U, and 2 U D with a context;
+    - stage 3: as stage 2, but for 2 D C + 2 D^2 of an attention 8 D^2 + 7 D of a Koopman operator.
 
     What is left is an embedding of V d or 2 V D, once more as much if ``tied`` is false, and a norm.
     """
@@ -96,24 +102,41 @@ def shapes(stage: StageConfig, model: ModelConfig, vocab_size: int) -> Shapes:
         up = 2 * units if stage.activation == "swiglu" else units
         head: list[Shape] = [] if stage.tied else [(vocab_size, d)]
         block: list[Shape] = [(d,), (channels, d), (d, d), (d,), (up, d), (d, units)]
-        return Shapes(block, [(vocab_size, d), (d,), *head], width.layers)
+        return Shapes(width.layers * [block], [(vocab_size, d), (d,), *head])
     if stage.mixer == "none":
         block = [(2, d), (2, d, d), (2, d), (d,), (2, d)]
         rest: list[Shape] = [(vocab_size, 2, d), (model.seq_len, d), (2, d), (vocab_size, d), (vocab_size,)]
-        return Shapes(block, rest, width.layers)
+        return Shapes(width.layers * [block], rest)
     norm: list[Shape] = [(2, d)] if stage.norm == "rms" else [(3, d), (2, d)]
-    block = [*norm, (2, channels, d), (2, d, d), *norm]
+    attention: list[Shape] = [(2, channels, d), (2, d, d)]
     if stage.number == "1":
-        block += [(2, hidden, d), *[(hidden,)] * GATES.get(stage.activation, 0), (2, d, hidden)]
+        feed: list[Shape] = [(2, hidden, d), *[(hidden,)] * GATES.get(stage.activation, 0), (2, d, hidden)]
     else:
-        block += potential_shapes(stage, model)
+        feed = potential_shapes(stage, model)
+    blocks = [
+        [
+            *(attention if has_attention(stage, block) else []),
+            *(koopman_shapes(d) if has_koopman(stage, block) else []),
+            *(*norm, *norm, *feed),
+        ]
+        for block in range(width.layers)
+    ]
     head = [] if stage.tied else [(vocab_size, 2 * d)]
-    return Shapes(block, [(vocab_size, 2, d), *norm, *head], width.layers)
+    return Shapes(blocks, [(vocab_size, 2, d), *norm, *head])
+
+
+def koopman_shapes(d: int) -> list[Shape]:
+    """The parameters of a Koopman operator of d observables on d channels."""
+    return [(2, 2 * d, d), (2, d, d), _rate_shape(d), (d, TAPS), (d,), (d,), (d,)]
+
+
+def _rate_shape(d: int) -> Shape:
+    return (d, 2 * d)
 
 
 def potential_shapes(stage: StageConfig, model: ModelConfig) -> list[Shape]:
-    """The parameters of the flows of a block of stage 2; none in other stages."""
-    if stage.number != "2":
+    """The parameters of the flows of a block of stages 2 and 3; none in other stages."""
+    if not stage.flowing:
         return []
     d = model.complex.d_model
     if stage.potential == "duffing":
@@ -130,8 +153,7 @@ def numbers(of: Iterable[Shape]) -> int:
 
 def parameters(stage: StageConfig, model: ModelConfig, vocab_size: int) -> int:
     """What ``muse.models.count_parameters`` counts."""
-    found = shapes(stage, model, vocab_size)
-    return found.blocks * numbers(found.block) + numbers(found.rest)
+    return shapes(stage, model, vocab_size).numbers
 
 
 def forces(stage: StageConfig) -> int:
@@ -159,24 +181,28 @@ def forward_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_l
 
     A force of stage 2 is two products with the U x D matrix W1, 4 U D; the context, 2 D wide, takes one of
     4 U D once a flow (once a segment with ``gradient=checkpoint``): 4 U D (forces + 1).
+
+    A Koopman operator has complex maps and a real one, of 4 D^2; its scan is no product.
     """
     width = width_of(stage, model)
     d = width.d_model
     planes = 1 if stage.number == "0" else 2
     found = shapes(stage, model, vocab_size)
-    # A complex map is a (2, out, in) weight: 8 in out = 4 a number. Stage 2's potentials have no such shape.
-    linear = numbers(shape for shape in found.block if len(shape) == (2 if planes == 1 else 3))
+    # A complex map is a (2, out, in) weight: 8 in out = 4 a number. Potentials have no such shape.
+    axes = 2 if planes == 1 else 3
+    linear = numbers(shape for block in found.blocks for shape in block if len(shape) == axes)
+    operators = sum(has_koopman(stage, block) for block in range(width.layers))
+    attentions = sum(has_attention(stage, block) for block in range(width.layers))
     products = sum(PARTS[stage.score]) if planes == 2 else 2
-    mixes = stage.number == "0" or stage.mixer == "attention"
     of_forces = 0.0
-    if stage.number == "2" and stage.potential == "mlp":
+    if stage.flowing and stage.potential == "mlp":
         once = segments(stage) if stage.gradient == "checkpoint" else 1
         count = forces(stage) + once * stage.context
         of_forces = 4.0 * hidden_units(width, stage) * d * count * stage.flows
     passes = width.layers * stage.loops
     return Flops(
-        maps=2.0 * planes * linear * passes,
-        attention=float(mixes) * products * 2 * planes * d * (seq_len // 2) * passes,
+        maps=(2.0 * planes * linear + 2.0 * numbers([_rate_shape(d)]) * operators) * stage.loops,
+        attention=float(attentions) * products * 2 * planes * d * (seq_len // 2) * stage.loops,
         forces=of_forces * passes,
         head=2.0 * vocab_size * d * (planes if stage.mixer == "attention" else 1),
     )

@@ -83,8 +83,8 @@ def element_bytes(stage: StageConfig) -> int:
     """Bytes of a stored number.
 
     Raises:
-        ConfigError: a mixed precision, whose activations have no single dtype, mixer=none, loops, or
-            checkpoints within checkpoints, some of which wait for Python's garbage collector.
+        ConfigError: a mixed precision, whose activations have no single dtype, mixer=none, loops, Koopman
+            operators, or checkpoints within checkpoints, some of which wait for Python's garbage collector.
     """
     check_modelled(stage)
     if stage.precision not in BYTES:
@@ -95,7 +95,9 @@ def element_bytes(stage: StageConfig) -> int:
         raise ConfigError("stage.mixer=none has no memory model; choose stage.mixer=attention")
     if stage.loops > 1:
         raise ConfigError(f"stage.loops={stage.loops} has no memory model; choose stage.loops=1")
-    if stage.number == "2" and stage.gradient == "checkpoint" and stage.recompute == "block":
+    if stage.koopman != "none":
+        raise ConfigError(f"stage.koopman={stage.koopman} has no memory model; choose stage=2")
+    if stage.flowing and stage.gradient == "checkpoint" and stage.recompute == "block":
         raise ConfigError(
             "stage.gradient=checkpoint has no memory model with stage.recompute=block; choose "
             "stage.gradient=exact"
@@ -241,8 +243,8 @@ def memory(
     sharded = parallel == "fsdp"
     shards = ranks if sharded else 1
     # What FSDP gathers of a block and of what is left; without shards the parameters.
-    block, rest = (sum(padded(shape, shards) for shape in group) for group in (found.block, found.rest))
-    whole = found.blocks * block + rest
+    block, rest = (sum(padded(shape, shards) for shape in group) for group in (found.blocks[0], found.rest))
+    whole = width.layers * block + rest
     held = size * whole / shards
     kept = activation_bytes(stage, model, seq_len, device)
     layer = tokens * kept.layer + kept.table
@@ -255,7 +257,7 @@ def memory(
         early = size * whole
     gathered = summed_block = summed_rest = 0.0
     if sharded:
-        gathered = size * (rest + min(2, found.blocks) * block)
+        gathered = size * (rest + min(2, width.layers) * block)
         summed_block, summed_rest = ((size + 4 + 4 / ranks) * group for group in (block, rest))
     embedding = size * vocab_size * d
     chunk = min(tokens, max(1, CHUNK_ELEMENTS // vocab_size))
@@ -279,7 +281,7 @@ def memory(
         end += states
     update = held - activations - gathered
     if size == 2:
-        largest = max(padded(shape, shards) for shape in (*found.block, *found.rest)) // shards
+        largest = max(padded(shape, shards) for shape in (*found.blocks[0], *found.rest)) // shards
         update += 16 * min(SLICE_ELEMENTS, largest) + 8 * SLICE_ELEMENTS
     return Memory(
         parameters=held,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from muse.config import ModelConfig, StageConfig
-from muse.scaling.counts import computed_again, forces, numbers, shapes, skips_first_kick, step_flops
+from muse.scaling.counts import computed_again, forces, shapes, skips_first_kick, step_flops
 from muse.scaling.memory import Memory, element_bytes, memory
 from muse.scaling.ranks import padded, traffic
 
@@ -116,10 +116,8 @@ def predict(
     sent = traffic(found, element_bytes(stage), parallel, ranks, accumulation)
     bandwidth = machine.link if ranks <= machine.node else machine.network
     communication = sent.sent / bandwidth + sent.hops * machine.latency
-    whole = found.blocks * numbers(found.block) + numbers(found.rest)
-    gathered = found.blocks * sum(padded(s, ranks) for s in found.block) + sum(
-        padded(s, ranks) for s in found.rest
-    )
+    whole = found.numbers
+    gathered = sum(padded(shape, ranks) for group in (*found.blocks, found.rest) for shape in group)
     limits = (
         ("batch", not shared),
         ("memory", held.peak > machine.memory),

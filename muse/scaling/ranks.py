@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from muse.scaling.counts import Shape, Shapes, numbers
+from muse.scaling.counts import Shape, Shapes
 
 # A rank's gradients are summed in pieces of this many bytes by DDP, and in float32 by FSDP.
 BUCKET_BYTES = 25 * 2**20
@@ -56,11 +56,11 @@ def traffic(found: Shapes, size: int, parallel: str, ranks: int, accumulation: i
     if parallel == "none" or ranks == 1:
         return Traffic(0.0, 0, 0)
     if parallel == "ddp":
-        gradients = size * (found.blocks * numbers(found.block) + numbers(found.rest))
+        gradients = size * found.numbers
         buckets = math.ceil(gradients / BUCKET_BYTES)
         return Traffic(2 * share * gradients, buckets, 2 * buckets * (ranks - 1))
-    block = sum(padded(shape, ranks) for shape in found.block) * found.blocks
+    block = sum(padded(shape, ranks) for shapes in found.blocks for shape in shapes)
     rest = sum(padded(shape, ranks) for shape in found.rest)
     sent = share * (accumulation * size * (2 * block + rest) + SUM_BYTES * (block + rest))
-    collectives = accumulation * (2 * found.blocks + 1) + found.blocks + 1
+    collectives = accumulation * (2 * len(found.blocks) + 1) + len(found.blocks) + 1
     return Traffic(sent, collectives, collectives * (ranks - 1))

@@ -64,9 +64,9 @@ class Law:
     def loss(self, config):
         """Not of the learning rate: what is chosen by one split is told of another."""
         stage, model = config.stage, config.model
-        block = numbers(shapes(stage, model, 300).block)
+        block = numbers(shapes(stage, model, 300).blocks[0])
         repeated = block if stage.number == "0" else numbers(potential_shapes(stage, model))
-        layers = shapes(stage, model, 300).blocks
+        layers = len(shapes(stage, model, 300).blocks)
         # The small model's stage 2 takes one step.
         times = stage.loops if stage.number == "0" else stage.ode_steps
         size = layers * (block - repeated + times ** PHI.get(stage.number, 1.0) * repeated)

@@ -62,6 +62,7 @@ MODELS = [
     {"number": "2", "gradient": "checkpoint", "ode_steps": 2},
     {"number": "2", "gradient": "backprop"},
 ]
+KOOPMAN = [{"number": "3", "koopman": koopman} for koopman in ("none", "replace", "add")]
 # Three blocks do not fill parts of two.
 DEEP = dataclasses.replace(WIDTH, layers=3)
 COMPUTED_AGAIN = [
@@ -81,7 +82,7 @@ LOOPS = [
 ]
 
 
-@pytest.mark.parametrize("options", [*MODELS, {"number": "1", "mixer": "none"}], ids=str)
+@pytest.mark.parametrize("options", [*MODELS, *KOOPMAN, {"number": "1", "mixer": "none"}], ids=str)
 @pytest.mark.parametrize("size", [{}, {"d_model": 48, "layers": 3, "kv_heads": 4, "d_ff": 100}], ids=str)
 def test_parameters_are_those_of_the_model(options, size):
     config = build(width=dataclasses.replace(WIDTH, **size), **options)
@@ -96,7 +97,7 @@ def test_the_seeds_model_has_their_number_of_parameters():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [*MODELS, *COMPUTED_AGAIN, *LOOPS], ids=str)
+@pytest.mark.parametrize("options", [*MODELS, *COMPUTED_AGAIN, *KOOPMAN, *LOOPS], ids=str)
 def test_flops_of_a_step_are_those_of_the_products_in_it(options):
     config = build(windows=1, **options)
     _, step = random_training_step(config, benchmark_model(config, CPU), CPU)
