@@ -276,7 +276,7 @@ def test_the_options_of_the_flow_are_those_that_exist():
     assert set(allowed_values(stage, "force_precision")) == set(FORCE_DTYPES)
 
 
-@pytest.mark.parametrize("stage", ["0", "1", "2", "3a"])
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3", "3a"])
 def test_stage_chooses_the_model(stage):
     assert build_config(composed("train", [f"stage={stage}"])).stage.number == stage
 

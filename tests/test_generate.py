@@ -12,7 +12,7 @@ from muse.generation import GREEDY, Sampling
 PROMPT = "Line 7 says"
 
 
-@pytest.fixture(scope="module", params=["0", "1", "2", "3a"])
+@pytest.fixture(scope="module", params=["0", "1", "2", "3", "3a"])
 def any_stage(request, tmp_path_factory):
     return make_trained(tmp_path_factory.mktemp("trained"), request.param)[0]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.complex_scan import complex_scan
-from kernels.planar import multiply
+from kernels.planar import multiply, upcast
 from kernels.products import linear
 from muse.layers.activation import SplitGELU
 from muse.layers.linear import ComplexLinear
@@ -85,9 +85,13 @@ class KoopmanOperator(nn.Module):
         return KoopmanState()
 
     def log_decay(self, z: Tensor) -> Tensor:
-        """log |lambda| of planar z (B, S, 2, D): (B, S, K) in float32."""
-        rate = linear(z.flatten(-2), self.rate.weight, self.rate.bias).float()
-        return -SHARPNESS * F.softplus(self.nu.float()) * torch.sigmoid(rate)
+        """log |lambda| of planar z (B, S, 2, D): (B, S, K), at least in float32."""
+        rate = linear(z.flatten(-2), self.rate.weight, self.rate.bias)
+        return self._fastest() * torch.sigmoid(upcast(rate))
+
+    def _fastest(self) -> Tensor:
+        """log |lambda| where the gate r is 1."""
+        return -SHARPNESS * F.softplus(upcast(self.nu))
 
     def forward(self, z: Tensor, cache: KoopmanState | None = None) -> Tensor:
         """Map planar (B, S, 2, D) to planar (B, S, 2, D).
@@ -103,6 +107,17 @@ class KoopmanOperator(nn.Module):
             cache.observables = after
             cache.length += z.shape[1]
         return self.output(multiply(g, self.activation(gate)))
+
+    def eigenvalues(self, rate: float = 0.5) -> tuple[Tensor, Tensor]:
+        """log |lambda| and theta, each (K,), where the gate r is ``rate`` for all channels."""
+        return rate * self._fastest(), upcast(self.theta)
+
+    def evolve(self, observables: Tensor, steps: int, rate: float = 0.5) -> Tensor:
+        """Observables (B, 2, K) after so many tokens without input: one product with lambda^steps."""
+        decay, theta = self.eigenvalues(rate)
+        turn = steps * theta.double()
+        power = (steps * decay).exp() * torch.stack((turn.cos(), turn.sin())).to(decay)
+        return multiply(power, observables)
 
     def _convolved(self, u: Tensor, cache: KoopmanState | None) -> Tensor:
         recent = None if cache is None else cache.recent

@@ -7,7 +7,7 @@ from support.configs import SEQ_LEN, VOCAB, small_sizes, stage_config
 from muse.generation import GREEDY, Decoder, Sampling, continuation
 from muse.models import LanguageModel, build_model
 
-STAGES = ["0", "1", "2", "3a"]
+STAGES = ["0", "1", "2", "3", "3a"]
 
 
 def model(stage: str = "1", **options) -> LanguageModel:

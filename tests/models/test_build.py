@@ -17,9 +17,12 @@ def build_on_meta(stage, model, vocab_size):
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
 def test_stages_have_equal_parameter_counts(name):
     model = model_config(name)
-    counts = [count_parameters(build_on_meta(stage_config(n), model, model.vocab_size)) for n in (0, 1, 2)]
+    counts = [count_parameters(build_on_meta(stage_config(n), model, model.vocab_size)) for n in (0, 1, 2, 3)]
     assert abs(counts[1] / counts[0] - 1) < 0.03, counts
     assert abs(counts[2] / counts[1] - 1) < 0.001, counts
+    grouped = model.complex.kv_heads < model.complex.heads
+    # A Koopman operator has no fewer for groups of queries.
+    assert -0.001 < counts[3] / counts[2] - 1 < (0.1 if grouped else 0.003), counts
 
 
 def test_parameters_of_the_seeds_block():
@@ -50,6 +53,7 @@ def test_swiglu_and_score_kinds_cost_nothing(number):
         {"number": 1, "mixer": "none"},
         {"number": 2},
         {"number": 2, "potential": "duffing"},
+        {"number": 3},
     ],
     ids=str,
 )
@@ -63,7 +67,9 @@ def test_initial_loss_is_that_of_a_uniform_guess(options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"number": 0}, {"number": 1}, {"number": 1, "mixer": "none"}, {"number": 2}], ids=str
+    "options",
+    [{"number": 0}, {"number": 1}, {"number": 1, "mixer": "none"}, {"number": 2}, {"number": 3}],
+    ids=str,
 )
 def test_seed_alone_decides_the_weights(options):
     model = model_config("tiny")
@@ -82,7 +88,7 @@ def test_seed_alone_decides_the_weights(options):
 
 @pytest.mark.parametrize(
     ("number", "precision"),
-    [(0, "fp32"), (0, "bf16"), (1, "bf16-mixed"), (1, "bf16"), (2, "fp16-mixed"), (2, "bf16")],
+    [(0, "fp32"), (0, "bf16"), (1, "bf16-mixed"), (1, "bf16"), (2, "fp16-mixed"), (2, "bf16"), (3, "bf16")],
 )
 def test_storage_follows_the_precision(number, precision):
     built = build_on_meta(stage_config(number, precision=precision), model_config("tiny"), 50)

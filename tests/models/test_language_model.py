@@ -23,9 +23,16 @@ STAGE_2 = [
     {"number": 2, "potential": "duffing", "integrator": "leapfrog", "ode_steps": 10, "dt": 0.1},
     {"number": 2, "force_precision": "bf16", "score": "phase", "norm": "layer", "flows": 3, "context": False},
 ]
+STAGE_3 = [
+    {"number": 3, "koopman": "replace"},
+    {"number": 3, "koopman": "replace", "koopman_every": 1},
+    {"number": 3, "koopman": "add"},
+]
 TRUNKS = [{"number": number, "trunk": "reversible"} for number in (0, 1, 2)]
+TRUNKS += [{"number": 3, "koopman": koopman, "trunk": "reversible"} for koopman in ("replace", "add")]
 LOOPS = [{"number": number, "loops": 3} for number in (0, 1, 2)]
-MODELS = [{"number": 0}, {"number": 0, "activation": "swiglu"}, *STAGE_1, *STAGE_2, *TRUNKS, *LOOPS]
+LOOPS += [{"number": 3, "koopman": "replace", "loops": 3}]
+MODELS = [{"number": 0}, {"number": 0, "activation": "swiglu"}, *STAGE_1, *STAGE_2, *STAGE_3, *TRUNKS, *LOOPS]
 SCORES = [{"score": score} for score in ("real", "magnitude", "phase")]
 
 
@@ -72,12 +79,12 @@ def continued(model, x):
 
 @pytest.mark.parametrize(
     "options",
-    [{"number": 0}, *SCORES, {"norm": "layer"}, *STAGE_2[3:], *TRUNKS, *LOOPS],
+    [{"number": 0}, *SCORES, {"norm": "layer"}, *STAGE_2[3:], *STAGE_3, *TRUNKS, *LOOPS],
     ids=label,
 )
 def test_tokens_after_those_in_caches(build, options):
     """In float64, where a difference is not one of rounding; nor is a state rounded to fixed point."""
-    flow = {"gradient": "backprop"} if options.get("number") == 2 else {}
+    flow = {"gradient": "backprop"} if options.get("number", 1) > 1 else {}
     model = build(**options | flow).double().eval()
     if model.trunk is not None:
         model.trunk.fallen_back = True
@@ -99,7 +106,15 @@ def test_tokens_after_those_in_caches_are_as_accurate_as_all_at_once(build, opti
         assert_as_accurate(continued(model, x), lambda: [model(x)] * 2, [exact] * 2, samples=8)
 
 
-@pytest.mark.parametrize("options", [{"number": 0}, {"number": 1}, {"number": 2, "gradient": "backprop"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"number": 0},
+        {"number": 1},
+        {"number": 2, "gradient": "backprop"},
+        {"number": 3, "koopman": "replace", "gradient": "backprop"},
+    ],
+)
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_a_looped_model_is_one_with_as_many_blocks_that_share_their_weights(build, options, recompute):
     looped, deep = (
@@ -139,7 +154,7 @@ def test_the_block_of_the_seeds_has_no_cache(build):
     assert build(mixer="none").new_caches(12) is None
 
 
-@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, *STAGE_2, *TRUNKS, *LOOPS], ids=label)
+@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, *STAGE_2, *STAGE_3, *TRUNKS, *LOOPS], ids=label)
 def test_gradient_of_a_logit_stops_at_its_token(build, options):
     model = build(**options)
     states = []
@@ -175,7 +190,9 @@ def test_loss_and_gradients_are_finite(build, options, precision):
     assert 1e-6 < joined(p.grad for p in model.parameters()).norm() < 1e3
 
 
-@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, {"mixer": "none"}, {"number": 2}], ids=label)
+@pytest.mark.parametrize(
+    "options", [{"number": 0}, *SCORES, {"mixer": "none"}, {"number": 2}, STAGE_3[0]], ids=label
+)
 def test_loss_is_the_cross_entropy_of_the_logits(build, options):
     model = build(**options).double()
     x, y = tokens(), tokens()
@@ -199,6 +216,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(build, options):
         ({"mixer": "none"}, "bf16"),
         ({"number": 2}, "fp32"),
         ({"number": 2}, "bf16"),
+        (STAGE_3[1], "bf16"),
     ],
     ids=str,
 )
@@ -245,7 +263,9 @@ def test_untied_head_is_its_own(build, number):
     assert (model.head.weight.grad.abs().sum(-1) > 0).all()
 
 
-@pytest.mark.parametrize("options", [{"number": 0}, *SCORES, {"mixer": "none"}, {"number": 2}], ids=label)
+@pytest.mark.parametrize(
+    "options", [{"number": 0}, *SCORES, {"mixer": "none"}, {"number": 2}, STAGE_3[0]], ids=label
+)
 def test_dropout_acts_in_training_only(build, options):
     model, plain = build(**options, dropout=0.5), build(**options)
     x = tokens()

@@ -16,7 +16,7 @@ from muse.models import build_model, trunk
 from muse.models.trunk import FRACTION_BITS, GROWTH_BITS, UNIT, drifts_of, kicks_of
 from muse.training.step import NotFinite, training_step
 
-STAGES = ["0", "1", "2"]
+STAGES = ["0", "1", "2", "3"]
 CPU = torch.device("cpu")
 
 

@@ -39,8 +39,13 @@ def small_sizes(vocab_size: int = VOCAB, seq_len: int = SEQ_LEN, **width: int) -
 
 
 def stage_config(number: str | int = "1", precision: str = "fp32", **options: Any) -> StageConfig:
-    activation = "gelu" if str(number) in ("0", "3a") else "split_gelu"
-    return StageConfig(**{"number": str(number), "precision": precision, "activation": activation, **options})
+    defaults = {
+        "number": str(number),
+        "precision": precision,
+        "activation": "gelu" if str(number) in ("0", "3a") else "split_gelu",
+        "koopman": "replace" if str(number) == "3" else "none",
+    }
+    return StageConfig(**defaults | options)
 
 
 def run_config(stage: StageConfig, optim: dict[str, Any] | None = None, **train: Any) -> RunConfig:

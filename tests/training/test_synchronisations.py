@@ -91,7 +91,7 @@ def test_a_step_waits_once(stage, options):
     assert waits == ["tolist"]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_an_evaluation_waits_once(stage):
     model = build(stage).model
     tokens = torch.randint(VOCAB, (100,)).numpy()

@@ -359,7 +359,7 @@ def test_training_learns(tmp_path, number, precision, optim):
     assert result.tokens == 60 * 8 * 8
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
 def test_micro_batches_equal_one_batch(tmp_path, number):
     runs = []
     for name, pieces, batch_size in (("pieces", 3, 2), ("whole", 1, 6)):

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from muse.layers import ComplexAttention, KoopmanOperator, KoopmanState
+from muse.layers.koopman import LONGEST, SHARPNESS, SHORTEST, TAPS
+from muse.planar import to_complex
+
+
+def operator(dtype=torch.float64, d_model=6, observables=8):
+    """An operator none of whose parameters is at its start."""
+    built = KoopmanOperator(d_model, observables).to(dtype)
+    with torch.no_grad():
+        for parameter in (built.taps, built.rate.bias):
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    return built
+
+
+def states(length, batch=2, d_model=6, dtype=torch.float64):
+    return torch.randn(batch, length, 2, d_model).to(dtype)
+
+
+def test_output_is_that_of_the_formula():
+    """Token after token, in complex numbers."""
+    layer, z = operator(), states(9)
+    u, gate = to_complex(layer.projection(z)).chunk(2, -1)
+    rate = torch.sigmoid(layer.rate(torch.cat((z[..., 0, :], z[..., 1, :]), -1)))
+    decay = torch.exp(-SHARPNESS * rate * torch.log1p(layer.nu.exp()))
+    gelu = torch.nn.functional.gelu
+    g, out = 0, []
+    for t in range(9):
+        heard = sum(layer.taps[:, TAPS - 1 - k] * u[:, t - k] for k in range(min(TAPS, t + 1)))
+        g = decay[:, t] * torch.exp(1j * layer.theta) * g + (1 - decay[:, t] ** 2).sqrt() * heard
+        out.append(g * torch.complex(gelu(gate[:, t].real), gelu(gate[:, t].imag)))
+    weight = torch.complex(*layer.output.weight)
+    torch.testing.assert_close(to_complex(layer(z)), torch.stack(out, 1) @ weight.mT)
+
+
+def test_every_parameter_is_trained_and_there_are_as_many_as_in_attention():
+    layer = operator(d_model=8)
+    layer(states(5, d_model=8)).square().sum().backward()
+    assert all((p.grad != 0).any() for p in layer.parameters())
+    attention = sum(p.numel() for p in ComplexAttention(8, 2).parameters())
+    assert sum(p.numel() for p in layer.parameters()) == attention + 8 * (TAPS + 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_token_sees_a_later_one(dtype):
+    layer, z = operator(dtype), states(70, dtype=dtype)
+    with torch.no_grad():
+        before = layer(z)
+        for position in (0, 3, 31, 32, 69):
+            other = z.clone()
+            other[:, position] += 1
+            after = layer(other)
+            assert torch.equal(after[:, :position], before[:, :position])
+            assert not torch.equal(after[:, position], before[:, position])
+
+
+@pytest.mark.parametrize("sizes", [[1] * 12, [7, 1, 1, 3], [2, 10]], ids=str)
+def test_part_by_part_with_a_state_whose_size_stays(sizes):
+    layer, z = operator(), states(12)
+    cache, outs, kept = layer.new_cache(100), [], set()
+    assert cache == KoopmanState()
+    with torch.no_grad():
+        for part in z.split(sizes, 1):
+            outs.append(layer(part, cache))
+            kept.add((cache.observables.shape, cache.recent.shape))
+        torch.testing.assert_close(torch.cat(outs, 1), layer(z))
+    assert len(kept) == 1
+    assert cache.length == 12
+
+
+def test_half_lives_at_the_start_are_spread_evenly_in_their_logarithm():
+    layer = KoopmanOperator(4, 5)
+    decay, _ = layer.eigenvalues()
+    half_lives = math.log(0.5) / decay
+    expected = torch.logspace(math.log10(SHORTEST), math.log10(LONGEST), 5)
+    torch.testing.assert_close(half_lives, expected, rtol=1e-4, atol=0)
+
+
+def test_many_steps_without_input_are_one_product():
+    layer = operator()
+    g = torch.randn(3, 2, 8, dtype=torch.float64)
+    stepwise = g
+    for _ in range(50):
+        stepwise = layer.evolve(stepwise, 1, rate=0.3)
+    torch.testing.assert_close(layer.evolve(g, 50, rate=0.3), stepwise)
+    # And they are those of the layer where nothing comes in.
+    decay, theta = layer.eigenvalues(0.3)
+    turned = to_complex(g) * torch.exp(torch.complex(decay, theta))
+    torch.testing.assert_close(to_complex(layer.evolve(g, 1, rate=0.3)), turned)
