@@ -231,11 +231,11 @@ def _carried(
     (batch, length), tiles = planes.shape[:2], tile_count(planes)
     ends, carried = entries_like(planes), entries_like(planes)
     kept, end = torch.empty_like(ends[:, :, 0]), torch.empty_like(ends[:, 0])
-    arguments = (planes, log_decay, turn, ends, kept, length, tiles)
-    _by_channels(_ends_kernel, planes, (tiles, batch), arguments, BACKWARD=backward)
+    of_tiles = (planes, log_decay, turn, ends, kept, length, tiles)
+    _by_channels(_ends_kernel, planes, (tiles, batch), of_tiles, BACKWARD=backward)
     last = (length - 1) % TILE
-    arguments = (ends, kept, turn, start.float().contiguous(), carried, end, tiles, last)
-    _by_channels(_carry_kernel, planes, (batch,), arguments, BACKWARD=backward)
+    of_rows = (ends, kept, turn, start.float().contiguous(), carried, end, tiles, last)
+    _by_channels(_carry_kernel, planes, (batch,), of_rows, BACKWARD=backward)
     return carried, end
 
 
@@ -258,9 +258,9 @@ def scan_backward(
     exits, grad_state = _carried(grad, log_decay, turn, grad_final, backward=True)
     grad_u, grad_log_decay = torch.empty_like(u), torch.empty_like(log_decay)
     grad_angle = torch.empty_like(entries[:, :, 0])
-    arguments = (grad, u, log_decay, turn, entries, exits, grad_u, grad_log_decay, grad_angle)
+    tensors = (grad, u, log_decay, turn, entries, exits, grad_u, grad_log_decay, grad_angle)
     last = (length - 1) % TILE
-    _by_channels(_backward_kernel, u, (tiles, batch), (*arguments, length, tiles, last))
+    _by_channels(_backward_kernel, u, (tiles, batch), (*tensors, length, tiles, last))
     return grad_u, grad_log_decay, grad_angle.sum((0, 1)).to(angle.dtype), grad_state
 
 

@@ -20,8 +20,8 @@ TEXT = ("data.name", "data.path", "data.variant", "tokenizer.name", "tokenizer.v
 def baseline_of(config: BenchConfig, stage: StageConfig, precision: str | None = None) -> BenchConfig:
     """The same benchmark of another stage, in its own precision or the given one.
 
-    ``benchmark.baseline_checkpoint`` is of stage 0, and where stage 2 is measured of stage 1. It is measured
-    as the model that was trained.
+    ``benchmark.baseline_checkpoint`` is of stage 0, and where stage 2 or 3 is measured of the one before it.
+    It is measured as the model that was trained.
     """
     stage = dataclasses.replace(
         stage,
@@ -37,7 +37,7 @@ def baseline_of(config: BenchConfig, stage: StageConfig, precision: str | None =
 
 def _number(config: BenchConfig) -> str:
     """The stage of ``benchmark.baseline_checkpoint``."""
-    return "1" if config.stage.number == "2" else "0"
+    return {"2": "1", "3": "2"}.get(config.stage.number, "0")
 
 
 def check_baseline(config: BenchConfig) -> None:

@@ -40,7 +40,7 @@ class Benchmark:
     judge: Callable[[BenchConfig, Results], None]
     plot: Callable[[Models], Any] | None = None
     shown: tuple[Metric, ...] = ()
-    stages: tuple[str, ...] = ("0", "1", "2")
+    stages: tuple[str, ...] = ("0", "1", "2", "3")
     trained: bool = True
     workload: Callable[[BenchConfig], Workload] = lambda config: Workload()
     check: Callable[[BenchConfig], None] = lambda config: None

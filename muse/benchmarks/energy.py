@@ -1,4 +1,4 @@
-"""``benchmark=energy``: conservation of energy along every flow of a stage 2 model."""
+"""``benchmark=energy``: conservation of energy along every flow of a model of stage 2 or 3."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from muse.benchmarks.criteria import all_of, at_most
 from muse.benchmarks.model import benchmark_model, random_tokens, train_briefly
 from muse.benchmarks.results import Results, Unmeasured
 from muse.benchmarks.workload import Workload, batch_shape
-from muse.config import BenchConfig
+from muse.config import FLOWING, BenchConfig
 from muse.data import evaluation_batches, load_tokens
 from muse.dynamics import HamiltonianNeuralODE, MLPPotential
 from muse.dynamics.energy import MONOTONE_SHARE, curvature, drift, monotone_share, trajectory
@@ -162,7 +162,7 @@ def _inputs_of_flows(model: LanguageModel, tokens: Tensor, cast: torch.dtype | N
 
     flows = [module for module in model.modules() if isinstance(module, HamiltonianNeuralODE)]
     if not flows:
-        raise ConfigError("benchmark=energy is about the flow; it needs stage=2")
+        raise ConfigError("benchmark=energy is about the flow; it needs stage=2 or 3")
     hooks = [flow.register_forward_pre_hook(note) for flow in flows]
     model.eval()
     try:
@@ -338,7 +338,7 @@ BENCHMARK = Benchmark(
     judge=judge,
     plot=plot,
     shown=(Metric("max_drift", "largest relative energy drift", "", {"max_drift_leapfrog": "leapfrog"}),),
-    stages=("2",),
+    stages=FLOWING,
     # It follows the model's flow for its steps without changing what the model computes.
     # Of order 4: leapfrog, with which models train, would drift further than the potential makes it.
     workload=lambda config: Workload(4, 512, ode_steps=100, integrator="blanes_moan_rkn4"),

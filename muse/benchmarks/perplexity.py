@@ -27,9 +27,9 @@ from muse.report.sweep_plot import Metric
 from muse.report.wandb_tables import model_tables
 from muse.training.evaluate import Evaluation, evaluate
 
-# Of stage 0, and of stage 1.
+# Of stage 0, and by the stage of the one before it.
 DECODER_TARGET = 1.03
-FLOW_TARGET = 1.02
+FLOW_TARGETS = {"2": 1.02, "3": 1.0}
 PARAMETERS_APART = 0.03
 
 
@@ -89,8 +89,8 @@ def _evaluate(config: BenchConfig, data: TokenData, device: torch.device) -> Eva
 
 
 def judge(config: BenchConfig, results: Results) -> None:
-    """Perplexity beside stage 0, and of stage 2 beside stage 1."""
-    (_judge_flow if config.stage.number == "2" else _judge_decoder)(config, results)
+    """Perplexity beside stage 0, of stage 2 beside stage 1, and of stage 3 beside stage 2."""
+    (_judge_flow if config.stage.flowing else _judge_decoder)(config, results)
 
 
 def _judge_decoder(config: BenchConfig, results: Results) -> None:
@@ -116,33 +116,39 @@ def _judge_decoder(config: BenchConfig, results: Results) -> None:
 
 
 def _judge_flow(config: BenchConfig, results: Results) -> None:
-    """Perplexity beside stage 1, and for show stage 0."""
-    baseline = baseline_of(config, results.stage_of("1"))
-    real = baseline_of(config, results.stage_of("0"))
+    """Perplexity beside the stage before, and for show those before that."""
+    number = config.stage.number
+    before = str(int(number) - 1)
+    target = FLOW_TARGETS[number]
+    baseline = baseline_of(config, results.stage_of(before))
     own = results.measure("perplexity", name_of(config), config)
     one = _measure_baseline(config, baseline, results)
     trained_here = config.benchmark.checkpoint is None and baseline.benchmark.checkpoint is None
-    zero = results.measure("perplexity", name_of(real), real) if trained_here else Unmeasured()
+    shown = {}
+    for earlier in reversed(range(int(before))):
+        other = baseline_of(config, results.stage_of(str(earlier)))
+        found = results.measure("perplexity", name_of(other), other) if trained_here else Unmeasured()
+        shown[f"stage{earlier}_ppl"] = found["ppl"]
     share = None if "ppl_pass" in results.unjudged else ratio(own["ppl"], one["ppl"])
     size = ratio(own["parameters"], one["parameters"])
     excess = None if size is None else size - 1
     values = results.values
     values |= {
-        "stage2_ppl": own["ppl"],
-        "stage1_ppl": one["ppl"],
-        "stage0_ppl": zero["ppl"],
+        f"stage{number}_ppl": own["ppl"],
+        f"stage{before}_ppl": one["ppl"],
+        **shown,
         "ppl_ratio": share,
         "ppl_diff_pct": None if share is None else 100 * (share - 1),
-        "ppl_target": FLOW_TARGET,
-        "ppl_pass": at_most(share, FLOW_TARGET),
+        "ppl_target": target,
+        "ppl_pass": at_most(share, target),
         "ppl_trained": own["trained"],
         "ppl_baseline_trained": one["trained"],
         "parameters_apart": excess,
     }
-    title = f"perplexity / stage 1 ({own['trained']})"
-    results.criteria.append((title, share, f"<= {FLOW_TARGET}", values["ppl_pass"]))
+    title = f"perplexity / stage {before} ({own['trained']})"
+    results.criteria.append((title, share, f"<= {target}", values["ppl_pass"]))
     equal = None if excess is None else abs(excess) <= PARAMETERS_APART
-    results.criteria.append(("parameters / stage 1 - 1", excess, f"within {PARAMETERS_APART}", equal))
+    results.criteria.append((f"parameters / stage {before} - 1", excess, f"within {PARAMETERS_APART}", equal))
 
 
 def _measure_baseline(config: BenchConfig, baseline: BenchConfig, results: Results) -> dict[str, Any]:
@@ -183,7 +189,7 @@ def check(config: BenchConfig) -> None:
 
 
 def workload(config: BenchConfig) -> Workload:
-    """The perplexity of a checkpoint is that of the flow it was trained with."""
+    """The perplexity of a checkpoint is that of the flow it was trained with, and of stage 3 that of its own."""
     if config.stage.number != "2":
         return Workload()
     return Workload(4, 1024, of_model=config.benchmark.checkpoint is None)
@@ -211,6 +217,13 @@ BENCHMARK = Benchmark(
     plot=plot,
     shown=(
         Metric("ppl", "perplexity", "", {"ppl_baseline": "stage 0"}, counted=False, key_of_flow="stage2_ppl"),
+        Metric(
+            "stage3_ppl",
+            "perplexity",
+            "stage 3",
+            {"stage2_ppl": "stage 2", "stage1_ppl": "stage 1", "stage0_ppl": "stage 0"},
+            counted=False,
+        ),
         Metric(
             "stage2_ppl",
             "perplexity",

@@ -14,6 +14,7 @@ from muse.benchmarks import (
     energy,
     gradients,
     kernels,
+    koopman,
     perplexity,
     price,
     speedup,
@@ -25,7 +26,7 @@ from muse.benchmarks.baseline import check_baseline
 from muse.benchmarks.benchmark import Benchmark, Measure
 from muse.benchmarks.results import Results
 from muse.benchmarks.workload import check_flow, settle
-from muse.config import BenchConfig, StageConfig
+from muse.config import FLOWING, BenchConfig, StageConfig
 from muse.errors import ConfigError, RunError
 from muse.files import finite
 from muse.hardware import describe, use_hardware
@@ -41,11 +42,12 @@ BENCHMARKS: dict[str, Benchmark] = {
     "gradients": gradients.BENCHMARK,
     "stability": stability.BENCHMARK,
     "kernels": kernels.BENCHMARK,
+    "koopman": koopman.BENCHMARK,
     "adjoint": adjoint.BENCHMARK,
     "price": price.BENCHMARK,
 }
 # What benchmark=all runs, in this order, where it goes with the stage.
-ALL = ("vram", "throughput", "stability", "gradients", "energy", "perplexity", "speedup")
+ALL = ("vram", "throughput", "stability", "gradients", "energy", "koopman", "perplexity", "speedup")
 MEASUREMENTS: dict[str, Measure] = {
     name: measure for benchmark in BENCHMARKS.values() for name, measure in benchmark.measure.items()
 }
@@ -84,8 +86,12 @@ def check_benchmark(config: BenchConfig, given: Collection[str]) -> None:
         )
     benchmarks = chosen(config)
     if not benchmarks:
-        if BENCHMARKS[options.name].stages == ("2",):
-            raise ConfigError(f"benchmark={options.name} is about the flow; it needs stage=2")
+        if (stages := BENCHMARKS[options.name].stages) in (FLOWING, ("2",)):
+            raise ConfigError(
+                f"benchmark={options.name} is about the flow; it needs stage={' or '.join(stages)}"
+            )
+        if stages == ("3",):
+            raise ConfigError(f"benchmark={options.name} is about what stage 3 adds; it needs stage=3")
         raise ConfigError(
             f"benchmark={options.name} does not go with stage={number}; stage=3a has "
             "benchmark=speedup, and only stage=3a has it"

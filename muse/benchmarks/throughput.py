@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from muse.benchmarks.baseline import baseline_of
 from muse.benchmarks.benchmark import Benchmark, Models
-from muse.benchmarks.criteria import at_most, ratio
+from muse.benchmarks.criteria import at_least, at_most, ratio
 from muse.benchmarks.gradient_modes import measure_modes
 from muse.benchmarks.model import benchmark_model, random_training_step
 from muse.benchmarks.results import Results, name_of
@@ -25,6 +26,8 @@ from muse.report.wandb_tables import model_tables
 
 # Time of a step, exact / full backpropagation.
 TIME_TARGET = 1.6
+# Of stage 2, by stage 3.
+SPEED_TARGET = 0.85
 
 
 def measure_throughput(config: BenchConfig, device: torch.device) -> dict[str, float]:
@@ -76,7 +79,7 @@ def measure_throughput(config: BenchConfig, device: torch.device) -> dict[str, f
 
 def judge(config: BenchConfig, results: Results) -> None:
     """Speed beside stage 0, and of stage 2 beside full backpropagation."""
-    (_judge_flow if config.stage.number == "2" else _judge_decoder)(config, results)
+    (_judge_flow if config.stage.flowing else _judge_decoder)(config, results)
 
 
 def _judge_decoder(config: BenchConfig, results: Results) -> None:
@@ -118,8 +121,26 @@ def _judge_flow(config: BenchConfig, results: Results) -> None:
         "gradient_error": measured["gradient_error_exact"],
         "gradients_correct": correct,
     }
+    if config.stage.koopman != "none":
+        _add_share_of_attention(config, results)
     title = "time of a step, exact / full backpropagation"
     results.criteria.append((title, share, f"<= {TIME_TARGET}", at_most(share, TIME_TARGET)))
+
+
+def _add_share_of_attention(config: BenchConfig, results: Results) -> None:
+    """Speed beside that of the same model whose blocks all have attention, stage 2."""
+    stage = dataclasses.replace(config.stage, number="2", koopman="none")
+    other = dataclasses.replace(config, stage=stage)
+    rates = [results.measure("throughput", name_of(one), one)["tokens_per_second"] for one in (config, other)]
+    share = ratio(*rates)
+    passed = at_least(share, SPEED_TARGET)
+    results.values |= {
+        "throughput": rates[0],
+        "phase2_throughput": rates[1],
+        "throughput_ratio": share,
+        "throughput_pass": passed,
+    }
+    results.criteria.append(("tokens per second / stage 2", share, f">= {SPEED_TARGET}", passed))
 
 
 def plot(models: Models) -> Any:

@@ -87,7 +87,7 @@ def _bytes(tensors: list[Tensor]) -> int:
 
 def judge(config: BenchConfig, results: Results) -> None:
     """Peak memory beside stage 0, and of stage 2 beside full backpropagation."""
-    (_judge_flow if config.stage.number == "2" else _judge_decoder)(config, results)
+    (_judge_flow if config.stage.flowing else _judge_decoder)(config, results)
 
 
 def _judge_decoder(config: BenchConfig, results: Results) -> None:

@@ -1,4 +1,4 @@
-"""What a benchmark is measured at where the options leave it open: a batch, and in stage 2 a flow."""
+"""What a benchmark is measured at where the options leave it open: a batch, and in stages 2 and 3 a flow."""
 
 from __future__ import annotations
 
@@ -49,14 +49,12 @@ def settle(config: BenchConfig, workload: Workload) -> BenchConfig:
 
 
 def beside_backpropagation(config: BenchConfig) -> Workload:
-    """That of memory and speed, which stage 2 compares with full backpropagation at leapfrog's eleven forces.
+    """That of memory and speed, where flows are compared with full backpropagation at leapfrog's 11 forces.
 
     Schemes of higher order take more forces, all of which full backpropagation would keep, and the comparison
     would flatter.
     """
-    return (
-        Workload(2, 2048, integrator="leapfrog", of_model=True) if config.stage.number == "2" else Workload()
-    )
+    return Workload(2, 2048, integrator="leapfrog", of_model=True) if config.stage.flowing else Workload()
 
 
 def check_flow(config: BenchConfig, given: Collection[str], name: str, workload: Workload) -> None:
@@ -76,8 +74,8 @@ def check_flow(config: BenchConfig, given: Collection[str], name: str, workload:
 
 
 def flow_of(config: BenchConfig) -> dict[str, Any]:
-    """Steps and integrator of the flow of a settled benchmark, for its result; none but in stage 2."""
-    return {option: getattr(config.stage, option) for option in FLOW} if config.stage.number == "2" else {}
+    """Steps and integrator of the flow of a settled benchmark, for its result; none without flows."""
+    return {option: getattr(config.stage, option) for option in FLOW} if config.stage.flowing else {}
 
 
 def batch_shape(config: BenchConfig) -> tuple[int, int]:

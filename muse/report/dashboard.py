@@ -64,7 +64,11 @@ LAYOUT: dict[str, tuple[Panel, ...]] = {
     ),
     "comparison": (
         Panel("criteria", "table", ("tables/criteria",)),
-        Panel("perplexity", "bars", ("ppl", "ppl_baseline", "stage2_ppl", "stage1_ppl", "stage0_ppl")),
+        Panel(
+            "perplexity",
+            "bars",
+            ("ppl", "ppl_baseline", "stage3_ppl", "stage2_ppl", "stage1_ppl", "stage0_ppl"),
+        ),
         Panel("speed [tokens/s]", "bars", ("tokens_per_second",)),
         Panel("time saved by the stack [%]", "bars", ("speedup_pct", "speedup_paired_pct")),
         Panel("models", "table", ("tables/perplexity",)),

@@ -229,6 +229,25 @@ def draw_stacked(
     return figure
 
 
+def draw_eigenvalues(title: str, operators: Mapping[str, Sequence[tuple[float, float]]]) -> Any:
+    """Points (real part, imaginary part) of each operator in the complex plane, and the unit circle."""
+    figure, axes = _axes(title, "real part", "imaginary part", (6.4, 6.8))
+    angles = [2 * math.pi * step / 256 for step in range(257)]
+    axes.plot([math.cos(x) for x in angles], [math.sin(x) for x in angles], color="black", linewidth=1)
+    for number, (name, points) in enumerate(operators.items()):
+        axes.plot(
+            *zip(*points, strict=True),
+            MARKERS[number % len(MARKERS)],
+            label=name,
+            color=COLOURS[number % len(COLOURS)],
+            markerfacecolor="none",
+            markersize=5,
+        )
+    axes.set_aspect("equal")
+    add_legend(figure, axes)
+    return figure
+
+
 def draw_ratios(title: str, x_label: str, rows: Mapping[str, Mapping[str, float]]) -> Any:
     """A group of horizontal bars for each row, one for each of its ratios, on a logarithmic axis."""
     names = list(dict.fromkeys(name for ratios in rows.values() for name in ratios))
