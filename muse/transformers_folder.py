@@ -109,6 +109,11 @@ def refusal(trained: Trained) -> str | None:
     stage = trained.config.stage
     if stage.mixer == "none":
         return "stage.mixer=none mixes no tokens, which no decoder elsewhere does; it cannot be exported"
+    if stage.number == "3":
+        return (
+            "stage=3 has Koopman operators, for which no engine has a cache; only stages 0, 1 and 2 can be "
+            "exported"
+        )
     if stage.number in ("1", "2") and stage.score != "real":
         return (
             f"stage.score={stage.score} weighs values by complex scores, which attention elsewhere does not "

@@ -129,6 +129,7 @@ def test_the_maps_are_exact_in_float64(tmp_path, options):
         ({"stage": "1", "mixer": "none"}, "stage.mixer=none"),
         ({"stage": "1", "loops": 2}, "stage.loops=2"),
         ({"stage": "0", "trunk": "reversible"}, "stage.trunk=reversible of stage 0"),
+        ({"stage": "3"}, "stage=3 has Koopman operators"),
         ({"stage": "3a"}, "stage=3a"),
     ],
     ids=str,

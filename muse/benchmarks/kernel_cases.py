@@ -32,6 +32,8 @@ from kernels.complex_norm import add_complex_rms_norm, complex_layer_norm, compl
 from kernels.complex_norm.plain import add_rms_norm, layer_norm, rms_norm
 from kernels.complex_rotary import rotate
 from kernels.complex_rotary.plain import rotate as plain_rotate
+from kernels.complex_scan import complex_scan
+from kernels.complex_scan.plain import complex_scan as plain_scan
 from kernels.planar import modulus_floor
 from kernels.symplectic import symplectic_flow
 from kernels.symplectic.plain import plain_flow, plain_force
@@ -75,6 +77,7 @@ class Case:
         ours: the operation, called with the inputs; returns a tensor or a tuple of tensors.
         plain: the same maths in plain PyTorch.
         others: more alternatives, each with its own inputs.
+        by_token: whether the plain code is a loop over the tokens, which torch.compile would write out.
     """
 
     name: str
@@ -82,6 +85,7 @@ class Case:
     ours: Function
     plain: Function
     others: dict[str, tuple[Function, Sequence[Tensor]]] = field(default_factory=dict)
+    by_token: bool = False
 
 
 def sizes_of(config: BenchConfig) -> Sizes:
@@ -158,7 +162,7 @@ def measure_case(case: Case, config: BenchConfig, device: torch.device, peak: fl
         return row | {"error": f"wrong: {where} is off by {deviation:.3g} times the error allowed"}
     functions = {"ours": (case.ours, case.inputs), "eager": (case.plain, case.inputs), **case.others}
     notes: dict[str, dict[str, Any]] = {}
-    if config.benchmark.compile:
+    if config.benchmark.compile and not case.by_token:
         compiled, notes["compiled"] = _compile(case, device)
         if compiled is not None:
             functions["compiled"] = (compiled, case.inputs)
@@ -494,9 +498,27 @@ class _FixedPoint(torch.autograd.Function):
         return grad_q, grad_p, *sums, None, None, None
 
 
+# --- Scan ------------------------------------------------------------------------------------------------
+
+
+def scan_cases(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> Iterator[Case]:
+    """The recurrence with complex eigenvalues; decays are float32, as in a Koopman operator."""
+    u = normal(sizes.batch, sizes.length, 2, sizes.width)
+    gate = normal(sizes.batch, sizes.length, sizes.width, dtype=torch.float32)
+    angle = normal(sizes.width, dtype=torch.float32)
+    ours, plain = (partial(gated_scan, scan) for scan in (complex_scan, plain_scan))
+    yield Case("scan", (u, gate, angle), ours, plain, by_token=True)
+
+
+def gated_scan(scan: Function, u: Tensor, gate: Tensor, angle: Tensor) -> Tensor:
+    """A scan by decays of which the gate may be any number."""
+    return scan(u, -F.softplus(gate), angle)[0]
+
+
 FAMILIES: dict[str, Callable[[Sizes, torch.dtype, Normal], Iterator[Case]]] = {
     "attention": attention_cases,
     "linear": linear_cases,
     "pointwise": pointwise_cases,
     "symplectic": symplectic_cases,
+    "scan": scan_cases,
 }

@@ -15,7 +15,7 @@ from muse.benchmarks.results import Results, name_of
 from muse.benchmarks.workload import batch_shape
 from muse.config import BenchConfig
 from muse.errors import ConfigError
-from muse.layers import KoopmanOperator
+from muse.layers.koopman import operators_of
 from muse.measure.timing import quantile, times_in_turns
 from muse.report.plots import draw_eigenvalues
 from muse.report.sweep_plot import Metric
@@ -40,9 +40,7 @@ def measure_koopman(config: BenchConfig, device: torch.device) -> dict[str, Any]
         ``eigenvalues``: by operator, (real part, imaginary part) at a gate of 1/2.
     """
     model = benchmark_model(config, device)
-    operators = {
-        name: module for name, module in model.named_modules() if isinstance(module, KoopmanOperator)
-    }
+    operators = operators_of(model)
     batch, length = batch_shape(config)
     generator = torch.Generator().manual_seed(config.seed)
     errors, half_lives = [], []

@@ -189,7 +189,7 @@ def check(config: BenchConfig) -> None:
 
 
 def workload(config: BenchConfig) -> Workload:
-    """The perplexity of a checkpoint is that of the flow it was trained with, as that of stage 3 always is."""
+    """The perplexity of a checkpoint is that of the flow it was trained with; stage 3 always has its own."""
     if config.stage.number != "2":
         return Workload()
     return Workload(4, 1024, of_model=config.benchmark.checkpoint is None)

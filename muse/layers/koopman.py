@@ -14,6 +14,7 @@ from kernels.planar import multiply, upcast
 from kernels.products import linear
 from muse.layers.activation import SplitGELU
 from muse.layers.linear import ComplexLinear
+from muse.processes.ranks import whole
 
 # Griffin's factor between the gate of a decay and its exponent.
 SHARPNESS = 8.0
@@ -35,6 +36,26 @@ class KoopmanState:
     observables: Tensor | None = None
     recent: Tensor | None = None
     length: int = 0
+
+
+def half_lives(model: nn.Module) -> dict[str, float]:
+    """Quantiles of the half-lives of every operator of a model, in tokens, where the gate r is 1/2.
+
+    As ``koopman/blocks_0_mixer/half_life_p50``, and p10 and p90: the operator's name without its dots. Where
+    parameters are sharded every rank must ask.
+    """
+    metrics = {}
+    for name, operator in operators_of(model).items():
+        lives = math.log(0.5) / operator.eigenvalues()[0].detach()
+        for percent in (10, 50, 90):
+            key = f"koopman/{name.replace('.', '_')}/half_life_p{percent}"
+            metrics[key] = lives.quantile(percent / 100).item()
+    return metrics
+
+
+def operators_of(model: nn.Module) -> dict[str, KoopmanOperator]:
+    """Every operator of a model by its name."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, KoopmanOperator)}
 
 
 class KoopmanOperator(nn.Module):
@@ -87,11 +108,7 @@ class KoopmanOperator(nn.Module):
     def log_decay(self, z: Tensor) -> Tensor:
         """log |lambda| of planar z (B, S, 2, D): (B, S, K), at least in float32."""
         rate = linear(z.flatten(-2), self.rate.weight, self.rate.bias)
-        return self._fastest() * torch.sigmoid(upcast(rate))
-
-    def _fastest(self) -> Tensor:
-        """log |lambda| where the gate r is 1."""
-        return -SHARPNESS * F.softplus(upcast(self.nu))
+        return _fastest(self.nu) * torch.sigmoid(upcast(rate))
 
     def forward(self, z: Tensor, cache: KoopmanState | None = None) -> Tensor:
         """Map planar (B, S, 2, D) to planar (B, S, 2, D).
@@ -109,8 +126,11 @@ class KoopmanOperator(nn.Module):
         return self.output(multiply(g, self.activation(gate)))
 
     def eigenvalues(self, rate: float = 0.5) -> tuple[Tensor, Tensor]:
-        """log |lambda| and theta, each (K,), where the gate r is ``rate`` for all channels."""
-        return rate * self._fastest(), upcast(self.theta)
+        """log |lambda| and theta, each (K,), where the gate r is ``rate`` for all channels.
+
+        Where parameters are sharded every rank must ask.
+        """
+        return rate * _fastest(whole(self.nu)), upcast(whole(self.theta))
 
     def evolve(self, observables: Tensor, steps: int, rate: float = 0.5) -> Tensor:
         """Observables (B, 2, K) after so many tokens without input: one product with lambda^steps."""
@@ -129,3 +149,8 @@ class KoopmanOperator(nn.Module):
         weight = self.taps.repeat(2, 1).unsqueeze(1).to(u.dtype)
         out = F.conv1d(padded.flatten(-2).transpose(1, 2), weight, groups=weight.shape[0])
         return out.transpose(1, 2).unflatten(-1, (2, -1))
+
+
+def _fastest(nu: Tensor) -> Tensor:
+    """log |lambda| where the gate r is 1."""
+    return -SHARPNESS * F.softplus(upcast(nu))

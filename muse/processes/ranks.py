@@ -80,6 +80,11 @@ def on_first_rank(act: Callable[[], T]) -> T:
     return cast(T, value)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor of which ranks may hold parts; all of them must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def all_gathered(value: T) -> list[T]:
     """The values of all ranks, on every rank."""
     if ranks() == 1:

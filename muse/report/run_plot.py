@@ -1,4 +1,4 @@
-"""Pictures of a training run: its losses, and what its flows do."""
+"""Pictures of a training run: its losses, what its flows do, and how long its operators remember."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from muse.report.plots import COLOURS, DASHES, label_ends, new_axes, new_figure, save
+from muse.report.plots import COLOURS, DASHES, add_line, label_ends, new_axes, new_figure, save
 
 FLOW_PANELS = (
     ("energy", "mean energy at the start"),
@@ -150,3 +150,28 @@ def draw_flow(metrics: list[dict[str, Any]], title: str) -> Any:
             axes.set(ylim=(-0.05, 1.05), yticks=(0, 1), yticklabels=("no", "yes"))
         label_ends(axes, axes.lines)
     return figure
+
+
+def plot_half_lives(path: Path, metrics: list[dict[str, Any]], title: str) -> None:
+    """Write the half-lives of the Koopman operators over the steps of a run, if there are any.
+
+    The median of each with its name, and thin lines that 80 % of its observables are between.
+    """
+    keys = dict.fromkeys(key for line in metrics for key in line if key.startswith("koopman/"))
+    names = list(dict.fromkeys(key.split("/")[1] for key in keys))
+    if not names:
+        return
+    figure = new_figure((8, 4.2))
+    axes = new_axes(figure, "step", "half-life [tokens]", title=title, yscale="log")
+    medians = []
+    for number, name in enumerate(names):
+        low, middle, high = (
+            series(metrics, f"koopman/{name}/half_life_p{percent}") for percent in (10, 50, 90)
+        )
+        block = name.removeprefix("blocks_").partition("_")[0]
+        medians.append(add_line(axes, f"block {block}", middle, number))
+        style = {"color": medians[-1].get_color(), "linestyle": medians[-1].get_linestyle()}
+        for bound in (low, high):
+            axes.plot(*zip(*bound, strict=True), linewidth=0.7, **style)
+    label_ends(axes, medians)
+    save(figure, path)

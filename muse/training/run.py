@@ -18,7 +18,7 @@ from muse.hardware import describe, use_hardware
 from muse.models import LanguageModel
 from muse.processes.ranks import broadcast, on_first_rank, process_group, rank, ranks
 from muse.report.metrics import MetricsLog, read_metrics
-from muse.report.run_plot import plot_flow, plot_loss_curve
+from muse.report.run_plot import plot_flow, plot_half_lives, plot_loss_curve
 from muse.report.table import table
 from muse.runs.checkpoints import (
     adopt_checkpoints,
@@ -158,7 +158,9 @@ def _plots(config: RunConfig, run: Path) -> list[Path]:
     metrics, title = read_metrics(run), f"stage {config.stage.number}, {config.model.name}"
     plot_loss_curve(run / "loss.png", metrics, title)
     plot_flow(run / "flow.png", metrics, f"{title}: what its flows do")
-    return [path for path in (run / "loss.png", run / "flow.png") if path.exists()]
+    plot_half_lives(run / "half_lives.png", metrics, f"{title}: half-lives of its Koopman operators")
+    paths = (run / name for name in ("loss.png", "flow.png", "half_lives.png"))
+    return [path for path in paths if path.exists()]
 
 
 def _load_data(config: RunConfig, previous: Path | None) -> TokenData:

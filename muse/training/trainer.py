@@ -17,6 +17,7 @@ from muse.config import RunConfig
 from muse.data import TokenData, evaluation_windows, training_batch
 from muse.dynamics import flow_metrics, watched_flows
 from muse.errors import ConfigError, RunError, of_all_ranks
+from muse.layers.koopman import half_lives
 from muse.models import LanguageModel, build_model, count_parameters
 from muse.processes.ranks import all_reduced_max, rank, ranks
 from muse.runs.checkpoints import (
@@ -267,7 +268,8 @@ class Trainer:
             with watched_flows(self.model) as flows:
                 self.valid = valid = self._evaluate("valid", options.eval_tokens)
             measured_on = {"valid/tokens": valid.tokens, "valid/stride": self.stride}
-            self.log(self.done, {"valid/loss": valid.loss, "valid/ppl": valid.ppl, **measured_on, **flows})
+            watched = {**measured_on, **flows, **half_lives(self.model)}
+            self.log(self.done, {"valid/loss": valid.loss, "valid/ppl": valid.ppl, **watched})
             if not ended:
                 progress.tell(
                     f"step {self.done}: validation loss {valid.loss:.3f}, perplexity {valid.ppl:.1f}"

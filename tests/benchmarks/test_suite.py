@@ -52,6 +52,7 @@ GOOD_FLOW = {
     },
     "energy": lambda config: ENERGY,
     "trained energy": lambda config: ENERGY,
+    "koopman": lambda config: {"linearity_error": 1e-6, "speedup": 3.9},
 }
 STAGE_2_KEYS = [
     "stage2_ppl",
@@ -104,7 +105,7 @@ def test_measurements_have_names_of_their_own():
     assert len(names) == len(set(names)) == len(suite.MEASUREMENTS)
 
 
-@pytest.mark.parametrize("number", ["0", "1", "2"])
+@pytest.mark.parametrize("number", ["0", "1", "2", "3"])
 def test_a_stage_is_composed_as_a_command_that_says_nothing_else_has_it(compose, number):
     composed = compose("bench", overrides=[f"stage='{number}'"])
     assert composed_stage(number) == build_config(composed).stage
@@ -122,7 +123,7 @@ def run(monkeypatch, config, **changed):
 
 
 def reported(monkeypatch, config, **changed):
-    measured = {**(GOOD_FLOW if config.stage.number == "2" else GOOD), **changed}
+    measured = {**(GOOD_FLOW if config.stage.flowing else GOOD), **changed}
     monkeypatch.setattr(suite, "measure_isolated", lambda name, config: measured[name](config))
     return suite.run_suite(config, Path("unused"), default_stage)
 
@@ -139,6 +140,33 @@ def test_stage_2_passes_when_everything_does_and_has_the_keys_of_the_seeds(bench
     assert [key for key in STAGE_2_KEYS if key not in values] == []
     assert values["vram_reduction_ratio"] == pytest.approx(8 / 9)
     assert values["ppl_diff_pct"] == 0
+
+
+def test_stage_3_passes_when_everything_does_and_is_measured_beside_stage_2(bench_config, monkeypatch):
+    config = bench_config(3)
+    config = dataclasses.replace(config, stage=dataclasses.replace(config.stage, koopman="replace"))
+    values = run(monkeypatch, config)
+    assert values["all_pass"] is True
+    assert values["stage3_ppl"] == values["stage2_ppl"] == values["stage1_ppl"] == values["stage0_ppl"] == 20
+    assert values["koopman_linearity_error"] == 1e-6
+    assert values["throughput_ratio"] == 1
+    for measurement, answer, flag in (
+        ("koopman", lambda c: {"linearity_error": 6e-4, "speedup": 3.9}, "koopman_linearity_pass"),
+        ("koopman", lambda c: {"linearity_error": 1e-6, "speedup": 2.9}, "koopman_speedup_pass"),
+        (
+            "throughput",
+            lambda c: {"tokens_per_second": 8.0 if c.stage.number == "3" else 10.0},
+            "throughput_pass",
+        ),
+        (
+            "perplexity",
+            lambda c: {"ppl": 20.1 if c.stage.number == "3" else 20.0, "trained": "", "parameters": 1000},
+            "ppl_pass",
+        ),
+    ):
+        values = run(monkeypatch, config, **{measurement: answer})
+        assert values[flag] is False
+        assert values["all_pass"] is False
 
 
 def changed_vram(gradient, **changed):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from muse.layers import ComplexAttention, KoopmanOperator, KoopmanState
-from muse.layers.koopman import LONGEST, SHARPNESS, SHORTEST, TAPS
+from muse.layers.koopman import LONGEST, SHARPNESS, SHORTEST, TAPS, half_lives
 from muse.planar import to_complex
 
 
@@ -93,3 +93,15 @@ def test_many_steps_without_input_are_one_product():
     decay, theta = layer.eigenvalues(0.3)
     turned = to_complex(g) * torch.exp(torch.complex(decay, theta))
     torch.testing.assert_close(to_complex(layer.evolve(g, 1, rate=0.3)), turned)
+
+
+def test_half_lives_of_a_model_are_told_by_operator():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), KoopmanOperator(4, 5))
+    told = half_lives(model)
+    # Of 1, 4, 16, 64 and 256.
+    expected = {
+        "koopman/1/half_life_p10": 2.2,
+        "koopman/1/half_life_p50": 16,
+        "koopman/1/half_life_p90": 179.2,
+    }
+    assert told == {key: pytest.approx(value, rel=1e-4) for key, value in expected.items()}

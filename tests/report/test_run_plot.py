@@ -4,7 +4,7 @@ import itertools
 import math
 
 from muse.report import run_plot
-from muse.report.run_plot import plot_flow, plot_loss_curve
+from muse.report.run_plot import plot_flow, plot_half_lives, plot_loss_curve
 
 
 def test_a_loss_curve_leaves_out_what_was_not_measured(tmp_path, pixels):
@@ -90,3 +90,28 @@ def test_every_flow_is_drawn_and_named_in_every_panel(tmp_path, pixels, monkeypa
 def test_a_run_without_flows_has_no_picture_of_them(tmp_path):
     plot_flow(tmp_path / "flow.png", [{"step": 1, "train/loss": 1.0, "flow/fallbacks": 0.0}], "title")
     assert not (tmp_path / "flow.png").exists()
+
+
+def test_half_lives_are_drawn_for_each_operator(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plot_half_lives(tmp_path / "half_lives.png", [{"step": 1, "train/loss": 1.0}], "title")
+    assert not figures
+    metrics = [
+        {
+            "step": step,
+            **{
+                f"koopman/blocks_{block}_mixer/half_life_p{percent}": percent * step + block
+                for block in (0, 2)
+                for percent in (10, 50, 90)
+            },
+        }
+        for step in (1, 2)
+    ]
+    plot_half_lives(tmp_path / "half_lives.png", metrics, "title")
+    (axes,) = figures[0].axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [
+        *([50, 100], [10, 20], [90, 180]),
+        *([52, 102], [12, 22], [92, 182]),
+    ]
+    assert sorted(text.get_text() for text in axes.texts) == ["block 0", "block 2"]
+    assert axes.get_yscale() == "log"
