@@ -67,6 +67,7 @@ _NAMES = {
             "ComplexFFN",
             "ComplexRMSNorm",
             "ComplexLayerNorm",
+            "KoopmanOperator",
             "ModReLU",
             "SplitGELU",
         ),

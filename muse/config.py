@@ -525,7 +525,7 @@ class BenchmarkConfig:
     stages: list[str] = option(
         ["0", "1", "2"],
         "that price trains beside the stage itself (this and what follows are of price).",
-        choices=("0", "1", "2"),
+        choices=("0", "1", "2", "3"),
     )
     seeds: int = option(3, "trainings of each kind, with seeds from seed on.", at_least=1)
     learning_rates: list[float] = option(
