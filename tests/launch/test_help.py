@@ -88,7 +88,7 @@ def test_help_says_of_each_option_what_it_is(shown, script, schema):
         assert option.meaning in words, path
         if not dataclasses.is_dataclass(option.type):
             assert any(line.startswith(f"  {path}=") for line in out.splitlines()), path
-    assert "  stage                           0, 1, 2, 3a" in out.splitlines()
+    assert "  stage                           0, 1, 2, 3, 3a" in out.splitlines()
     assert ("  benchmark  " in out) == (script == "bench.py")
 
 
