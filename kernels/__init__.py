@@ -3,3 +3,13 @@
 The configuration of every launch is pinned in the JSON beside its Triton code. Nothing here imports muse, and
 nothing touches a GPU at import.
 """
+
+# The operations; the modules beside them are what these share.
+__all__ = [
+    "complex_activation",
+    "complex_attention",
+    "complex_linear",
+    "complex_norm",
+    "complex_rotary",
+    "symplectic",
+]

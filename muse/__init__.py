@@ -1,6 +1,19 @@
 """MUSE: language models with a complex hidden state.
 
-What users look for is here by name, and imported when it is asked for: ``muse.load``, ``muse.ComplexLinear``.
+What users look for is here by name, and imported when it is asked for:
+
+- a trained model: ``load``, ``Trained``, and text from it: ``generate_text``, ``Sampling``, ``continuation``,
+  ``TextStream``;
+- a model to train: ``build_model``, ``LanguageModel``, ``StageConfig``, ``ModelConfig``, ``WidthConfig``;
+- complex layers: ``ComplexLinear``, ``ComplexEmbedding``, ``ComplexAttention``, ``ComplexFFN``,
+  ``ComplexRMSNorm``, ``ComplexLayerNorm``, ``ModReLU``, ``SplitGELU``;
+- Hamiltonian flows: ``HamiltonianNeuralODE``, ``Potential``, ``MLPPotential``, ``DuffingPotential``.
+
+Further modules: ``muse.planar``, ``muse.layers``, ``muse.models``, ``muse.dynamics``, ``muse.generation``,
+``muse.data``, ``muse.evaluate``, ``muse.export``, ``muse.config``, ``muse.errors``, and the operations,
+``kernels``. Examples are in docs/library.md:
+
+.. include:: ../docs/library.md
 """
 
 import os
@@ -83,7 +96,8 @@ __all__ = list(_NAMES)
 def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module 'muse' has no attribute {name!r}")
-    return getattr(import_module(_NAMES[name]), name)
+    found = globals()[name] = getattr(import_module(_NAMES[name]), name)
+    return found
 
 
 def __dir__() -> list[str]:

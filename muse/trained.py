@@ -1,7 +1,5 @@
 """A trained model with its tokenizer and its options, from the folder of a run or an exported file."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import NamedTuple

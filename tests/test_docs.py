@@ -29,6 +29,7 @@ from support.processes import ROOT, be_command, environment_apart
 from support.ranks import Ranks
 from torch.distributed.run import get_args_parser
 
+import muse
 from muse.benchmarks import suite
 from muse.config import BenchConfig, build_config
 from muse.export import export_run
@@ -45,6 +46,7 @@ NOT_RUN = {
     'pip install -e ".[ray]"': "nothing installs Ray, which is large; test_sweep.py plays its launcher",
     "pip install": "the gate installs .[dev] (.ci/run), which has the other extras",
     "python -m pytest": "the gate does it (.ci/run)",
+    "python -m pdoc": "test_the_reference_has_every_name_and_no_warning does it",
     "python -m kernels.resources": "writes kernels/resources.json, which tests hold against the source",
     "wandb login": "needs an account",
     "wandb sync": "needs an account",
@@ -444,6 +446,37 @@ def test_python_runs(block, tmp_path, finished_run, monkeypatch):
     for weights in re.findall(r"\w+\.safetensors", block.text):
         export_run(finished_run("2"), tmp_path / weights)
     exec(compile(block.text, block.where, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.slow
+def test_the_reference_has_every_name_and_no_warning(tmp_path):
+    (command,) = [command for command in UNIQUE if command.text.startswith("python -m pdoc")]
+    options = shlex.split(command.text)[1:]
+    options[options.index("outputs/api")] = str(tmp_path)
+    built = subprocess.run(
+        [sys.executable, *options],
+        cwd=ROOT,
+        env=environment_apart(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (built.returncode, built.stdout, built.stderr) == (0, "", "")
+    page = (tmp_path / "muse.html").read_text(encoding="utf-8")
+    entries = dict(re.findall(r'<section id="(\w+)">(.*?)</section>', page, re.DOTALL))
+    assert list(entries) == muse.__all__
+    for name, entry in entries.items():
+        # What comes first is of the name itself, not of a member.
+        own = entry.partition('class="classattr"')[0]
+        assert re.search(r'<div class="docstring"><p>', own), f"{name} has no docstring"
+    front = page.partition("<section id=")[0]
+    assert all(f'href="#{name}"' in front for name in muse.__all__)
+    for module in (option for option in options if re.fullmatch(r"muse\.\w+|kernels", option)):
+        file = f"{module.replace('.', '/')}.html"
+        assert f'href="{file}"' in front
+        assert (tmp_path / file).exists()
+    assert "<h6>Options:</h6>" in entries["StageConfig"]
+    assert "Initialize internal Module state" not in page
 
 
 def test_an_option_that_does_not_exist_is_found():

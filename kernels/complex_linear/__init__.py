@@ -26,6 +26,8 @@ from kernels.launch import fastest, target_name, tuning, use_triton
 from kernels.operator import operator
 from kernels.triton_import import INTERPRETED
 
+__all__ = ["complex_linear", "complex_linear_activated"]
+
 # Features whose multiples the compiler knows to be aligned for wide loads.
 ALIGNED = 16
 # The learned parameters of each activation.

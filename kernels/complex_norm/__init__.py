@@ -17,6 +17,8 @@ from kernels.launch import use_triton
 from kernels.operator import operator
 from kernels.planar import check_planar, precise
 
+__all__ = ["add_complex_rms_norm", "complex_layer_norm", "complex_rms_norm"]
+
 
 def complex_rms_norm(z: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:
     """g z / sqrt(mean_D |z|^2 + eps) with a complex gain g: equivariant under a global phase.

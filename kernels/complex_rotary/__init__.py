@@ -15,6 +15,8 @@ from kernels.complex_rotary import eager, triton_code
 from kernels.launch import use_triton
 from kernels.operator import operator
 
+__all__ = ["rotate", "split_heads"]
+
 
 def rotate(z: Tensor, table: Tensor, inverse: bool = False) -> Tensor:
     """z_k e^{i n omega_k}: a complex tensor turned by its position n (Su et al., RoFormer, 2021).

@@ -42,6 +42,17 @@ from kernels.symplectic import eager, triton_code
 from kernels.symplectic.plain import phi_of
 from kernels.symplectic.scheme import LIMIT, POTENTIALS, Scheme, Weights, to_fixed_point
 
+__all__ = [
+    "LIMIT",
+    "POTENTIALS",
+    "advance",
+    "fixed_point",
+    "potential",
+    "symplectic_flow",
+    "undo",
+    "undone_flow",
+]
+
 # Of ``undone_flow``.
 Advance = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Undo = Callable[..., Sequence[Tensor]]
