@@ -2,19 +2,27 @@
 
 python -m muse.generate outputs/train/stage1-tiny/2026-01-31_12-00-00-123 --prompt "The river"
 python -m muse.generate stage1.safetensors --file chapter.txt --tokens 500 --top-p 0.95
+python -m muse.generate stage2.safetensors --prompt "The river" --trajectory energy.png
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from muse.commands import Parser, add_model, device_of, run_command
+from muse.dynamics import flows_of, recorded_flows
+from muse.dynamics.energy import DRIFT_TARGET, energies_by_halves, halves
 from muse.errors import ConfigError
 from muse.generation import Sampling, TextStream, continuation
+from muse.report.trajectory_plot import plot_trajectories
 from muse.trained import Trained, load
 
 SIZES = (
@@ -41,6 +49,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first text; the next ones follow (0)")
     parser.add_argument("--stop", action="append", default=[], help="a text that ends it; may be repeated")
     parser.add_argument("--count", type=int, default=1, help="texts (1)")
+    parser.add_argument(
+        "--trajectory",
+        type=Path,
+        metavar="FILE.png",
+        help="of stage 2, draw the energy of each token along the flows",
+    )
     run_command(lambda: generate(parser.parse_args()))
 
 
@@ -65,10 +79,22 @@ def generate(arguments: argparse.Namespace) -> None:
     prompt = _prompt(arguments)
     if prompt is None and not sys.stdin.isatty():
         raise ConfigError("there is no text to go on with; give --prompt TEXT, --file FILE or --file -")
+    picture: Path | None = arguments.trajectory
+    if picture is not None and picture.suffix != ".png":
+        raise ConfigError(f"--trajectory {picture} is not a name for a picture; give one that ends in .png")
+    if picture is not None and (prompt is None or arguments.count > 1):
+        raise ConfigError("--trajectory draws one text; give --prompt or --file, and no --count")
     trained = load(arguments.model, arguments.which, device_of(arguments.device))
+    if picture is not None:
+        _see_that_it_can_be_drawn(trained, picture)
     if prompt is not None:
         _tell_of_window(trained, prompt, arguments.tokens)
-        _continue(trained, prompt, sampling, arguments)
+        if picture is None:
+            _continue(trained, prompt, sampling, arguments)
+            return
+        with recorded_flows(trained.model) as starts:
+            _continue(trained, prompt, sampling, arguments)
+        _draw(trained, starts, picture)
         return
     print("a text to go on with, or Ctrl-D to end", file=sys.stderr)
     for line in _lines():
@@ -141,6 +167,63 @@ def _tell_of_window(trained: Trained, prompt: str, tokens: int) -> None:
             "the oldest are forgotten as its window slides",
             file=sys.stderr,
         )
+
+
+def _see_that_it_can_be_drawn(trained: Trained, picture: Path) -> None:
+    """Before the text is there, which would be lost.
+
+    Raises:
+        ConfigError: the model has no flow, or the file cannot be written.
+    """
+    if not flows_of(trained.model):
+        number = trained.config.stage.number
+        raise ConfigError(
+            f"--trajectory draws the energy along Hamiltonian flows, and stage={number} has none; "
+            "give a model of stage=2"
+        )
+    try:
+        if picture.is_dir():
+            raise IsADirectoryError("it is a folder")
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=picture.parent):
+            pass
+    except OSError as error:
+        raise _cannot_be_written(picture, error) from error
+
+
+def _draw(trained: Trained, starts: dict[str, list[Tensor]], picture: Path) -> None:
+    """Draw the energies of the states that ``recorded_flows`` kept.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    stage, loops = trained.config.stage, trained.model.loops
+    energies = {}
+    for flow in flows_of(trained.model):
+        for loop in range(loops):
+            # Of each token every loop in turn.
+            q, p = torch.stack(starts[flow.name][loop::loops]).unbind(1)
+            name = flow.name.replace("blocks.", "block ").replace(".flow.", ", flow ")
+            name += f", loop {loop}" if loops > 1 else ""
+            energies[name] = energies_by_halves(flow, q, p).cpu().numpy()
+    names = [name for name, _ in halves(stage.integrator, stage.dt)]
+    limit = f"{DRIFT_TARGET:g}, what benchmark=energy allows in steps of 0.1", DRIFT_TARGET
+    try:
+        plot_trajectories(
+            picture,
+            energies,
+            names,
+            stage.dt,
+            limit,
+            "how far the energy of each generated token moves along its flows",
+        )
+    except OSError as error:
+        raise _cannot_be_written(picture, error) from error
+    print(f"the energy along the flows is in {picture}", file=sys.stderr)
+
+
+def _cannot_be_written(picture: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--trajectory {picture} cannot be written: {error.strerror or error}")
 
 
 def _lines() -> Iterator[str]:

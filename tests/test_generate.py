@@ -1,12 +1,16 @@
+import errno
 import io
 import itertools
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from support.commands import run_here
 from support.trained import make_trained
 
 import muse
+from muse.dynamics import flows_of
+from muse.dynamics.energy import energy
 from muse.generation import GREEDY, Sampling
 
 PROMPT = "Line 7 says"
@@ -139,3 +143,97 @@ def test_a_model_that_gives_no_numbers_is_one_sentence(run, monkeypatch):
 def test_words_need_one(run):
     with pytest.raises(ValueError, match="no token in it"):
         list(muse.generate_text(muse.load(run), "", 5, Sampling()))
+
+
+@pytest.fixture(scope="module", params=[{}, {"ode_steps": 2, "loops": 2}, {"trunk": "reversible"}], ids=str)
+def flowing(request, tmp_path_factory):
+    return make_trained(tmp_path_factory.mktemp("flowing"), "2", **request.param)[0]
+
+
+def test_a_picture_of_the_energies_changes_no_text(flowing, command, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("muse.report.trajectory_plot.plot_trajectories", lambda *given: drawn.append(given))
+    arguments = [flowing, "--prompt", PROMPT, "--tokens", 40, "--seed", 3]
+    _, wanted, _ = command(*arguments)
+    status, out, err = command(*arguments, "--trajectory", tmp_path / "new" / "energy.png")
+    assert (status, out) == (0, wanted), err
+    ((path, energies, halves, dt, limit, _),) = drawn
+    assert path == tmp_path / "new" / "energy.png"
+    stage = muse.load(flowing).config.stage
+    assert (dt, list(halves), limit[1]) == (stage.dt, ["kick", "drift", "kick"], 5e-5)
+    assert len(energies) == 2 * 2 * stage.loops
+    for kept in energies.values():
+        # A state for each token that was drawn, although the window slides.
+        assert kept.shape == (1 + 3 * stage.ode_steps, 40)
+        assert (abs(kept - kept[0]) > 0)[1:].any(1).all()
+    assert len({kept.tobytes() for kept in energies.values()}) == len(energies)
+
+
+def test_the_energies_are_those_of_a_full_pass(flowing, command, tmp_path, monkeypatch):
+    """The first generated token is drawn from the last state of the prompt."""
+    drawn = []
+    monkeypatch.setattr("muse.report.trajectory_plot.plot_trajectories", lambda *given: drawn.append(given))
+    command(flowing, "--prompt", "Line 7", "--tokens", 3, "--greedy", "--trajectory", tmp_path / "energy.png")
+    trained = muse.load(flowing)
+    ids = trained.tokenizer.encode("Line 7")
+    assert 1 < len(ids) < trained.config.model.seq_len
+    flow, starts = flows_of(trained.model)[-1], []
+    flow.watch = lambda q, p: starts.append((q, p))
+    with torch.no_grad():
+        ids += [int(trained.model(torch.tensor([ids]))[0, -1].argmax())]
+        starts.clear()
+        trained.model(torch.tensor([ids]))
+    q, p = (x[0, -2:] for x in starts[-1])
+    wanted = energy(flow.potential, q, p, flow.potential.context(q, p))
+    *_, last = drawn[0][1].values()
+    # Keys and values of a cache are rounded in other places.
+    torch.testing.assert_close(torch.from_numpy(last[0, :2]), wanted, rtol=0.02, atol=0.02)
+
+
+def test_an_old_picture_is_replaced_only_whole(flowing, command, tmp_path, monkeypatch):
+    picture = tmp_path / "energy.png"
+    picture.write_bytes(b"old")
+    arguments = [flowing, "--prompt", PROMPT, "--tokens", 5, "--trajectory", picture]
+
+    def full(figure, file, **options):
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", full)
+        status, out, err = command(*arguments)
+    assert (status, picture.read_bytes(), list(tmp_path.iterdir())) == (1, b"old", [picture])
+    assert out
+    assert f"error: --trajectory {picture} cannot be written: No space left on device\n" in err
+    assert command(*arguments)[0] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--trajectory", "energy.jpg"], "energy.jpg is not a name for a picture"),
+        (["--trajectory", "energy.png", "--count", "2"], "--trajectory draws one text"),
+        (["--trajectory", "file/energy.png"], "--trajectory file/energy.png cannot be written"),
+        (["--trajectory", "folder.png"], "--trajectory folder.png cannot be written: it is a folder"),
+    ],
+)
+def test_a_picture_that_cannot_be_is_told_before_there_is_text(
+    flowing, command, tmp_path, monkeypatch, options, told
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder.png").mkdir()
+    status, out, err = command(flowing, "--prompt", PROMPT, *options)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert told in err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_stage_without_flows_has_no_picture(run, command, tmp_path):
+    status, out, err = command(run, "--prompt", PROMPT, "--trajectory", tmp_path / "energy.png")
+    assert (status, out) == (1, "")
+    assert err.startswith(
+        "error: --trajectory draws the energy along Hamiltonian flows, and stage=1 has none"
+    )
+    assert list(tmp_path.iterdir()) == []

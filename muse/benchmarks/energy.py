@@ -21,7 +21,7 @@ from muse.benchmarks.workload import Workload, batch_shape
 from muse.config import FLOWING, BenchConfig
 from muse.data import evaluation_batches, load_tokens
 from muse.dynamics import HamiltonianNeuralODE, MLPPotential
-from muse.dynamics.energy import MONOTONE_SHARE, curvature, drift, monotone_share, trajectory
+from muse.dynamics.energy import DRIFT_TARGET, MONOTONE_SHARE, curvature, drift, monotone_share, trajectory
 from muse.errors import ConfigError, RunError
 from muse.hardware import autocast_dtype
 from muse.measure.gradient_error import full_precision
@@ -29,8 +29,6 @@ from muse.models import LanguageModel
 from muse.report.plots import draw_lines
 from muse.report.sweep_plot import Metric
 from muse.report.wandb_tables import ResultTable, lines_table, model_tables
-
-DRIFT_TARGET = 5e-5
 
 # Tokens of a layer that stand for all in the figures beside the criterion.
 SAMPLE = 512

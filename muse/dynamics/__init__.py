@@ -15,7 +15,7 @@ from muse.dynamics.hamiltonian_ode import (
 )
 from muse.dynamics.integrators import INTEGRATORS, Splitting, Stages, stages
 from muse.dynamics.potential import DuffingPotential, MLPPotential, Potential
-from muse.dynamics.watch import watched_flows
+from muse.dynamics.watch import recorded_flows, watched_flows
 
 __all__ = [
     "INTEGRATORS",
@@ -35,6 +35,7 @@ __all__ = [
     "flows_of",
     "layers_that_fall_back",
     "monotone_share",
+    "recorded_flows",
     "stages",
     "take_reconstruction_error",
     "trajectory",

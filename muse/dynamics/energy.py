@@ -12,10 +12,12 @@ from torch import Tensor
 from kernels.planar import upcast
 from kernels.symplectic import LIMIT
 from muse.dynamics.hamiltonian_ode import HamiltonianNeuralODE
-from muse.dynamics.integrators import stages
+from muse.dynamics.integrators import Stages, stages
 from muse.dynamics.potential import Potential
 from muse.errors import RunError
 
+# Relative drift that a token may have in 100 steps of 0.1.
+DRIFT_TARGET = 5e-5
 # A token's energy moves one way if every reversal is below this share of its range.
 REVERSAL = 0.1
 # Share of tokens that may do so.
@@ -121,6 +123,43 @@ def trajectory(
         note()
     kept = torch.stack(energies)
     return Trajectory(kept, kept + torch.stack(modifications) if modified else kept[:0], q, p)
+
+
+def halves(integrator: str, dt: float) -> list[tuple[str, Stages]]:
+    """The kicks and drifts of one step of size ``dt``, in turn, each by its name."""
+    step = stages(integrator, 1, dt)
+    both = [
+        half
+        for kick, drift in zip(step.kicks, step.drifts, strict=True)
+        for half in (("kick", kick, 0.0), ("drift", 0.0, drift))
+    ]
+    return [(name, Stages((kick,), (drift,))) for name, kick, drift in both if kick or drift]
+
+
+@torch.no_grad()
+def energies_by_halves(flow: HamiltonianNeuralODE, q: Tensor, p: Tensor) -> Tensor:
+    """H of tokens that start at q and p (tokens, D), through the flow's own steps in its arithmetic.
+
+    Within a step q and p are not of the same time, so that what H swings by there is no drift.
+
+    Returns:
+        float64 (1 + steps len(``halves``), tokens): at the start, and after every kick and drift. After each
+        ``len(halves)`` of them a step is done.
+
+    Raises:
+        RunError: the state is not finite, or leaves the range of the fixed-point state.
+    """
+    potential, scale = flow.potential, 0.0 if flow.fallen_back else flow.scale
+    q, p = upcast(q), upcast(p)
+    context = potential.context(q, p)
+    coefficients = (*potential.coefficients(), *context)
+    energies = [energy(potential, q, p, context)]
+    for _, half in flow.steps * halves(flow.integrator, flow.dt):
+        q, p, peak = potential.advance(q, p, coefficients, half, scale)
+        if not peak.item() < (LIMIT if scale else math.inf):
+            raise RunError(f"{flow.name}: the state is not finite, or too large for stage.fraction_bits")
+        energies.append(energy(potential, q.double() / (scale or 1), p.double() / (scale or 1), context))
+    return torch.stack(energies)
 
 
 def drift(energies: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the flows of a model do to some of its tokens, measured while it is evaluated."""
+"""What the flows of a model do to its tokens, noted while it is evaluated or goes on with a text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from muse.dynamics.energy import curvature, drift, trajectory
@@ -60,6 +61,30 @@ def watched_flows(model: nn.Module) -> Iterator[dict[str, float]]:
         ("fallback_share", "fallen_back", _mean),
     ):
         metrics[f"flow/{name}"] = of_all([values[key] for values in measured.values()])
+
+
+@contextmanager
+def recorded_flows(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Around the reading of a text: keep where the last token of each call starts its way through each flow.
+
+    From that token's state the next one is drawn. The model has the same bits with it and without.
+
+    Yields:
+        By the name of a flow (q, p) as (2, D), one for each call so far.
+    """
+    flows = flows_of(model)
+    starts: dict[str, list[Tensor]] = {flow.name: [] for flow in flows}
+
+    def recorder(of_flow: list[Tensor]) -> Callable[[Tensor, Tensor], None]:
+        return lambda q, p: of_flow.append(torch.stack((q[0, -1], p[0, -1])).detach())
+
+    for flow in flows:
+        flow.watch = recorder(starts[flow.name])
+    try:
+        yield starts
+    finally:
+        for flow in flows:
+            flow.watch = None
 
 
 def _once(

@@ -19,7 +19,17 @@ from support.dynamics import (
 
 from muse.config import StageConfig, WidthConfig
 from muse.dynamics import HamiltonianNeuralODE, MLPPotential
-from muse.dynamics.energy import curvature, drift, energy, modification, monotone_share, trajectory
+from muse.dynamics.energy import (
+    curvature,
+    drift,
+    energies_by_halves,
+    energy,
+    halves,
+    modification,
+    monotone_share,
+    trajectory,
+)
+from muse.dynamics.integrators import INTEGRATORS
 from muse.errors import RunError
 from muse.models.hamiltonian import flow_potential
 
@@ -314,3 +324,37 @@ def test_energy_of_a_model_at_its_defaults(options):
     leapfrog = drift(trajectory(flow, *z.unbind(-2), 100, integrator="leapfrog", modified=False).energy).max()
     bend = curvature(potential, q, potential.context(q, z[:, 1])).max() * 0.1**2
     assert 10 * drifts.max() < leapfrog < bend
+
+
+# ---- Kicks and drifts
+
+
+@pytest.mark.parametrize("integrator", INTEGRATORS)
+def test_kicks_and_drifts_take_turns_and_make_a_whole_step(integrator):
+    found = halves(integrator, 0.5)
+    names = [name for name, _ in found]
+    assert all(first != second for first, second in itertools.pairwise(names))
+    for name, part in (("kick", "kicks"), ("drift", "drifts")):
+        sizes = [getattr(half, part)[0] for _, half in found]
+        assert [size != 0 for size in sizes] == [own == name for own in names]
+        assert sum(sizes) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "backprop"])
+@pytest.mark.parametrize("integrator", ["leapfrog", "position_verlet", "blanes_moan_rkn4"])
+@pytest.mark.parametrize("kind", POTENTIALS)
+def test_whole_steps_have_the_energies_of_a_trajectory(kind, integrator, gradient):
+    torch.manual_seed(0)
+    flow = HamiltonianNeuralODE(POTENTIALS[kind](6), 3, 0.2, integrator, gradient)
+    q, p = torch.randn(2, 5, 6)
+    kept = energies_by_halves(flow, q, p)
+    each = len(halves(integrator, 0.2))
+    assert kept.shape == (1 + 3 * each, 5)
+    wanted = trajectory(flow, q, p, 3, modified=False).energy
+    torch.testing.assert_close(kept[::each], wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_lost_state_of_a_half_step_is_told():
+    flow = HamiltonianNeuralODE(Harmonic(), 1, 0.1, "leapfrog", "exact", fraction_bits=28, name="layer 1")
+    with pytest.raises(RunError, match="layer 1: the state is not finite, or too large"):
+        energies_by_halves(flow, torch.full((1, 2), 9.0), torch.zeros(1, 2))

@@ -11,7 +11,7 @@ from support.configs import small_width
 from torch import Tensor, nn
 
 from muse.config import StageConfig
-from muse.dynamics import HamiltonianNeuralODE, flows_of, watched_flows
+from muse.dynamics import HamiltonianNeuralODE, flows_of, recorded_flows, watched_flows
 from muse.dynamics.energy import curvature, drift, energy, trajectory
 from muse.dynamics.watch import TOKENS
 from muse.models import LanguageModel
@@ -132,3 +132,27 @@ def test_nothing_is_left_and_nothing_is_changed():
 
 def test_a_model_without_flows_has_no_metrics():
     assert watched(nn.Embedding(13, 2), some_tokens()) == {}
+
+
+@torch.no_grad()
+def test_the_last_token_of_each_call_is_recorded_and_nothing_is_changed():
+    model, tokens = decoder(), some_tokens()[:1]
+    inputs: dict[str, list[Tensor]] = {}
+
+    def note(flow: HamiltonianNeuralODE, given: tuple[Tensor, ...]) -> None:
+        inputs.setdefault(flow.name, []).append(torch.stack([x[0, -1].float() for x in given]))
+
+    hooks = [flow.register_forward_pre_hook(note) for flow in flows_of(model)]
+    expected = [model(tokens), model(tokens[:, :3])]
+    for hook in hooks:
+        hook.remove()
+    with recorded_flows(model) as starts:
+        found = [model(tokens), model(tokens[:, :3])]
+    assert all(map(torch.equal, found, expected))
+    assert list(starts) == list(inputs) == [flow.name for flow in flows_of(model)]
+    for name, kept in starts.items():
+        assert len(kept) == 2
+        assert all(map(torch.equal, kept, inputs[name]))
+    with pytest.raises(ZeroDivisionError), recorded_flows(model):
+        raise ZeroDivisionError
+    assert all(flow.watch is None for flow in flows_of(model))
