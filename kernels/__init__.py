@@ -11,5 +11,6 @@ __all__ = [
     "complex_linear",
     "complex_norm",
     "complex_rotary",
+    "complex_scan",
     "symplectic",
 ]

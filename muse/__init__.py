@@ -6,7 +6,7 @@ What users look for is here by name, and imported when it is asked for:
   ``TextStream``;
 - a model to train: ``build_model``, ``LanguageModel``, ``StageConfig``, ``ModelConfig``, ``WidthConfig``;
 - complex layers: ``ComplexLinear``, ``ComplexEmbedding``, ``ComplexAttention``, ``ComplexFFN``,
-  ``ComplexRMSNorm``, ``ComplexLayerNorm``, ``ModReLU``, ``SplitGELU``;
+  ``ComplexRMSNorm``, ``ComplexLayerNorm``, ``KoopmanOperator``, ``ModReLU``, ``SplitGELU``;
 - Hamiltonian flows: ``HamiltonianNeuralODE``, ``Potential``, ``MLPPotential``, ``DuffingPotential``.
 
 Further modules: ``muse.planar``, ``muse.layers``, ``muse.models``, ``muse.dynamics``, ``muse.generation``,

@@ -53,7 +53,7 @@ def main() -> None:
         "--trajectory",
         type=Path,
         metavar="FILE.png",
-        help="of stage 2, draw the energy of each token along the flows",
+        help="of stages 2 and 3, draw the energy of each token along the flows",
     )
     run_command(lambda: generate(parser.parse_args()))
 
@@ -179,7 +179,7 @@ def _see_that_it_can_be_drawn(trained: Trained, picture: Path) -> None:
         number = trained.config.stage.number
         raise ConfigError(
             f"--trajectory draws the energy along Hamiltonian flows, and stage={number} has none; "
-            "give a model of stage=2"
+            "give a model of stage=2 or 3"
         )
     try:
         if picture.is_dir():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.chunks import like
 from kernels.complex_scan import eager, triton_code
-from kernels.complex_scan.tiles import TILE, entries_like
+from kernels.complex_scan.tiles import entries_like
 from kernels.launch import use_triton
 from kernels.operator import operator
 from kernels.planar import precise
@@ -102,4 +102,4 @@ def _differentiate(
 
 _complex_scan.register_autograd(_differentiate, setup_context=_keep)
 
-__all__ = ["TILE", "complex_scan"]
+__all__ = ["complex_scan"]

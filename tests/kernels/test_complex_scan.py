@@ -7,7 +7,8 @@ from support.rounding import assert_as_accurate
 from support.scan import scan_inputs
 
 from kernels import complex_scan as operation
-from kernels.complex_scan import TILE, complex_scan, plain
+from kernels.complex_scan import complex_scan, plain
+from kernels.complex_scan.tiles import TILE
 
 LENGTHS = [1, TILE - 1, TILE, TILE + 1, 3 * TILE + 5]
 

@@ -6,7 +6,8 @@ from support.pointwise import results, scattered
 from support.rounding import assert_as_accurate
 from support.scan import scan_inputs
 
-from kernels.complex_scan import TILE, complex_scan, plain
+from kernels.complex_scan import complex_scan, plain
+from kernels.complex_scan.tiles import TILE
 
 
 def check(leaves, samples=8):
