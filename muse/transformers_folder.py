@@ -36,7 +36,7 @@ from muse.files import write_atomically
 from muse.layers import ComplexAttention, ComplexEmbedding, ComplexLayerNorm, ComplexLinear, ComplexRMSNorm
 from muse.models.complex import ComplexBlock
 from muse.models.hamiltonian import HamiltonianBlock
-from muse.models.real import RealBlock, RealEmbedding
+from muse.models.real import RealAttention, RealBlock, RealEmbedding
 from muse.trained import Trained
 
 # Files of such a folder; one that holds others is not replaced.
@@ -78,8 +78,7 @@ def export_transformers(trained: Trained, folder: Path, force: bool = False) -> 
     others = [path.name for path in folder.iterdir() if path.name not in FILES] if folder.exists() else []
     if others and not force:
         raise ConfigError(f"{folder} has other things in it ({others[0]}); give another folder, or --force")
-    own = architecture(trained) == OWN
-    config, tensors = (own_decoder if own else decoder)(trained)
+    config, tensors = decoder(trained)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -92,7 +91,7 @@ def export_transformers(trained: Trained, folder: Path, force: bool = False) -> 
         ):
             write_atomically(temporary / name, json.dumps(content, indent=2) + "\n")
         write_atomically(temporary / "tokenizer.json", trained.tokenizer.to_json())
-        if own:
+        if architecture(trained) == OWN:
             shutil.copyfile(CODE, temporary / CODE.name)
         if folder.exists():
             shutil.rmtree(folder)
@@ -140,93 +139,85 @@ def architecture(trained: Trained) -> str:
 def decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What ``config.json`` says, and the tensors, float32."""
     model, _, config = trained
-    stage, norm = config.stage, model.norm
-    real = stage.number == "0"
-    width = config.model.real if real else config.model.complex
-    planes = 1 if real else 2
-    llama = architecture(trained) == "LlamaForCausalLM"
-    embedding = model.embedding
+    kind, embedding = architecture(trained), model.embedding
     assert isinstance(embedding, RealEmbedding | ComplexEmbedding)
-    assert isinstance(norm, ComplexRMSNorm | nn.RMSNorm)
-    tensors: dict[str, Tensor] = {}
+    width, planes = (config.model.real, 1) if config.stage.number == "0" else (config.model.complex, 2)
     with torch.no_grad():
-        rows = embedding.weight.float().flatten(1)
-        head = model.head_parameters()[0].float().flatten(1)
-        tensors["model.embed_tokens.weight"] = rows / embedding.rms
-        for number, block in enumerate(model.blocks):
-            maps = _real_maps(block) if isinstance(block, RealBlock) else _complex_maps(block)
-            tensors |= {f"model.layers.{number}.{name}.weight": weight for name, weight in maps.items()}
-        tensors["model.norm.weight"] = _norm_weight(norm)
-        if isinstance(norm, ComplexRMSNorm):
-            head = head @ _real_map(norm.gain.float().diag_embed())
-        tensors["lm_head.weight"] = head
-    hidden = tensors["model.layers.0.mlp.up_proj.weight"].shape[0]
-    described = {
-        "architectures": [architecture(trained)],
-        "model_type": "llama" if llama else "arcee",
-        "vocab_size": rows.shape[0],
+        described, tensors = (_own_decoder if kind == OWN else _known_decoder)(trained)
+        tensors["model.embed_tokens.weight"] = embedding.weight.float().flatten(1) / embedding.rms
+        tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    sizes = {
+        "architectures": [kind],
+        "vocab_size": len(embedding.weight),
         "hidden_size": planes * width.d_model,
-        "intermediate_size": hidden,
         "num_hidden_layers": width.layers,
         "num_attention_heads": width.heads,
         "num_key_value_heads": width.kv_heads,
         "head_dim": planes * width.d_model // width.heads,
-        "hidden_act": "silu" if llama else "gelu",
         "max_position_embeddings": config.model.seq_len,
-        "rms_norm_eps": (norm.eps or 0.0) / planes,
         "rope_theta": ROPE,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    return {**sizes, **described}, tensors
+
+
+def _known_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a Llama or an Arcee has beside; gains of complex norms are in the maps that follow."""
+    model, norm = trained.model, trained.model.norm
+    assert isinstance(norm, ComplexRMSNorm | nn.RMSNorm)
+    llama = architecture(trained) == "LlamaForCausalLM"
+    head = model.head_parameters()[0].float().flatten(1)
+    if isinstance(norm, ComplexRMSNorm):
+        head = head @ _real_map(norm.gain.float().diag_embed())
+    tensors = {"model.norm.weight": _norm_weight(norm), "lm_head.weight": head}
+    for number, block in enumerate(model.blocks):
+        maps = _real_maps(block) if isinstance(block, RealBlock) else _complex_maps(block)
+        tensors |= {f"model.layers.{number}.{name}.weight": weight for name, weight in maps.items()}
+    described = {
+        "model_type": "llama" if llama else "arcee",
+        "intermediate_size": len(tensors["model.layers.0.mlp.up_proj.weight"]),
+        "hidden_act": "silu" if llama else "gelu",
+        "rms_norm_eps": (norm.eps or 0.0) / (2 if isinstance(norm, ComplexRMSNorm) else 1),
         "rope_parameters": {"rope_type": "default", "rope_theta": ROPE},
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
     }
-    return described, {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    return described, tensors
 
 
-def own_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The same for ``modeling_muse.py``: complex maps as real ones, all else as it is."""
-    model, _, config = trained
-    stage, width = config.stage, config.model.complex
-    embedding, norm = model.embedding, model.norm
-    assert isinstance(embedding, ComplexEmbedding)
+def _own_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What ``modeling_muse.py`` has beside: complex maps as real ones, all else as it is."""
+    model, stage, norm = trained.model, trained.config.stage, trained.model.norm
     assert isinstance(norm, ComplexRMSNorm | ComplexLayerNorm)
-    tensors: dict[str, Tensor] = {}
     kicks: tuple[float, ...] = ()
     drifts: tuple[float, ...] = ()
     flows = units = 0
-    with torch.no_grad():
-        rows = embedding.weight.float().flatten(1)
-        tensors["model.embed_tokens.weight"] = rows / embedding.rms
-        tensors["lm_head.weight"] = model.head_parameters()[0].float().flatten(1)
-        tensors |= _named("model.norm", norm)
-        for number, block in enumerate(model.blocks):
-            assert isinstance(block, ComplexBlock | HamiltonianBlock)
-            place = f"model.layers.{number}"
-            maps = _attention_maps(block.attention, block.attention.projection.weight.float())
-            tensors |= {f"{place}.{name}.weight": weight for name, weight in maps.items()}
-            tensors |= _named(f"{place}.attention_norm", block.attention_norm)
-            if isinstance(block, HamiltonianBlock):
-                tensors |= _named(f"{place}.mlp_norm", block.flow_norm)
-                flows = len(block.flow.odes)
-                for flow, ode in enumerate(block.flow.odes):
-                    assert isinstance(ode, HamiltonianNeuralODE)
-                    kicks, drifts = ode.stages.kicks, ode.stages.drifts
-                    tensors |= _named(f"{place}.mlp.potentials.{flow}", ode.potential)
-                    if isinstance(ode.potential, MLPPotential):
-                        units = len(ode.potential.b1)
-                continue
-            tensors |= _named(f"{place}.mlp_norm", block.ffn_norm)
-            tensors[f"{place}.mlp.up_proj.weight"] = _real_map(block.ffn.up.weight.float())
-            tensors[f"{place}.mlp.down_proj.weight"] = _real_map(block.ffn.down.weight.float())
-            gates = [
-                gate for gate in (block.ffn.activation.bias, block.ffn.activation.slope) if gate is not None
-            ]
-            if gates:
-                tensors[f"{place}.mlp.gates"] = torch.stack([gate.float() for gate in gates])
+    tensors = {"lm_head.weight": model.head_parameters()[0].float().flatten(1), **_named("model.norm", norm)}
+    for number, block in enumerate(model.blocks):
+        assert isinstance(block, ComplexBlock | HamiltonianBlock)
+        place = f"model.layers.{number}"
+        maps = _attention_maps(block.attention, block.attention.projection.weight.float())
+        tensors |= {f"{place}.{name}.weight": weight for name, weight in maps.items()}
+        tensors |= _named(f"{place}.attention_norm", block.attention_norm)
+        if isinstance(block, HamiltonianBlock):
+            tensors |= _named(f"{place}.mlp_norm", block.flow_norm)
+            flows = len(block.flow.odes)
+            for flow, ode in enumerate(block.flow.odes):
+                assert isinstance(ode, HamiltonianNeuralODE)
+                kicks, drifts = ode.stages.kicks, ode.stages.drifts
+                tensors |= _named(f"{place}.mlp.potentials.{flow}", ode.potential)
+                if isinstance(ode.potential, MLPPotential):
+                    units = len(ode.potential.b1)
+            continue
+        tensors |= _named(f"{place}.mlp_norm", block.ffn_norm)
+        tensors[f"{place}.mlp.up_proj.weight"] = _real_map(block.ffn.up.weight.float())
+        tensors[f"{place}.mlp.down_proj.weight"] = _real_map(block.ffn.down.weight.float())
+        gates = [gate for gate in (block.ffn.activation.bias, block.ffn.activation.slope) if gate is not None]
+        if gates:
+            tensors[f"{place}.mlp.gates"] = torch.stack([gate.float() for gate in gates])
     described = {
-        "architectures": [OWN],
         "model_type": "muse",
         "auto_map": {
             "AutoConfig": f"{CODE.stem}.MuseConfig",
@@ -234,15 +225,7 @@ def own_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "AutoModel": f"{CODE.stem}.MuseModel",
             "AutoModelForCausalLM": f"{CODE.stem}.{OWN}",
         },
-        "vocab_size": rows.shape[0],
-        "hidden_size": 2 * width.d_model,
-        "intermediate_size": 2 * width.d_ff,
-        "num_hidden_layers": width.layers,
-        "num_attention_heads": width.heads,
-        "num_key_value_heads": width.kv_heads,
-        "head_dim": 2 * width.d_model // width.heads,
-        "max_position_embeddings": config.model.seq_len,
-        "rope_theta": ROPE,
+        "intermediate_size": 2 * trained.config.model.complex.d_ff,
         "norm": stage.norm,
         "norm_eps": norm.eps,
         "activation": stage.activation,
@@ -256,10 +239,8 @@ def own_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "drifts": drifts,
         "trunk_kicks": model.trunk.kicks if model.trunk is not None else (),
         "trunk_drifts": model.trunk.drifts if model.trunk is not None else (),
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
     }
-    return described, {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    return described, tensors
 
 
 def _named(place: str, module: nn.Module) -> dict[str, Tensor]:
@@ -269,10 +250,7 @@ def _named(place: str, module: nn.Module) -> dict[str, Tensor]:
 
 def _real_maps(block: RealBlock) -> dict[str, Tensor]:
     attention, ffn = block.attention, block.ffn
-    sizes = [
-        count * attention.head_dim for count in (attention.heads, attention.kv_heads, attention.kv_heads)
-    ]
-    q, k, v = attention.projection.weight.float().split(sizes)
+    q, k, v = attention.projection.weight.float().split(_head_rows(attention))
     maps = {
         "self_attn.q_proj": q,
         "self_attn.k_proj": k,
@@ -305,13 +283,17 @@ def _complex_maps(block: nn.Module) -> dict[str, Tensor]:
 def _attention_maps(attention: ComplexAttention, projection: Tensor) -> dict[str, Tensor]:
     """Real maps to and from the heads [re | im], of a planar weight that gives queries, keys and values."""
     d = attention.head_dim
-    sizes = [count * d for count in (attention.heads, attention.kv_heads, attention.kv_heads)]
     maps = {
         f"self_attn.{name}_proj": _to_heads(_real_map(part), d)
-        for name, part in zip("qkv", projection.split(sizes, 1), strict=True)
+        for name, part in zip("qkv", projection.split(_head_rows(attention), 1), strict=True)
     }
     output = _to_heads(_real_map(attention.output.weight.float()).T, d).T
     return maps | {"self_attn.o_proj": output}
+
+
+def _head_rows(attention: RealAttention | ComplexAttention) -> list[int]:
+    """Rows of a projection that give queries, keys and values."""
+    return [count * attention.head_dim for count in (attention.heads, *[attention.kv_heads] * 2)]
 
 
 def _real_map(weight: Tensor) -> Tensor:
