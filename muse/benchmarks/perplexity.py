@@ -16,7 +16,7 @@ from muse.benchmarks.checkpoint import tokens_seen
 from muse.benchmarks.criteria import at_most, ratio
 from muse.benchmarks.model import benchmark_model, train_briefly
 from muse.benchmarks.results import Results, Unmeasured, name_of
-from muse.benchmarks.workload import FLOW, Workload, batch_shape, flow_of
+from muse.benchmarks.workload import Workload, batch_shape, flow_of, refuse_flow
 from muse.config import BenchConfig
 from muse.data import TokenData, load_tokens
 from muse.errors import ConfigError
@@ -180,12 +180,8 @@ def check(config: BenchConfig) -> None:
         ConfigError: one is.
     """
     if config.benchmark.name == "perplexity" and config.benchmark.checkpoint is not None:
-        for option in FLOW:
-            if getattr(config.benchmark, option) is not None:
-                raise ConfigError(
-                    f"benchmark.{option} changes nothing in the perplexity of a checkpoint, which has the "
-                    "flow that it was trained with; leave it out"
-                )
+        where = "the perplexity of a checkpoint, which has the flow that it was trained with"
+        refuse_flow(config, where, "leave it out")
 
 
 def workload(config: BenchConfig) -> Workload:

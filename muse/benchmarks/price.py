@@ -22,7 +22,7 @@ from muse.benchmarks.benchmark import Benchmark, Models
 from muse.benchmarks.model import benchmark_model, random_training_step
 from muse.benchmarks.results import Results
 from muse.benchmarks.trainings import CLAIM, Trainings, measure_training, run_of
-from muse.benchmarks.workload import FLOW, Workload, batch_shape
+from muse.benchmarks.workload import Workload, batch_shape, refuse_flow
 from muse.config import BenchConfig
 from muse.data import load_tokens
 from muse.errors import ConfigError
@@ -374,20 +374,13 @@ def check(config: BenchConfig) -> None:
         ConfigError: it is not so.
     """
     options = config.benchmark
-    if options.name != "price":
-        return
     if config.data.name == "synthetic":
         raise ConfigError("benchmark=price needs text; choose data=stdlib, wikitext2 or text")
     if not options.train_steps:
         raise ConfigError("benchmark.train_steps=0 trains nothing; benchmark=price needs at least 1")
     if not options.learning_rates:
         raise ConfigError("benchmark.learning_rates=[] leaves none to train with; it must hold at least 1.0")
-    for option in FLOW:
-        if getattr(options, option) is not None:
-            raise ConfigError(
-                f"benchmark.{option} changes nothing in benchmark=price, which trains the flow of the stage; "
-                f"give stage.{option}"
-            )
+    refuse_flow(config, "benchmark=price, which trains the flow of the stage", "give stage.{}")
 
 
 def _points(models: Models, key: str) -> dict[str, list[tuple[float, float, tuple[float, float] | None]]]:

@@ -73,6 +73,22 @@ def check_flow(config: BenchConfig, given: Collection[str], name: str, workload:
             )
 
 
+def refuse_flow(config: BenchConfig, where: str, instead: str) -> None:
+    """Refuse the options of a flow of the benchmark's own.
+
+    Args:
+        config: of the benchmark.
+        where: they change nothing, and why.
+        instead: what to do, with braces for the name of the option.
+
+    Raises:
+        ConfigError: one is given.
+    """
+    for option in FLOW:
+        if getattr(config.benchmark, option) is not None:
+            raise ConfigError(f"benchmark.{option} changes nothing in {where}; {instead.format(option)}")
+
+
 def flow_of(config: BenchConfig) -> dict[str, Any]:
     """Steps and integrator of the flow of a settled benchmark, for its result; none without flows."""
     return {option: getattr(config.stage, option) for option in FLOW} if config.stage.flowing else {}
