@@ -27,11 +27,10 @@ class Decoder:
         self._model, self._seq_len = model, seq_len
         self._window: list[int] = []
         self._caches = model.new_caches(seq_len)
-        self.slid = False
 
     @torch.no_grad()
     def read(self, tokens: Sequence[int]) -> Tensor:
-        """Logits (V,), float32 on the CPU, of what follows all tokens read; ``slid`` tells of the window.
+        """Logits (V,), float32 on the CPU, of what follows all tokens read.
 
         Args:
             tokens: that come next, at least one.
@@ -43,7 +42,6 @@ class Decoder:
             kept = self._seq_len if len(tokens) > 1 else max(1, self._seq_len // 2)
             self._window = new = self._window[-kept:]
             self._caches = self._model.new_caches(self._seq_len)
-            self.slid = True
         device = model_device(self._model)
         if self._caches is None:
             logits = self._model.next_logits(torch.tensor([self._window], device=device))[0]

@@ -85,9 +85,10 @@ def test_a_model_without_caches_reads_its_window_each_time():
     assert sizes == [3, 4, 5, 6]
 
 
-def test_it_is_told_when_the_window_has_slid():
-    decoder = Decoder(model(), SEQ_LEN)
+def test_the_window_slides_with_the_first_token_that_has_no_room():
+    net, sizes = model(), []
+    net.embedding.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[1]))
+    decoder = Decoder(net, SEQ_LEN)
     decoder.read(list(range(SEQ_LEN)))
-    assert not decoder.slid
     decoder.read([1])
-    assert decoder.slid
+    assert sizes == [SEQ_LEN, SEQ_LEN // 2]
