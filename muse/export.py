@@ -11,7 +11,6 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -19,15 +18,9 @@ from muse.commands import Parser, run_command
 from muse.errors import ConfigError, RunError
 from muse.files import replacement
 from muse.models import count_parameters
-from muse.runs.checkpoints import (
-    find_checkpoint,
-    find_damage,
-    load_state,
-    load_tensors,
-    stored_tensors,
-)
+from muse.runs.checkpoints import find_weights, load_state
 from muse.runs.options import stored_options
-from muse.trained import EXPORTED, TOKENIZER, Trained, load, tokenizer_for, trained_options
+from muse.trained import EXPORTED, TOKENIZER, Trained, load
 from muse.transformers_folder import architecture, export_transformers
 
 
@@ -38,7 +31,7 @@ def export_run(run: Path, file: Path, which: str = "best") -> int:
     missing where the run has none): nothing else is needed to go on with a text.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or one of its checkpoints.
         file: ends in ``.safetensors``; one that is there is replaced.
         which: ``best`` or ``last``; a run without a best checkpoint has a last one.
 
@@ -51,30 +44,21 @@ def export_run(run: Path, file: Path, which: str = "best") -> int:
     """
     if file.suffix != EXPORTED:
         raise ConfigError(f"{file} is not a name for weights; give one that ends in .safetensors")
-    checkpoint = find_checkpoint(run, which) or find_checkpoint(run)
+    checkpoint = find_weights(run, which)
     try:
         config = stored_options(run)
     except ConfigError:
         config = None
-    if checkpoint is None or config is None:
+    if checkpoint is None or config is None or run.suffix == EXPORTED:
         raise ConfigError(f"{run} is not the folder of a run with a checkpoint; give one that train.py made")
-    damage = find_damage(checkpoint)
-    if damage is not None:
-        raise RunError(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")
+    model, tokenizer, _ = load(run, which)
     step = load_state(checkpoint).step
-    weights = {
-        name.removeprefix("model."): torch.empty(size, dtype=dtype)
-        for name, (size, dtype) in stored_tensors(checkpoint).items()
-        if name.startswith("model.")
-    }
-    load_tensors(checkpoint, {"model": weights})
-    tokenizer = tokenizer_for(run, trained_options(run), len(weights["embedding.weight"]))
     metadata = {"config": json.dumps(config), "step": str(step)}
     if tokenizer is not None:
         metadata[TOKENIZER] = tokenizer.to_json()
     try:
         with replacement(file) as temporary:
-            save_file(weights, temporary, metadata)
+            save_file(model.state_dict(), temporary, metadata)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{file} could not be written: {error}") from error
     return step

@@ -14,7 +14,7 @@ from muse.data import Tokenizer, load_tokens, tokenizer_of
 from muse.errors import ConfigError, RunError
 from muse.models import LanguageModel, build_model
 from muse.runs.checkpoints import find_weights, load_weights, stored_vocabulary
-from muse.runs.folder import CHECKPOINTS, TOKENIZER_FILE
+from muse.runs.folder import TOKENIZER_FILE, run_of
 from muse.runs.options import stored_options
 
 # What torch.save writes, and others: reading one runs what is in it.
@@ -126,12 +126,8 @@ def _stored(place: Path) -> Tokenizer | None:
             with safe_open(place, "pt") as opened:
                 text = (opened.metadata() or {}).get(TOKENIZER)
         else:
-            file = (place.parent.parent if _is_checkpoint(place) else place) / TOKENIZER_FILE
+            file = run_of(place) / TOKENIZER_FILE
             text = file.read_text(encoding="utf-8") if file.exists() else None
         return None if text is None else tokenizer_of(text)
     except (OSError, SafetensorError, ValueError) as error:
         raise RunError(f"the tokenizer of {place} cannot be read, it is damaged: {error}") from error
-
-
-def _is_checkpoint(place: Path) -> bool:
-    return place.parent.name == CHECKPOINTS

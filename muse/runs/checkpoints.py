@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from muse.errors import RunError, of_all_ranks
 from muse.files import write_atomically
 from muse.processes.ranks import on_first_rank, ranks
-from muse.runs.folder import CHECKPOINTS
+from muse.runs.folder import CHECKPOINTS, run_of
 
 STATE = "state.pt"
 HASHES = "hashes.json"
@@ -105,7 +105,7 @@ def find_weights(place: Path, which: str = "best") -> Path | None:
         place: folder of a run, a checkpoint in it, or a safetensors file.
         which: checkpoint of a run, ``best`` or ``last``; a run without a best one has a last one.
     """
-    if place.suffix == ".safetensors" or place.parent.name == CHECKPOINTS:
+    if place.suffix == ".safetensors" or run_of(place) != place:
         return place
     return find_checkpoint(place, which) or find_checkpoint(place)
 
@@ -259,8 +259,9 @@ def stored_vocabulary(checkpoint: Path) -> int | None:
             with safe_open(checkpoint, "pt") as opened:
                 return int(opened.get_slice("embedding.weight").get_shape()[0])
         return int(stored_tensors(checkpoint)["model.embedding.weight"][0][0])
-    # Whoever loads the weights says what is wrong with them; CheckpointException is no Exception.
-    except (OSError, SafetensorError, KeyError, ValueError, CheckpointException):
+    # Whoever loads the weights says what is wrong with them. Damaged bytes raise nearly anything, and
+    # CheckpointException is no Exception.
+    except (Exception, CheckpointException):  # noqa: BLE001
         return None
 
 

@@ -20,6 +20,12 @@ MEMORY_FILE = "memory.json"
 TOKENIZER_FILE = "tokenizer.json"
 
 
+def run_of(place: Path) -> Path:
+    """The folder of the run that a place is one of the checkpoints of; else the place itself."""
+    is_checkpoint = place.parent.name == CHECKPOINTS and not (place / RUN_FILE).exists()
+    return place.parent.parent if is_checkpoint else place
+
+
 def read_run(run: Path) -> dict[str, Any]:
     """What a run wrote of itself when it began.
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from muse.config import BenchConfig, RunConfig
 from muse.errors import ConfigError
 from muse.options import options_of
-from muse.runs.folder import RUN_FILE, read_run
+from muse.runs.folder import read_run, run_of
 
 C = TypeVar("C", bound=RunConfig)
 # From the value of an option to another one.
@@ -83,9 +83,7 @@ def stored_options(place: Path) -> dict[str, Any]:
             with safe_open(place, "pt") as opened:
                 config: dict[str, Any] = json.loads((opened.metadata() or {})["config"])
         else:
-            # Also <run>/checkpoints/step_00000200.
-            of_checkpoint = (place.parent.parent / RUN_FILE).exists() and not (place / RUN_FILE).exists()
-            config = read_run(place.parent.parent if of_checkpoint else place)["config"]
+            config = read_run(run_of(place))["config"]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{place} does not say which options its weights were trained with ({error}); give the "
