@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kernels.launch import use_eager
 from muse.compiler import require_compiler
@@ -108,6 +109,21 @@ def synchronize(device: torch.device) -> None:
     """Wait for all work on ``device``, so that a clock read next is right."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def torch_random_state(gpu: torch.device | str = "cuda") -> dict[str, Tensor]:
+    """States of PyTorch's random generators in this process, on the CPU and a GPU, if it uses one."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state(gpu)
+    return state
+
+
+def restore_torch_random_state(state: dict[str, Any], gpu: torch.device | str = "cuda") -> None:
+    """Set PyTorch's random generators to states from ``torch_random_state``."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"], gpu)
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

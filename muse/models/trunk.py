@@ -34,6 +34,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from muse.dynamics import FallsBack
 from muse.errors import RunError
+from muse.hardware import restore_torch_random_state, torch_random_state
 from muse.layers.recompute import recomputed_as_a_whole, recomputed_call
 
 # The resolution of z is that of float32 at about 8.
@@ -329,24 +330,14 @@ class _Surroundings:
 
     def __init__(self, device: torch.device, random: bool) -> None:
         kind = device.type
-        self.device = device
         self.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        self.random = self._state() if random else None
-
-    def _state(self) -> Tensor:
-        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+        self.gpus = [device] if kind == "cuda" else []
+        self.random = torch_random_state(*self.gpus) if random else None
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """As it was."""
-        with self.autocast:
-            if self.random is None:
-                yield
-                return
-            cuda = self.device.type == "cuda"
-            with torch.random.fork_rng([self.device] if cuda else []):
-                if cuda:
-                    torch.cuda.set_rng_state(self.random, self.device)
-                else:
-                    torch.set_rng_state(self.random)
-                yield
+        with self.autocast, torch.random.fork_rng(self.gpus, enabled=self.random is not None):
+            if self.random is not None:
+                restore_torch_random_state(self.random, *self.gpus)
+            yield

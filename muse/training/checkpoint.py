@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from muse.errors import RunError, of_all_ranks
 from muse.files import fsync, write_atomically
+from muse.hardware import restore_torch_random_state, torch_random_state
 from muse.processes.ranks import all_gathered, broadcast, rank, ranks
 from muse.runs.checkpoints import (
     BEST,
@@ -33,14 +34,6 @@ from muse.runs.checkpoints import (
     file_hash,
     newest_first,
 )
-
-
-def torch_random_state() -> dict[str, Any]:
-    """States of PyTorch's random generators in this process."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
 
 
 def random_state() -> dict[str, Any]:
@@ -56,13 +49,6 @@ def restore_random_state(state: dict[str, Any]) -> None:
     name, keys, *position = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *position))
     restore_torch_random_state(state)
-
-
-def restore_torch_random_state(state: dict[str, Any]) -> None:
-    """Set PyTorch's random generators to states from ``torch_random_state``."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 @dataclass

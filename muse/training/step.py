@@ -19,11 +19,10 @@ from muse.dynamics import (
     take_reconstruction_error,
 )
 from muse.errors import RunError
-from muse.hardware import autocast_dtype
+from muse.hardware import autocast_dtype, restore_torch_random_state, torch_random_state
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
 from muse.processes.ranks import all_reduced_sum, rank, ranks
-from muse.training.checkpoint import restore_torch_random_state, torch_random_state
 from muse.training.optim import ModelOptimizer, first_non_finite
 from muse.training.parallel import ParallelLoss
 

@@ -160,8 +160,8 @@ def test_the_random_state_of_a_gpu_comes_back(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
             patch.setattr(torch.cuda, "is_initialized", lambda: True)
-            patch.setattr(torch.cuda, "get_rng_state", lambda: state)
-            patch.setattr(torch.cuda, "set_rng_state", restored.append)
+            patch.setattr(torch.cuda, "get_rng_state", lambda gpu: state)
+            patch.setattr(torch.cuda, "set_rng_state", lambda value, gpu: restored.append(value))
             return act(*arguments)
 
     monkeypatch.setattr(checkpoints, "random_state", functools.partial(with_a_gpu, random_state))
