@@ -23,9 +23,8 @@ from muse.data.reading import NotTextError, read_text
 from muse.errors import ConfigError
 from muse.files import finite, write_json
 from muse.hardware import autocast_dtype
-from muse.report.table import table
 from muse.trained import Trained, load
-from muse.training.evaluate import Evaluation, evaluate, evaluate_rolling
+from muse.training.evaluate import Evaluation, evaluate, evaluate_rolling, evaluation_table
 
 WINDOWS = 16
 
@@ -101,8 +100,7 @@ def _command(arguments: argparse.Namespace) -> None:
         except OSError as error:
             reason = error.strerror or error
             raise ConfigError(f"--json {arguments.json} cannot be written: {reason}") from error
-    header = ("text", "loss [nats/token]", "perplexity", "per word", "bits/byte", "tokens")
-    print(table(header, [(name, found.loss, found.ppl, found.word_ppl, found.bits_per_byte, found.tokens)]))
+    print(evaluation_table({name: found}, "text"))
     if found.word_ppl_reason:
         print(f"no perplexity per word: {found.word_ppl_reason}")
 

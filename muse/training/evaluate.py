@@ -6,7 +6,7 @@ Along the way a part of these windows stands for all, always the same one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ from muse.dynamics import deferred_checks, layers_that_fall_back
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
 from muse.processes.ranks import all_reduced_sum, rank, ranks
+from muse.report.table import table
 
 # Bytes a word on average beyond which what stands between white space is no word: Chinese, or DNA.
 LONGEST_WORDS = 40
@@ -42,6 +43,14 @@ class Evaluation:
     bits_per_byte: float | None
     tokens: int
     word_ppl_reason: str | None
+
+
+def evaluation_table(found: Mapping[str, Evaluation], texts: str) -> str:
+    """Evaluations by the name of their text, for the terminal; ``texts`` heads these names."""
+    return table(
+        (texts, "loss [nats/token]", "perplexity", "per word", "bits/byte", "tokens"),
+        [(name, e.loss, e.ppl, e.word_ppl, e.bits_per_byte, e.tokens) for name, e in found.items()],
+    )
 
 
 def perplexity(loss: float) -> float:

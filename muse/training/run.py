@@ -19,7 +19,6 @@ from muse.models import LanguageModel
 from muse.processes.ranks import broadcast, on_first_rank, process_group, rank, ranks
 from muse.report.metrics import MetricsLog, read_metrics
 from muse.report.run_plot import plot_flow, plot_half_lives, plot_loss_curve
-from muse.report.table import table
 from muse.runs.checkpoints import (
     adopt_checkpoints,
     find_sound_checkpoint,
@@ -31,6 +30,7 @@ from muse.runs.folder import RESULT_FILE, RUN_FILE, SAMPLE_FILE, TOKENIZER_FILE,
 from muse.runs.options import format_changes
 from muse.runs.provenance import provenance
 from muse.trained import tokenizer_for, trained_options
+from muse.training.evaluate import evaluation_table
 from muse.training.profile import require_steps
 from muse.training.resume import (
     Previous,
@@ -205,15 +205,13 @@ def _summary(result: TrainResult, run: Path) -> dict[str, Any]:
 
 
 def _table(result: TrainResult) -> str:
-    splits = [(name, split) for name, split in (("valid", result.valid), ("test", result.test)) if split]
-    figures = table(
-        ("split", "loss [nats/token]", "perplexity", "per word", "bits/byte", "tokens"),
-        [(name, s.loss, s.ppl, s.word_ppl, s.bits_per_byte, s.tokens) for name, s in splits],
-    )
+    splits = {name: split for name, split in (("valid", result.valid), ("test", result.test)) if split}
     reasons = [
-        f"{name} has no perplexity per word: {s.word_ppl_reason}" for name, s in splits if s.word_ppl_reason
+        f"{name} has no perplexity per word: {split.word_ppl_reason}"
+        for name, split in splits.items()
+        if split.word_ppl_reason
     ]
-    return "\n".join([figures, *reasons])
+    return "\n".join([evaluation_table(splits, "split"), *reasons])
 
 
 def _reuse(previous: Path, run: Path) -> None:
