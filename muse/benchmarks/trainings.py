@@ -18,7 +18,7 @@ from muse.config import BenchConfig, RunConfig
 from muse.data import load_tokens
 from muse.files import claimed, read_json, write_json
 from muse.hardware import describe
-from muse.runs.checkpoints import find_sound_checkpoint
+from muse.runs.checkpoints import find_sound_checkpoint, load_state
 from muse.runs.folder import CHECKPOINTS
 from muse.runs.provenance import identity, provenance, source_hash
 from muse.training.trainer import train
@@ -51,7 +51,8 @@ def measure_training(config: BenchConfig, device: torch.device) -> dict[str, Any
         log.setLevel(level)
     folder = training_folder(config)
     checkpoint = find_sound_checkpoint(folder)
-    _, result = train(config, data, device, folder, lambda step, metrics: None, checkpoint)
+    resume_from = (checkpoint, load_state(checkpoint)) if checkpoint is not None else None
+    _, result = train(config, data, device, folder, lambda step, metrics: None, resume_from)
     if result.valid is None or result.test is None:
         raise KeyboardInterrupt
     values = {

@@ -74,7 +74,8 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
             _reuse(found.run, run)
         return 0
     previous = found.run if found is not None else None
-    state = load_state(checkpoint) if checkpoint is not None else None
+    resume_from = (checkpoint, load_state(checkpoint)) if checkpoint is not None else None
+    state = resume_from[1] if resume_from is not None else None
     if state is not None and state.step > config.train.steps:
         raise ConfigError(
             f"train.steps={config.train.steps} is less than the {state.step} steps that {previous} has made; "
@@ -91,7 +92,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
         error.of_all_ranks = False
         raise
     if rank() > 0:
-        model, result = train(config, data, device, run, lambda step, metrics: None, checkpoint)
+        model, result = train(config, data, device, run, lambda step, metrics: None, resume_from)
         if result.signal is None:
             _sample(config, model, data)
         return 128 + result.signal if result.signal is not None else 0
@@ -128,7 +129,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
                 **history,
             },
         )
-        model, result = train(config, data, device, run, log, checkpoint, log.wandb_id)
+        model, result = train(config, data, device, run, log, resume_from, log.wandb_id)
         if result.signal is not None:
             # A sweep's resume=auto takes no run whose options have changed.
             resume = f"resume={run}" if history else "resume=auto"

@@ -20,14 +20,7 @@ from muse.errors import ConfigError, RunError, of_all_ranks
 from muse.layers.koopman import half_lives
 from muse.models import LanguageModel, build_model, count_parameters
 from muse.processes.ranks import all_reduced_max, rank, ranks
-from muse.runs.checkpoints import (
-    TrainingState,
-    find_checkpoint,
-    find_weights,
-    load_state,
-    load_tensors,
-    load_weights,
-)
+from muse.runs.checkpoints import TrainingState, find_checkpoint, find_weights, load_tensors, load_weights
 from muse.runs.folder import CHECKPOINTS
 from muse.training.checkpoint import CheckpointWriter, restore_random_state
 from muse.training.evaluate import Evaluation, evaluate
@@ -73,7 +66,7 @@ def train(
     device: torch.device,
     run: Path,
     log: Log,
-    resume_from: Path | None = None,
+    resume_from: tuple[Path, TrainingState] | None = None,
     wandb_id: str | None = None,
     progress: bool = True,
 ) -> tuple[LanguageModel, TrainResult]:
@@ -89,7 +82,7 @@ def train(
         device: device of the model.
         run: folder of the run; checkpoints go below it.
         log: called with the step and its metrics.
-        resume_from: a checkpoint to go on from.
+        resume_from: a checkpoint to go on from, and its state.
         wandb_id: kept in the checkpoints, so that a resumed run finds its W&B run.
         progress: whether a progress bar is drawn where standard error is a terminal.
 
@@ -161,7 +154,7 @@ class Trainer:
         device: torch.device,
         run: Path,
         log: Log,
-        resume_from: Path | None,
+        resume_from: tuple[Path, TrainingState] | None,
         wandb_id: str | None,
     ) -> None:
         options, seq_len = config.train, config.model.seq_len
@@ -174,7 +167,7 @@ class Trainer:
         self.log, self.wandb_id = log, wandb_id
         self.model = build_model(config.stage, config.model, data.vocab_size, config.seed)
         self.parameters = count_parameters(self.model)
-        state = load_state(resume_from) if resume_from is not None else None
+        done = resume_from[1].step if resume_from is not None else 0
         if options.init is not None and resume_from is None:
             weights = find_weights(Path(options.init))
             if weights is None:
@@ -182,7 +175,7 @@ class Trainer:
             load_weights(weights, self.model)
         # Ranks drop different activations; on another number of ranks, see ``_restore``, a run that goes on
         # drops others than at its beginning.
-        torch.manual_seed(config.seed + rank() * 1_000_003 + (state.step if state else 0) * 1_000_000_007)
+        torch.manual_seed(config.seed + rank() * 1_000_003 + done * 1_000_000_007)
         self.model.to(device)
         if config.hardware.compile:
             self.model.compile_features()
@@ -197,8 +190,8 @@ class Trainer:
         self.done, self.best, self.best_loss, self.stale = 0, False, math.inf, 0
         self.valid: Evaluation | None = None
         self.unlogged: list[tuple[float, float, float | None]] = []
-        if resume_from is not None and state is not None:
-            self._restore(resume_from, state)
+        if resume_from is not None:
+            self._restore(*resume_from)
         self.writer = CheckpointWriter(run / CHECKPOINTS, options.async_checkpoint)
         self.tokens_per_step = options.batch_size * config.optim.accumulation * seq_len
         self.speeds: list[float] = []

@@ -256,7 +256,7 @@ def test_a_training_that_was_stopped_goes_on(config, monkeypatch):
     began = []
 
     def noted(*arguments):
-        began.append(arguments[5])
+        began.append(arguments[5][0])
         return train(*arguments, progress=False)
 
     monkeypatch.setattr(trainings, "train", noted)

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from muse.config import RunConfig, StageConfig
 from muse.data import TokenData
 from muse.processes.ranks import process_group
+from muse.runs.checkpoints import load_state
 from muse.training import parallel, trainer
 from support import configs
 from support.configs import run_options
@@ -229,10 +230,11 @@ def run_train(
         training.lines.append({"step": step, **metrics})
         react(step)
 
+    resumed = (resume_from, load_state(resume_from)) if resume_from is not None else None
     with built(double, prepare):
         try:
             model, training.result = trainer.train(
-                config, token_data(), torch.device("cpu"), run, log, resume_from, progress=False
+                config, token_data(), torch.device("cpu"), run, log, resumed, progress=False
             )
         except CrashError:
             return training

@@ -13,6 +13,7 @@ from torch import nn
 from muse.config import RunConfig
 from muse.data import TokenData
 from muse.models import LanguageModel
+from muse.runs.checkpoints import load_state
 from muse.training import trainer
 from support import configs
 from support.configs import stage_config, token_data
@@ -51,7 +52,8 @@ def run_train(
 ) -> tuple[LanguageModel, trainer.TrainResult]:
     log = log if log is not None else Recorder()
     data = data if data is not None else token_data()
-    return trainer.train(config, data, torch.device("cpu"), run, log, resume_from, wandb_id, progress=False)
+    resumed = (resume_from, load_state(resume_from)) if resume_from is not None else None
+    return trainer.train(config, data, torch.device("cpu"), run, log, resumed, wandb_id, progress=False)
 
 
 def prepare_model(monkeypatch: Any, prepare: Callable[[LanguageModel], None]) -> list[LanguageModel]:
