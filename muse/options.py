@@ -10,7 +10,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -117,6 +117,13 @@ def _check(name: str, value: Any, declared: Option, choices: tuple[str, ...]) ->
         wrong = "too small" if broken == ["at_least"] else "not allowed"
         refusal = declared.refusal or f"is {wrong}; it must be {{}}"
         raise ConfigError(f"{name}={value} {refusal.format(declared.bounds)}")
+
+
+def changed(config: T, **groups: Mapping[str, Any]) -> T:
+    """``config``, of a run, with other values for some options of some of its groups."""
+    made: Any = config
+    new = {name: dataclasses.replace(getattr(made, name), **options) for name, options in groups.items()}
+    return typing.cast(T, dataclasses.replace(made, **new))
 
 
 def options_of(schema: type, prefix: str = "") -> dict[str, Option]:

@@ -202,7 +202,8 @@ def _solved(
         # As many steps within the times that are asked for, and all of one size.
         return ends if every else times.flip(0) if ends[0] > ends[-1] else times
 
-    times = torch.linspace(0, steps * dt, steps + 1, dtype=torch.float64, device=_device(potential))
+    device = next(potential.parameters()).device
+    times = torch.linspace(0, steps * dt, steps + 1, dtype=torch.float64, device=device)
     asked = times if every else times[[0, -1]]
     options = {"grid_constructor": grid}
     if adjoint:
@@ -226,10 +227,6 @@ class _Root(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return self.run(z)
-
-
-def _device(potential: Potential) -> torch.device:
-    return next(potential.parameters()).device
 
 
 def _checked(name: str, method: Method, potential: Potential, z: Tensor) -> dict[str, Any]:
@@ -275,7 +272,7 @@ def judge(config: BenchConfig, results: Results) -> None:
         results.details["adjoint"] = measured["methods"]
     off = measured["exact_gradient_error"]
     results.values |= {key: measured[key] for key in KEYS}
-    for method in ("midpoint", "rk4"):
+    for method in ORDERS:
         times = measured[f"adjoint_time_ratio_{method}"]
         passed = None if times is None else times > 1
         results.criteria.append((f"torchdiffeq {method} / exact leapfrog, time", times, "> 1", passed))

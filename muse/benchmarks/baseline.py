@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from muse.config import BenchConfig, StageConfig, WidthConfig
 from muse.errors import ConfigError
+from muse.options import changed
 from muse.runs.options import FREE, differences, format_changes, stored_options
 
 # What two models must have in common to be compared.
@@ -30,8 +31,7 @@ def baseline_of(config: BenchConfig, stage: StageConfig, precision: str | None =
         tied=config.stage.tied,
     )
     given = config.benchmark.baseline_checkpoint if stage.number == _number(config) else None
-    benchmark = dataclasses.replace(config.benchmark, checkpoint=given)
-    baseline = dataclasses.replace(config, stage=stage, benchmark=benchmark)
+    baseline = changed(dataclasses.replace(config, stage=stage), benchmark={"checkpoint": given})
     return with_trained_stage(baseline, given) if given is not None else baseline
 
 
@@ -96,13 +96,13 @@ def with_trained_stage(config: BenchConfig, checkpoint: str) -> BenchConfig:
     try:
         stage = {name: value for name, value in stored["stage"].items() if f"stage.{name}" not in FREE}
         width = {name: stored["model"][_widths(number)][name] for name in dataclasses.asdict(WidthConfig())}
-        changed = OmegaConf.merge(OmegaConf.structured(config.stage), stage)
+        merged = OmegaConf.merge(OmegaConf.structured(config.stage), stage)
     except (KeyError, TypeError, OmegaConfBaseException) as error:
         raise ConfigError(f"{checkpoint} was trained by a version with other options: {error}") from error
-    built = OmegaConf.to_object(changed)
+    built = OmegaConf.to_object(merged)
     assert isinstance(built, StageConfig)
     widths: dict[str, Any] = {_widths(number): WidthConfig(**width)}
-    return dataclasses.replace(config, stage=built, model=dataclasses.replace(config.model, **widths))
+    return changed(dataclasses.replace(config, stage=built), model=widths)
 
 
 def _widths(stage_number: str) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from muse.config import BenchConfig
+from muse.options import changed
 from muse.runs.checkpoints import find_weights, stored_vocabulary
 from muse.runs.options import FREE, is_missing_path, stored_options, with_options_of
 
@@ -33,7 +33,7 @@ def with_checkpoint_options(config: BenchConfig, given: Collection[str]) -> Benc
     place = Path(checkpoint)
     taken = with_options_of(config, "benchmark.checkpoint", place, given, GROUPS, _may_differ)
     size = stored_vocabulary(find_weights(place) or place) or taken.model.vocab_size
-    return dataclasses.replace(taken, model=dataclasses.replace(taken.model, vocab_size=size))
+    return changed(taken, model={"vocab_size": size})
 
 
 def _may_differ(name: str, trained_with: Any) -> bool:

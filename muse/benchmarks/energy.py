@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import tempfile
 from pathlib import Path
@@ -20,12 +19,13 @@ from muse.benchmarks.results import Results, Unmeasured
 from muse.benchmarks.workload import Workload, batch_shape
 from muse.config import FLOWING, BenchConfig
 from muse.data import evaluation_batches, load_tokens
-from muse.dynamics import HamiltonianNeuralODE, MLPPotential
+from muse.dynamics import HamiltonianNeuralODE, MLPPotential, flows_of
 from muse.dynamics.energy import DRIFT_TARGET, MONOTONE_SHARE, curvature, drift, monotone_share, trajectory
 from muse.errors import ConfigError, RunError
 from muse.hardware import autocast_dtype
 from muse.measure.gradient_error import full_precision
 from muse.models import LanguageModel
+from muse.options import changed
 from muse.report.plots import draw_lines
 from muse.report.sweep_plot import Metric
 from muse.report.wandb_tables import ResultTable, lines_table, model_tables
@@ -72,10 +72,9 @@ def measure_energy(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     valid = None
     if checkpoint is not None and config.data.name != "synthetic":
         data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
-        config, valid = _with_vocabulary(config, data.vocab_size), data.valid
+        config, valid = changed(config, model={"vocab_size": data.vocab_size}), data.valid
     # Compiled code calls no hooks.
-    eager = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, compile=False))
-    model = benchmark_model(eager, device)
+    model = benchmark_model(changed(config, hardware={"compile": False}), device)
     return _energy_of(model, valid, config, device, f"checkpoint {checkpoint}" if checkpoint else "untrained")
 
 
@@ -87,17 +86,13 @@ def measure_trained_energy(config: BenchConfig, device: torch.device) -> dict[st
         RunError: a state, or a loss on the way, is not finite, or a state leaves its range.
     """
     data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
-    config = _with_vocabulary(config, data.vocab_size)
-    plain = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, compile=False))
+    config = changed(config, model={"vocab_size": data.vocab_size})
+    eager = changed(config, hardware={"compile": False})
     with tempfile.TemporaryDirectory() as folder:
-        model, _ = train_briefly(plain, data, device, Path(folder), [])
+        model, _ = train_briefly(eager, data, device, Path(folder), [])
     steps = config.benchmark.train_steps
     valid = None if config.data.name == "synthetic" else data.valid
     return _energy_of(model, valid, config, device, f"{steps} steps in this run")
-
-
-def _with_vocabulary(config: BenchConfig, size: int) -> BenchConfig:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
 @full_precision()
@@ -158,7 +153,7 @@ def _inputs_of_flows(model: LanguageModel, tokens: Tensor, cast: torch.dtype | N
         assert isinstance(flow, HamiltonianNeuralODE)
         layers.append((flow, torch.stack(inputs, -2).detach().flatten(0, -3)))
 
-    flows = [module for module in model.modules() if isinstance(module, HamiltonianNeuralODE)]
+    flows = flows_of(model)
     if not flows:
         raise ConfigError("benchmark=energy is about the flow; it needs stage=2 or 3")
     hooks = [flow.register_forward_pre_hook(note) for flow in flows]
@@ -248,11 +243,8 @@ def _monotone_share(energies: Tensor) -> Tensor:
 def judge(config: BenchConfig, results: Results) -> None:
     """Drift of the energy, untrained and trained."""
     chosen = config.benchmark
-    measured = {}
-    untrained = dataclasses.replace(chosen, checkpoint=None)
-    measured["untrained"] = results.measure(
-        "energy", "untrained", dataclasses.replace(config, benchmark=untrained)
-    )
+    untrained = changed(config, benchmark={"checkpoint": None})
+    measured = {"untrained": results.measure("energy", "untrained", untrained)}
     if chosen.checkpoint is not None:
         measured["trained"] = results.measure("energy", "trained", config)
     elif chosen.train_steps:

@@ -12,10 +12,11 @@ from torch import Tensor
 from muse.benchmarks.model import benchmark_model, random_tokens, random_training_step
 from muse.benchmarks.workload import batch_shape, flow_of
 from muse.config import GRADIENTS, BenchConfig
-from muse.dynamics import HamiltonianNeuralODE, flow_metrics
+from muse.dynamics import flow_metrics, flows_of
 from muse.measure.gradient_error import ALLOWED, full_precision, joined, relative_error
 from muse.measure.timing import quantile, seconds_of
 from muse.models import LanguageModel, build_model
+from muse.options import changed
 
 # Tokens of the batch that gradients are compared on.
 CHECKED_TOKENS = 64
@@ -61,12 +62,9 @@ def measure_modes(config: BenchConfig, device: torch.device) -> dict[str, Any]:
 def gradient_errors(config: BenchConfig, device: torch.device) -> dict[str, float]:
     """Relative error of the gradient of all parameters by each mode, in float32 against float64."""
     length = min(batch_shape(config)[1], CHECKED_TOKENS)
-    small = dataclasses.replace(
-        config,
-        benchmark=dataclasses.replace(config.benchmark, batch_size=1, seq_len=length),
-        # The same map every time.
-        stage=dataclasses.replace(config.stage, precision="fp32", dropout=0.0),
-    )
+    # The same map every time.
+    of_stage = {"precision": "fp32", "dropout": 0.0}
+    small = changed(config, benchmark={"batch_size": 1, "seq_len": length}, stage=of_stage)
     exact = _gradient(small, "backprop", device, torch.float64)
     return {mode: relative_error(_gradient(small, mode, device, torch.float32), exact) for mode in GRADIENTS}
 
@@ -83,7 +81,7 @@ def _step_seconds(config: BenchConfig, device: torch.device) -> tuple[dict[str, 
 
     One model takes the steps of all modes: four would not fit where one does, and might differ in more.
     """
-    untrained = dataclasses.replace(config, benchmark=dataclasses.replace(config.benchmark, checkpoint=None))
+    untrained = changed(config, benchmark={"checkpoint": None})
     model = benchmark_model(untrained, device)
     _, step = random_training_step(untrained, model, device)
     times: dict[str, list[float]] = {mode: [] for mode in GRADIENTS}
@@ -100,11 +98,10 @@ def _step_seconds(config: BenchConfig, device: torch.device) -> tuple[dict[str, 
 
 def _use(model: LanguageModel, mode: str, fraction_bits: int) -> None:
     """Let every flow go on in this mode, as if it had never fallen back."""
-    for flow in model.modules():
-        if isinstance(flow, HamiltonianNeuralODE):
-            flow.gradient, flow.scale = mode, 2.0**fraction_bits if mode == "exact" else 0.0
-            flow.fallen_back = False
-            flow.fallback_count.zero_()
+    for flow in flows_of(model):
+        flow.gradient, flow.scale = mode, 2.0**fraction_bits if mode == "exact" else 0.0
+        flow.fallen_back = False
+        flow.fallback_count.zero_()
 
 
 def _speeds(times: dict[str, list[float]], fallbacks: dict[str, int], tokens: int) -> dict[str, float | None]:

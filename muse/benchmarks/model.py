@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from muse.benchmarks.workload import batch_shape
 from muse.config import BenchConfig
 from muse.data import TokenData
 from muse.models import LanguageModel, build_model
+from muse.options import changed
 from muse.runs.checkpoints import find_weights, load_weights
 from muse.training.evaluate import Evaluation
 from muse.training.optim import ModelOptimizer
@@ -65,17 +65,12 @@ def train_briefly(
         KeyboardInterrupt: when the training was interrupted.
     """
     batch, length = batch_shape(config)
-    config = dataclasses.replace(
+    steps = config.benchmark.train_steps
+    config = changed(
         config,
-        train=dataclasses.replace(
-            config.train,
-            steps=config.benchmark.train_steps,
-            batch_size=batch,
-            eval_every=0,
-            checkpoint_every=0,
-        ),
-        model=dataclasses.replace(config.model, seq_len=length),
-        logger=dataclasses.replace(config.logger, log_every=1),
+        train={"steps": steps, "batch_size": batch, "eval_every": 0, "checkpoint_every": 0},
+        model={"seq_len": length},
+        logger={"log_every": 1},
     )
 
     def log(step: int, metrics: dict[str, float]) -> None:

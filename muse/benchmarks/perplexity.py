@@ -22,6 +22,7 @@ from muse.data import TokenData, load_tokens
 from muse.errors import ConfigError
 from muse.hardware import autocast_dtype
 from muse.models import build_model, count_parameters
+from muse.options import changed
 from muse.report.plots import draw_lines, subtracted
 from muse.report.sweep_plot import Metric
 from muse.report.wandb_tables import model_tables
@@ -51,7 +52,7 @@ def measure_perplexity(config: BenchConfig, device: torch.device) -> dict[str, A
     if config.data.name == "synthetic":
         raise ConfigError("benchmark=perplexity needs text; choose data=stdlib, wikitext2 or text")
     data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=data.vocab_size))
+    config = changed(config, model={"vocab_size": data.vocab_size})
     curve: list[tuple[int, float]] = []
     if config.benchmark.checkpoint is not None or config.benchmark.train_steps == 0:
         checkpoint = config.benchmark.checkpoint

@@ -29,6 +29,7 @@ from muse.errors import ConfigError
 from muse.files import claimed, read_json, write_json
 from muse.measure.bootstrap import TAILS, mean_interval, resampled
 from muse.measure.timing import quantile, times_in_turns
+from muse.options import changed
 from muse.report.plots import COLOURS, MARKERS, add_legend, new_axes, new_figure
 from muse.report.sweep_plot import Metric
 from muse.report.table import table
@@ -73,15 +74,12 @@ def variants_of(config: BenchConfig, results: Results) -> list[Variant]:
             continue
         base = stages[number]
         for times in multiples:
-            if number == "0":
-                stage = dataclasses.replace(base.stage, loops=times * base.stage.loops)
-                name = f"stage 0, {stage.loops} loops"
-            else:
-                stage = dataclasses.replace(base.stage, ode_steps=times * base.stage.ode_steps)
-                name = f"stage 2, {stage.ode_steps} steps"
+            option, unit = ("loops", "loops") if number == "0" else ("ode_steps", "steps")
+            count = times * getattr(base.stage, option)
             # A looped decoder is a baseline of its own.
             budgets = BUDGETS if number == "0" else BUDGETS[:1]
-            variants.append(Variant(name, dataclasses.replace(base, stage=stage), budgets, times))
+            repeated = changed(base, stage={option: count})
+            variants.append(Variant(f"stage {number}, {count} {unit}", repeated, budgets, times))
         for factor in chosen.depths:
             deep = _deeper(base, factor)
             blocks = deep.model.real.layers if number == "0" else deep.model.complex.layers
@@ -90,12 +88,11 @@ def variants_of(config: BenchConfig, results: Results) -> list[Variant]:
 
 
 def _deeper(config: BenchConfig, factor: float) -> BenchConfig:
-    model = config.model
-    real, complex_ = (
-        dataclasses.replace(width, layers=max(1, round(factor * width.layers)))
-        for width in (model.real, model.complex)
-    )
-    return dataclasses.replace(config, model=dataclasses.replace(model, real=real, complex=complex_))
+    widths = {
+        name: dataclasses.replace(width, layers=max(1, round(factor * width.layers)))
+        for name, width in (("real", config.model.real), ("complex", config.model.complex))
+    }
+    return changed(config, model=widths)
 
 
 def measure_costs(*arguments: Any) -> dict[str, Any]:
@@ -116,8 +113,7 @@ def measure_costs(*arguments: Any) -> dict[str, Any]:
     vocab_size = load_tokens(first.data, first.tokenizer, first.model.vocab_size).vocab_size
     steps = []
     for config in configs:
-        model_config = dataclasses.replace(config.model, vocab_size=vocab_size)
-        config = dataclasses.replace(config, model=model_config)
+        config = changed(config, model={"vocab_size": vocab_size})
         _, step = random_training_step(config, benchmark_model(config, device), device)
         steps.append(step)
     options = first.benchmark
@@ -133,16 +129,11 @@ def training_of(variant: Variant, steps: int, rate: float, seed: int) -> BenchCo
     """The training of a variant for so many steps, at a multiple of its learning rate, from a seed."""
     config = variant.config
     batch, length = batch_shape(config)
-    return dataclasses.replace(
-        config,
-        seed=config.seed + seed,
-        model=dataclasses.replace(config.model, seq_len=length),
-        optim=dataclasses.replace(
-            config.optim, lr=rate * config.optim.lr, muon_lr=rate * config.optim.muon_lr
-        ),
-        train=dataclasses.replace(
-            config.train, steps=steps, batch_size=batch, eval_every=0, test=True, sample_tokens=0
-        ),
+    return changed(
+        dataclasses.replace(config, seed=config.seed + seed),
+        model={"seq_len": length},
+        optim={"lr": rate * config.optim.lr, "muon_lr": rate * config.optim.muon_lr},
+        train={"steps": steps, "batch_size": batch, "eval_every": 0, "test": True, "sample_tokens": 0},
     )
 
 
@@ -225,10 +216,8 @@ def _costs(variants: Sequence[Variant], results: Results) -> dict[str, dict[str,
             return {}
         costs = {}
         for number, variant in enumerate(variants):
-            config = variant.config
-            model = dataclasses.replace(config.model, vocab_size=measured["vocab_size"])
-            _, length = batch_shape(config)
-            config = dataclasses.replace(config, model=model)
+            config = changed(variant.config, model={"vocab_size": measured["vocab_size"]})
+            model, (_, length) = config.model, batch_shape(config)
             costs[variant.name] = {
                 "step_ms": measured["step_ms"][number],
                 "ratio": measured["ratio"][number],

@@ -29,8 +29,9 @@ from muse.data import TokenData, load_tokens
 from muse.errors import ConfigError
 from muse.hardware import restored_threads, synchronize
 from muse.measure.gradient_error import joined, relative_error
-from muse.measure.timing import quantile
+from muse.measure.timing import quantile, times_in_turns
 from muse.models import LanguageModel, build_model, count_parameters
+from muse.options import changed
 from muse.report.plots import draw_lines, subtracted
 from muse.report.sweep_plot import Metric
 from muse.report.wandb_tables import model_tables
@@ -68,9 +69,7 @@ def _start(config: BenchConfig, device: torch.device) -> tuple[BenchConfig, Toke
     """The data, and the model with its initial weights: the same for every plan."""
     data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
     _, length = batch_shape(config)
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, vocab_size=data.vocab_size, seq_len=length)
-    )
+    config = changed(config, model={"vocab_size": data.vocab_size, "seq_len": length})
     model = build_model(config.stage, config.model, data.vocab_size, config.seed).to(device)
     return config, data, model.train()
 
@@ -310,17 +309,12 @@ def measure_speedup_memory(config: BenchConfig, device: torch.device) -> dict[st
         measured["stack_mb"] = memory_of_update(config, data, copy.deepcopy(model), used) / MB
     else:
         measured["stack_mb"] = measured["compressed_mb" if plan.compress else "uncompressed_mb"]
-    times: list[list[float]] = [[], []]
     trainings = [
         StackTraining(config, data, copy.deepcopy(model), off.execution, compressed)
         for compressed in (False, True)
     ]
-    for turn in range(1 + config.benchmark.repeats):
-        for training, own in zip(trainings, times, strict=True):
-            start = time.perf_counter()
-            training.gradients(range(1))
-            if turn:
-                own.append(time.perf_counter() - start)
+    calls = [partial(training.gradients, range(1)) for training in trainings]
+    times = times_in_turns(calls, 1, config.benchmark.repeats, device)
     exact, rounded = (
         joined(p.grad for p in training.model.parameters() if p.grad is not None) for training in trainings
     )
@@ -340,8 +334,8 @@ def judge(config: BenchConfig, results: Results) -> None:
     """Both settings of the accumulation: the one asked for, and an update from every batch."""
     asked = config.optim.accumulation
     for accumulation in dict.fromkeys((asked, 1)):
-        optim = dataclasses.replace(config.optim, accumulation=accumulation)
-        _judge_accumulation(dataclasses.replace(config, optim=optim), results, accumulation == asked)
+        own = changed(config, optim={"accumulation": accumulation})
+        _judge_accumulation(own, results, accumulation == asked)
     values, criteria = results.values, results.criteria
     memory = results.measure("speedup memory", "stack", config)
     values |= {
@@ -491,7 +485,7 @@ def _ablation(config: BenchConfig, results: Results) -> None:
         "without SemanticCompressor": dataclasses.replace(stack, compression="off", speculation=True),
         "without InferenceScalingEngine": dataclasses.replace(forced, speculation=False),
     }
-    runs = {"plain": _run_of(results, "plain", config)}
+    runs = {"plain": results.details.get("speedup", {}).get(f"plain, {_label(config)}", Unmeasured())}
     for name, variant in variants.items():
         print(f"ablation: {name} ...", flush=True)
         place = str(results.folder / "ablation" / name.replace(" ", "-"))
@@ -518,11 +512,6 @@ def _ablation(config: BenchConfig, results: Results) -> None:
     left = results.values["left_off"]
     told = "not measured" if left is None else ", ".join(left) or "nothing"
     print(f"  left off by the stack itself: {told}")
-
-
-def _run_of(results: Results, kind: str, config: BenchConfig) -> dict[str, Any]:
-    runs = results.details.get("speedup", {})
-    return runs.get(f"{kind}, {_label(config)}", Unmeasured())
 
 
 def _label(config: BenchConfig) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from muse.dynamics import flow_metrics
 from muse.measure.gradient_error import full_precision
 from muse.measure.peak_memory import GB, peak_memory
 from muse.models import count_parameters
+from muse.options import changed
 from muse.report.plots import draw_stacked
 from muse.report.sweep_plot import Metric
 from muse.report.wandb_tables import ResultTable, model_tables
@@ -119,13 +119,13 @@ def _judge_flow(config: BenchConfig, results: Results) -> None:
     """Peak memory by gradient mode, and what ``exact`` rebuilds."""
     found: dict[str, dict[str, Any]] = {}
     for gradient in ("exact", "reversible", "checkpoint", "backprop"):
-        stage = dataclasses.replace(config.stage, gradient=gradient)
+        own = changed(config, stage={"gradient": gradient})
         if gradient == "backprop":
             # Full backpropagation keeps what the blocks keep, too.
-            stage = dataclasses.replace(stage, trunk="residual", recompute="none")
-        found[gradient] = results.measure("vram", gradient, dataclasses.replace(config, stage=stage))
-    verified = dataclasses.replace(config.stage, gradient="exact", verify=True)
-    rebuilt = results.measure("vram", "exact, verified", dataclasses.replace(config, stage=verified))
+            own = changed(own, stage={"trunk": "residual", "recompute": "none"})
+        found[gradient] = results.measure("vram", gradient, own)
+    verified = changed(config, stage={"gradient": "exact", "verify": True})
+    rebuilt = results.measure("vram", "exact, verified", verified)
     peaks = {gradient: measured["peak"] for gradient, measured in found.items()}
     reduction = saved(peaks["exact"], peaks["backprop"])
     missed = rebuilt.get("flow/reconstruction_error")

@@ -9,6 +9,7 @@ from typing import Any
 
 from muse.config import BenchConfig
 from muse.errors import ConfigError
+from muse.options import changed
 
 DT = 0.1
 FLOW = ("ode_steps", "dt", "integrator")
@@ -45,7 +46,7 @@ def settle(config: BenchConfig, workload: Workload) -> BenchConfig:
         integrator=chosen.integrator or workload.integrator or config.stage.integrator,
     )
     flow = {option: getattr(chosen, option) for option in FLOW} if workload.of_model else {}
-    return dataclasses.replace(config, stage=dataclasses.replace(config.stage, **flow), benchmark=chosen)
+    return changed(dataclasses.replace(config, benchmark=chosen), stage=flow)
 
 
 def beside_backpropagation(config: BenchConfig) -> Workload:

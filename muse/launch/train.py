@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from muse.config import RunConfig
 from muse.files import disk_full_as_run_error
 from muse.launch.sweep import given_options, record, sweep_folder
+from muse.options import changed
 from muse.processes.isolated import run_isolated
 from muse.runs.folder import RUN_FILE, read_result
 from muse.runs.options import RETRAINABLE, is_missing_path, may_change, with_options_of
@@ -30,7 +31,7 @@ def run_train(config: RunConfig, run: Path) -> int:
     sweep = sweep_folder()
     if sweep is not None and config.logger.group is None:
         # The process of the cell knows nothing of Hydra.
-        config = dataclasses.replace(config, logger=dataclasses.replace(config.logger, group=sweep.name))
+        config = changed(config, logger={"group": sweep.name})
     if sweep is None or "submitit" in HydraConfig.get().launcher._target_:
         status = _train(config, run, sweep is not None)
     else:
