@@ -109,13 +109,12 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(finite(value), indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; empty where there is none."""
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; an empty dict where there is none."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    return found
 
 
 def finite(value: Any) -> Any:

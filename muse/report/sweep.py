@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from muse.files import write_atomically, write_json
+from muse.files import read_json, write_atomically, write_json
 from muse.report.plots import save
 from muse.report.sweep_plot import Metric, draw_search, draw_sweep
 from muse.report.table import table
@@ -57,18 +56,9 @@ def record_metrics(sweep: Path, metrics: Sequence[Metric]) -> None:
     write_json(sweep / METRICS, [asdict(metric) for metric in metrics])
 
 
-def _recorded(path: Path) -> Any:
-    """What was recorded in a file; None where nothing was."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-
-
 def read_cells(sweep: Path) -> list[dict[str, Any]]:
     """The cells of a multirun by their number."""
-    files = sorted((sweep / CELLS).glob("*.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [read_json(file) for file in sorted((sweep / CELLS).glob("*.json"))]
 
 
 def write_summary(sweep: Path) -> list[dict[str, Any]]:
@@ -151,10 +141,10 @@ MOST_COLUMNS = 12
 
 def draw_cells(sweep: Path, cells: list[dict[str, Any]]) -> Any:
     """The figure of the cells of a multirun in the folder ``sweep``; None where nothing was measured."""
-    if searched := _recorded(sweep / SEARCH):
+    if searched := read_json(sweep / SEARCH):
         return draw_search(cells, searched)
     swept, labelled = _labelled(cells)
-    metrics = [Metric(**metric) for metric in _recorded(sweep / METRICS) or []]
+    metrics = [Metric(**metric) for metric in read_json(sweep / METRICS)]
     return draw_sweep(labelled, swept, metrics)
 
 

@@ -181,19 +181,16 @@ def _add_trials(
     failed: Sequence[float],
     best: tuple[float, float],
 ) -> None:
-    axes.plot(
-        *zip(*found, strict=True), linestyle="", marker="o", markersize=4, color=COLOURS[0], label="trial"
-    )
-    axes.plot(*best, linestyle="", marker="*", markersize=12, color=COLOURS[1], label="best trial")
+    axes.plot(*zip(*found, strict=True), "o", markersize=4, color=COLOURS[0], label="trial")
+    axes.plot(*best, "*", markersize=12, color=COLOURS[1], label="best trial")
     if failed:
         # They have no objective; they stand at the upper edge.
         axes.plot(
             failed,
             [1.0] * len(failed),
+            "x",
             transform=axes.get_xaxis_transform(),
             clip_on=False,
-            linestyle="",
-            marker="x",
             color=COLOURS[6],
             label="failed trial",
         )
@@ -210,11 +207,9 @@ def _draw_options(
         first = first or axes
         _set_scale(axes, scale, NARROW)
         points = [(scale.places[_value(cell, scale.option)], value) for cell, value in found]
-        axes.plot(*zip(*points, strict=True), linestyle="", marker=".", color=COLOURS[0], label="cell")
+        axes.plot(*zip(*points, strict=True), ".", color=COLOURS[0], label="cell")
         means = _means(points)
-        axes.plot(
-            *zip(*means, strict=True), linestyle="", marker="_", markersize=18, color=COLOURS[1], label="mean"
-        )
+        axes.plot(*zip(*means, strict=True), "_", markersize=18, color=COLOURS[1], label="mean")
     add_legend(figure, first)
     return figure
 
@@ -255,8 +250,7 @@ def _add_cells(
     """The single cells of every line whose points are means."""
     for number, (name, points) in enumerate(lines.items()):
         if len(points) > len(means[name]):
-            color = COLOURS[number % len(COLOURS)]
-            axes.plot(*zip(*points, strict=True), linestyle="", marker=".", color=color)
+            axes.plot(*zip(*points, strict=True), ".", color=COLOURS[number % len(COLOURS)])
 
 
 def _draw_names(
@@ -277,8 +271,7 @@ def _draw_names(
             if few:
                 label_bars(axes, drawn, means)
         else:
-            marker = MARKERS[number % len(MARKERS)]
-            axes.plot(means, places, linestyle="", marker=marker, color=color, label=label)
+            axes.plot(means, places, MARKERS[number % len(MARKERS)], color=color, label=label)
             for place, mean in zip(places, means, strict=True) if few else ():
                 axes.annotate(
                     show(mean),
@@ -292,8 +285,7 @@ def _draw_names(
             axes.plot(
                 [value for _, value in points],
                 [place + shift for place, _ in points],
-                linestyle="",
-                marker=".",
+                ".",
                 color="black",
                 label="" if number else "each seed",
             )

@@ -41,4 +41,5 @@ def read_run(run: Path) -> dict[str, Any]:
 
 def read_result(run: Path) -> dict[str, Any]:
     """The results of a run; empty where it has none."""
-    return read_json(run / RESULT_FILE)
+    result: dict[str, Any] = read_json(run / RESULT_FILE)
+    return result
