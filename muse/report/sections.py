@@ -12,7 +12,7 @@ from muse.report.recorded import Recorded, names_of, option_table
 from muse.report.run_plot import draw_flow, draw_loss_curve, series
 from muse.report.sweep import cell_table, draw_cells
 from muse.report.table import show
-from muse.runs.options import flat_options, format_value
+from muse.runs.options import flattened, format_value
 
 FIGURES = {
     "loss": "loss [nats/token]",
@@ -218,7 +218,7 @@ def _options(named: Named) -> list[str]:
 
 def _all_options(config: Mapping[str, Any]) -> str:
     return table(
-        ("option", "value"), [[name, format_value(value)] for name, value in flat_options(config).items()]
+        ("option", "value"), [[name, format_value(value)] for name, value in flattened(config).items()]
     )
 
 

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from muse.errors import RunError, of_all_ranks
 from muse.files import write_atomically
 from muse.processes.ranks import on_first_rank, ranks
 from muse.runs.folder import CHECKPOINTS, run_of
+from muse.runs.options import flattened
 
 STATE = "state.pt"
 HASHES = "hashes.json"
@@ -207,7 +207,8 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
     try:
         groups = tuple(f"{group}." for group in tensors)
         stored = {name: kept for name, kept in stored_tensors(checkpoint).items() if name.startswith(groups)}
-        wanted = {name: tensor.shape for name, tensor in _flat(tensors)}
+        # Under the names that torch.distributed.checkpoint gives them.
+        wanted = {name: tensor.shape for name, tensor in flattened(tensors).items()}
         differing = [
             name
             for name in (*stored, *wanted)
@@ -220,15 +221,6 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
         raise of_all_ranks(f"the checkpoint {checkpoint} cannot be read: {cause_of(error)}") from error
     if differing:
         raise _of_another_model(checkpoint, f"{differing[0]} is not in both, or not of one size")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of nested state dicts under the names that torch.distributed.checkpoint gives them."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _of_another_model(checkpoint: Path, reason: str) -> RunError:

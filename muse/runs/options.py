@@ -98,8 +98,8 @@ def differences(stored: Mapping[str, Any], config: RunConfig) -> Changes:
     An option that the stored configuration lacks, because it is older, had what is the default now.
     """
     # As JSON has them.
-    own = flat_options(json.loads(json.dumps(dataclasses.asdict(config))))
-    kept = {**flat_options(dataclasses.asdict(type(config)())), **flat_options(stored)}
+    own = flattened(json.loads(json.dumps(dataclasses.asdict(config))))
+    kept = {**flattened(dataclasses.asdict(type(config)())), **flattened(stored)}
     return {
         name: (kept.get(name), own.get(name, UNKNOWN))
         for name in sorted(own.keys() | kept.keys())
@@ -212,12 +212,12 @@ def _is_given(name: str, given: Collection[str]) -> bool:
     return is_among(name, given)
 
 
-def flat_options(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options of nested groups by their path, as in ``train.steps``."""
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What nested mappings hold, by the names on the way with dots between them."""
     flat: dict[str, Any] = {}
-    for name, value in options.items():
+    for name, value in values.items():
         if isinstance(value, Mapping):
-            flat |= flat_options(value, f"{prefix}{name}.")
+            flat |= flattened(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat
