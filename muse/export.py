@@ -20,7 +20,7 @@ from muse.files import replacement
 from muse.models import count_parameters
 from muse.runs.checkpoints import find_weights, load_state
 from muse.runs.options import stored_options
-from muse.trained import EXPORTED, TOKENIZER, Trained, load
+from muse.trained import EXPORTED, TOKENIZER, load
 from muse.transformers_folder import architecture, export_transformers
 
 
@@ -62,15 +62,6 @@ def export_run(run: Path, file: Path, which: str = "best") -> int:
     except (OSError, SafetensorError) as error:
         raise RunError(f"{file} could not be written: {error}") from error
     return step
-
-
-def load_exported(file: Path) -> Trained:
-    """The model, its tokenizer and its configuration, of a file that ``export_run`` wrote: ``muse.load``.
-
-    Raises:
-        RunError: when it is damaged or something else.
-    """
-    return load(file)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.configs import small_width
 
+import muse
 from muse import export
 from muse.benchmarks.model import benchmark_model
 from muse.config import (
@@ -29,7 +30,7 @@ from muse.config import (
     TrainConfig,
 )
 from muse.errors import ConfigError, RunError
-from muse.export import export_run, load_exported
+from muse.export import export_run
 from muse.files import write_json
 from muse.models import LanguageModel, build_model
 from muse.runs.checkpoints import TrainingState, load_weights
@@ -121,7 +122,7 @@ def test_configuration_and_model_come_back_bit_for_bit(tmp_path, stage):
     models = make_run(tmp_path / "run", config)
     file = tmp_path / "deep" / "folder" / "model.safetensors"
     assert export_run(tmp_path / "run", file) == 3
-    model, tokenizer, found = load_exported(file)
+    model, tokenizer, found = muse.load(file)
     # Of a run that kept none, and whose text is gone.
     assert tokenizer is None
     assert found == config
@@ -139,7 +140,7 @@ def test_configuration_and_model_come_back_bit_for_bit(tmp_path, stage):
 def test_the_checkpoint_asked_for_is_exported(tmp_path, config, which, best, step):
     models = make_run(tmp_path / "run", config, best)
     assert export_run(tmp_path / "run", tmp_path / "model.safetensors", which) == step
-    assert_same_weights(load_exported(tmp_path / "model.safetensors").model, models[step])
+    assert_same_weights(muse.load(tmp_path / "model.safetensors").model, models[step])
 
 
 def test_an_exported_model_is_what_a_benchmark_measures(tmp_path, run, config):
@@ -152,7 +153,7 @@ def test_an_exported_model_is_what_a_benchmark_measures(tmp_path, run, config):
         bench = BenchConfig(stage=config.stage, model=sizes, benchmark=benchmark)
         models.append(benchmark_model(bench, torch.device("cpu")))
     assert_same_weights(*models)
-    assert_same_weights(models[0], load_exported(file).model)
+    assert_same_weights(models[0], muse.load(file).model)
 
 
 def test_exported_weights_are_loaded_in_the_dtype_of_the_model(tmp_path, run):
@@ -161,7 +162,7 @@ def test_exported_weights_are_loaded_in_the_dtype_of_the_model(tmp_path, run):
     model = random_model(run_config(precision="bf16"), 1)
     load_weights(file, model)
     for (name, a), (_, b) in zip(
-        model.named_parameters(), load_exported(file).model.named_parameters(), strict=True
+        model.named_parameters(), muse.load(file).model.named_parameters(), strict=True
     ):
         assert a.dtype == torch.bfloat16
         assert torch.equal(a, b.bfloat16()), name
@@ -203,9 +204,9 @@ def test_a_damaged_file_is_one_sentence(tmp_path, run, config, spoil):
     file = tmp_path / "model.safetensors"
     export_run(run, file)
     spoil(file)
-    for load in (lambda: load_exported(file), lambda: load_weights(file, random_model(config, 1))):
+    for loaded in (lambda: muse.load(file), lambda: load_weights(file, random_model(config, 1))):
         with pytest.raises(RunError, match="damaged") as caught:
-            load()
+            loaded()
         assert str(file) in str(caught.value)
         assert_one_sentence(caught.value)
 
@@ -227,7 +228,7 @@ def test_a_file_of_another_program_is_one_sentence(tmp_path, run, metadata):
     export_run(run, file)
     save_file(load_file(file), file, metadata)
     with pytest.raises(RunError, match="no model that MUSE exported") as caught:
-        load_exported(file)
+        muse.load(file)
     assert_one_sentence(caught.value)
 
 
@@ -239,7 +240,7 @@ def test_a_configuration_that_does_not_fit_its_weights_is_another_model(tmp_path
     )
     save_file(load_file(file), file, {"config": json.dumps(changed), "step": "3"})
     with pytest.raises(RunError, match="another model"):
-        load_exported(file)
+        muse.load(file)
 
 
 @pytest.mark.parametrize("name", ["model", "model.pt", "model.safetensors.gz", ".safetensors"])
@@ -307,7 +308,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, run, monkeypatch, erro
     assert (file.read_bytes() if file.exists() else None) == before
     assert {path.name for path in tmp_path.iterdir()} == {"run"} | ({file.name} if before else set())
     assert export_run(run, file) == 3
-    load_exported(file)
+    muse.load(file)
     assert {path.name for path in tmp_path.iterdir()} == {"run", file.name}
 
 

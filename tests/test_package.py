@@ -84,8 +84,8 @@ def test_a_wheel_trains_measures_exports_and_loads(installed):
     assert json.loads(result_of_bench.read_text())["nan_count"] == 0
     code = (
         "import runpy, pathlib, muse; runpy.run_module('muse.export', run_name='__main__', alter_sys=True); "
-        "from muse.export import load_exported; "
-        "print(muse.__file__, load_exported(pathlib.Path('model.safetensors')).config.stage.number)"
+        "from muse import load; "
+        "print(muse.__file__, load(pathlib.Path('model.safetensors')).config.stage.number)"
     )
     shown = run(installed, "-c", code, str(result.parent), "model.safetensors").stdout.split()[-2:]
     assert shown == [str(installed[0] / "muse" / "__init__.py"), "2"]

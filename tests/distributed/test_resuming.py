@@ -13,8 +13,9 @@ from support.configs import VOCAB, stage_config
 from support.distributed import Training, go_on, run_config, run_ranks, run_train
 from support.runs import crash_at, same, stored
 
+import muse
 from muse.config import RunConfig
-from muse.export import export_run, load_exported
+from muse.export import export_run
 from muse.files import write_json
 from muse.models import build_model
 from muse.runs.checkpoints import find_damage, find_sound_checkpoint, load_state, load_weights
@@ -121,7 +122,7 @@ def test_what_two_ranks_have_sharded_is_exported_whole(tmp_path):
     first, second = run_ranks(2, run_train, config, tmp_path)
     write_json(tmp_path / RUN_FILE, provenance(config))
     assert export_run(tmp_path, tmp_path / "weights.safetensors", "last") == STEPS
-    exported = load_exported(tmp_path / "weights.safetensors").model
+    exported = muse.load(tmp_path / "weights.safetensors").model
     loaded = build_model(config.stage, config.model, VOCAB, seed=1)
     load_weights(find_sound_checkpoint(tmp_path), loaded)
     for model in (exported, loaded):

@@ -27,7 +27,7 @@ from support.processes import ROOT, Copies, be_command, environment_apart, keep_
 from support.runs import errors, logged, read_json, run_folders, same, stored
 from support.waiting import PATIENCE, wait_until
 
-from muse.export import load_exported
+import muse
 from muse.files import find_files
 from muse.measure import matrix_products
 from muse.report.metrics import MetricsLog
@@ -337,7 +337,7 @@ def test_a_run_is_exported_into_one_file(place, undisturbed):
     assert status == 0, err
     best = find_checkpoint(undisturbed, "best")
     assert out == f"the weights after step {int(best.name[5:])} are in {file}\n"
-    model, tokenizer, config = load_exported(file)
+    model, tokenizer, config = muse.load(file)
     assert tokenizer is not None
     assert tokenizer.to_json() == (undisturbed / "tokenizer.json").read_text(encoding="utf-8")
     assert dataclasses.asdict(config) == read_json(undisturbed / "run.json")["config"]
