@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kernels.complex_linear.plain import real_form
 from muse.dynamics import HamiltonianNeuralODE, MLPPotential
 from muse.errors import ConfigError, RunError
 from muse.files import write_atomically
@@ -169,7 +170,7 @@ def _known_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]
     llama = architecture(trained) == "LlamaForCausalLM"
     head = model.head_parameters()[0].float().flatten(1)
     if isinstance(norm, ComplexRMSNorm):
-        head = head @ _real_map(norm.gain.float().diag_embed())
+        head = head @ real_form(norm.gain.float().diag_embed())
     tensors = {"model.norm.weight": _norm_weight(norm), "lm_head.weight": head}
     for number, block in enumerate(model.blocks):
         maps = _real_maps(block) if isinstance(block, RealBlock) else _complex_maps(block)
@@ -212,8 +213,8 @@ def _own_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
                     units = len(ode.potential.b1)
             continue
         tensors |= _named(f"{place}.mlp_norm", block.ffn_norm)
-        tensors[f"{place}.mlp.up_proj.weight"] = _real_map(block.ffn.up.weight.float())
-        tensors[f"{place}.mlp.down_proj.weight"] = _real_map(block.ffn.down.weight.float())
+        tensors[f"{place}.mlp.up_proj.weight"] = real_form(block.ffn.up.weight.float())
+        tensors[f"{place}.mlp.down_proj.weight"] = real_form(block.ffn.down.weight.float())
         gates = [gate for gate in (block.ffn.activation.bias, block.ffn.activation.slope) if gate is not None]
         if gates:
             tensors[f"{place}.mlp.gates"] = torch.stack([gate.float() for gate in gates])
@@ -275,8 +276,8 @@ def _complex_maps(block: nn.Module) -> dict[str, Tensor]:
         "self_attn.q_proj": math.sqrt(2) * maps["self_attn.q_proj"],
         "input_layernorm": _norm_weight(block.attention_norm),
         "post_attention_layernorm": _norm_weight(block.ffn_norm),
-        "mlp.up_proj": _real_map(_after(block.ffn_norm, ffn.up)),
-        "mlp.down_proj": _real_map(ffn.down.weight.float()),
+        "mlp.up_proj": real_form(_after(block.ffn_norm, ffn.up)),
+        "mlp.down_proj": real_form(ffn.down.weight.float()),
     }
 
 
@@ -284,22 +285,16 @@ def _attention_maps(attention: ComplexAttention, projection: Tensor) -> dict[str
     """Real maps to and from the heads [re | im], of a planar weight that gives queries, keys and values."""
     d = attention.head_dim
     maps = {
-        f"self_attn.{name}_proj": _to_heads(_real_map(part), d)
+        f"self_attn.{name}_proj": _to_heads(real_form(part), d)
         for name, part in zip("qkv", projection.split(_head_rows(attention), 1), strict=True)
     }
-    output = _to_heads(_real_map(attention.output.weight.float()).T, d).T
+    output = _to_heads(real_form(attention.output.weight.float()).T, d).T
     return maps | {"self_attn.o_proj": output}
 
 
 def _head_rows(attention: RealAttention | ComplexAttention) -> list[int]:
     """Rows of a projection that give queries, keys and values."""
     return [count * attention.head_dim for count in (attention.heads, *[attention.kv_heads] * 2)]
-
-
-def _real_map(weight: Tensor) -> Tensor:
-    """[[A, -B], [B, A]] of a planar weight (2, out, in): the same map on [re | im]."""
-    real, imaginary = weight
-    return torch.cat((torch.cat((real, -imaginary), 1), torch.cat((imaginary, real), 1)))
 
 
 def _to_heads(weight: Tensor, d: int) -> Tensor:
