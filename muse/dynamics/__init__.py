@@ -1,6 +1,5 @@
 """Hamiltonian dynamics of the hidden state."""
 
-from muse.dynamics.energy import Trajectory, drift, energy, monotone_share, trajectory
 from muse.dynamics.fallback import (
     FallsBack,
     agree_on_fallbacks,
@@ -13,7 +12,7 @@ from muse.dynamics.hamiltonian_ode import (
     flows_of,
     take_reconstruction_error,
 )
-from muse.dynamics.integrators import INTEGRATORS, Splitting, Stages, stages
+from muse.dynamics.integrators import INTEGRATORS, stages
 from muse.dynamics.potential import DuffingPotential, MLPPotential, Potential
 from muse.dynamics.watch import recorded_flows, watched_flows
 
@@ -24,20 +23,13 @@ __all__ = [
     "HamiltonianNeuralODE",
     "MLPPotential",
     "Potential",
-    "Splitting",
-    "Stages",
-    "Trajectory",
     "agree_on_fallbacks",
     "deferred_checks",
-    "drift",
-    "energy",
     "flow_metrics",
     "flows_of",
     "layers_that_fall_back",
-    "monotone_share",
     "recorded_flows",
     "stages",
     "take_reconstruction_error",
-    "trajectory",
     "watched_flows",
 ]

@@ -39,7 +39,7 @@ def _overview(composed: DictConfig, options: dict[str, Option], loader: ConfigLo
     texts = composed.hydra.help
     command = f"python {texts.app_name} --help"
     lines = [texts.header, f"== Groups: group=choice; {command} <group> tells what each choice is =="]
-    lines += [_row(group, ", ".join(_choices(group, loader))) for group in _groups(options, loader)]
+    lines += [_row(group, ", ".join(loader.get_group_options(group))) for group in _groups(options, loader)]
     lines += ["", "== Options: path=value; with --help <path> the values allowed, too =="]
     for path, option in options.items():
         if dataclasses.is_dataclass(option.type):
@@ -52,7 +52,7 @@ def _overview(composed: DictConfig, options: dict[str, Option], loader: ConfigLo
 
 
 def _topic(topic: str, composed: DictConfig, options: dict[str, Option], loader: ConfigLoader) -> str:
-    choices = _choices(topic, loader)
+    choices = loader.get_group_options(topic)
     if topic not in options and not choices:
         alike = nearest(topic, dict.fromkeys([*options, *_groups(options, loader)]))
         instead = f"the nearest are {', '.join(alike)}" if alike else "--help lists all"
@@ -127,10 +127,6 @@ def _groups(options: dict[str, Option], loader: ConfigLoader) -> list[str]:
     others = {field.name for field in dataclasses.fields(BenchConfig)} - set(options)
     there = [group for group in loader.list_groups("") if group != "hydra" and group not in others]
     return sorted(there, key=[*options, *there].index)
-
-
-def _choices(group: str, loader: ConfigLoader) -> list[str]:
-    return loader.get_group_options(group)
 
 
 def _comment(group: str, choice: str, loader: ConfigLoader) -> str:
