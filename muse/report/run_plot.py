@@ -53,14 +53,7 @@ def draw_loss_curve(metrics: list[dict[str, Any]], title: str) -> Any:
     for number, ((tokens, _), points) in enumerate(measures.items()):
         name = "validation" if tokens is None else f"validation, {tokens:,} tokens"
         marker = "os^D"[number % 4]
-        axes.plot(
-            *zip(*points, strict=True),
-            color=COLOURS[1],
-            marker=marker,
-            linestyle="--",
-            linewidth=1,
-            label=name,
-        )
+        axes.plot(*zip(*points, strict=True), f"{marker}--", color=COLOURS[1], linewidth=1, label=name)
     if whole:
         axes.plot(
             *zip(*whole, strict=True), "*", color=COLOURS[2], markersize=12, label="validation, whole split"
