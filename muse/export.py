@@ -18,7 +18,7 @@ from muse.commands import Parser, run_command
 from muse.errors import ConfigError, RunError
 from muse.files import replacement
 from muse.models import count_parameters
-from muse.runs.checkpoints import find_weights, load_state
+from muse.runs.checkpoints import find_damage, find_weights, load_state
 from muse.runs.options import stored_options
 from muse.trained import EXPORTED, TOKENIZER, load
 from muse.transformers_folder import architecture, export_transformers
@@ -51,6 +51,10 @@ def export_run(run: Path, file: Path, which: str = "best") -> int:
         config = None
     if checkpoint is None or config is None or run.suffix == EXPORTED:
         raise ConfigError(f"{run} is not the folder of a run with a checkpoint; give one that train.py made")
+    # Before anything in it is read, and to name the file that is damaged.
+    damage = find_damage(checkpoint)
+    if damage is not None:
+        raise RunError(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")
     model, tokenizer, _ = load(run, which)
     step = load_state(checkpoint).step
     metadata = {"config": json.dumps(config), "step": str(step)}

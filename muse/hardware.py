@@ -111,10 +111,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def torch_random_state(gpu: torch.device | str = "cuda") -> dict[str, Tensor]:
-    """States of PyTorch's random generators in this process, on the CPU and a GPU, if it uses one."""
+def torch_random_state(gpu: torch.device | str | None = "cuda") -> dict[str, Tensor]:
+    """States of PyTorch's random generators in this process, on the CPU and ``gpu``, if it uses that one."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if gpu is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state(gpu)
     return state
 

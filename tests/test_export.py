@@ -276,6 +276,8 @@ def test_nothing_is_exported_from_a_damaged_checkpoint(tmp_path, run, name, how)
         path.write_bytes(content if how == "changed" else content[: len(content) // 2])
     with pytest.raises(RunError, match="damaged") as caught:
         export_run(run, tmp_path / "model.safetensors")
+    # Which of its files it is.
+    assert name in str(caught.value)
     assert_one_sentence(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 

@@ -331,13 +331,15 @@ class _Surroundings:
     def __init__(self, device: torch.device, random: bool) -> None:
         kind = device.type
         self.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        self.gpus = [device] if kind == "cuda" else []
-        self.random = torch_random_state(*self.gpus) if random else None
+        # Of another device than the state's no generator is put back, so none is set.
+        self.gpu = device if kind == "cuda" else None
+        self.random = torch_random_state(self.gpu) if random else None
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """As it was."""
-        with self.autocast, torch.random.fork_rng(self.gpus, enabled=self.random is not None):
+        gpus = [self.gpu] if self.gpu is not None else []
+        with self.autocast, torch.random.fork_rng(gpus, enabled=self.random is not None):
             if self.random is not None:
-                restore_torch_random_state(self.random, *self.gpus)
+                restore_torch_random_state(self.random, *gpus)
             yield

@@ -317,3 +317,16 @@ def test_blocks_that_are_computed_again_give_the_same_bits_and_keep_less():
 def test_stages_without_such_a_trunk_are_refused(number, options, message):
     with pytest.raises(ConfigError, match=message):
         stage_config(number, trunk="reversible", **options)
+
+
+def test_a_sublayer_on_the_cpu_that_is_called_again_leaves_the_generator_of_a_gpu_alone(monkeypatch):
+    changed = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.zeros(16, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *state: changed.append(state))
+    surroundings = trunk._Surroundings(torch.device("cpu"), random=True)
+    first = torch.rand(3)
+    with surroundings.again():
+        assert torch.equal(torch.rand(3), first)
+    assert not changed
