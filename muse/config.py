@@ -383,8 +383,12 @@ class HardwareConfig:
 class LoggerConfig:
     """Where metrics go beside ``metrics.jsonl``, which is always written."""
 
+    tensorboard: bool = option(
+        False, "whether metrics, plots and options go to TensorBoard's files in the run folder, too."
+    )
+    csv: bool = option(False, "whether metrics.csv in the run folder has the lines of metrics as a table.")
     mode: str = option(
-        "offline", "W&B's offline, online or disabled.", choices=("offline", "online", "disabled")
+        "disabled", "W&B's offline, online or disabled.", choices=("offline", "online", "disabled")
     )
     project: str = option("muse", "W&B project.")
     entity: str | None = option(None, "W&B user or team; null for the account's own.")

@@ -22,7 +22,7 @@ from muse.hardware import machine, restored_threads, use_hardware
 from muse.launch.composition import Loader
 from muse.launch.sweep import given_options, record, sweep_folder
 from muse.processes.torchrun import launched_ranks
-from muse.report.metrics import MetricsLog
+from muse.report.metrics import MetricsLog, require_trackers
 from muse.report.sweep import record_metrics
 from muse.runs.folder import RESULT_FILE, read_result
 from muse.runs.provenance import identity, provenance, source_hash
@@ -49,6 +49,7 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
             f"{config.benchmark.checkpoint}"
         )
     check_benchmark(config, given_options())
+    require_trackers(config.logger)
     here = machine(config.hardware, use_hardware(config.hardware))
     sweep = sweep_folder()
     if sweep is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,44 @@ from hydra.types import RunMode
 
 from muse.config import RunConfig
 from muse.files import write_json
+from muse.report.wandb_tables import ResultTable, wandb_objects
 
 FILE = "wandb.json"
 # The x-axis of everything. W&B throws away what is logged with a smaller step of its own than the last one,
 # and a run that goes on from a checkpoint logs the steps after it a second time.
 STEP = "train/step"
+
+
+class WandbTracker:
+    """A tracker that is W&B; for the arguments and what it raises see ``start_wandb``.
+
+    Attributes:
+        id: of the W&B run.
+        offline_folder: what ``wandb sync`` uploads, of an offline run.
+    """
+
+    def __init__(self, run: Path, config: RunConfig, wandb_id: str | None, previous: Path | None) -> None:
+        self._run = start_wandb(run, config, wandb_id, previous)
+        self.id: str = self._run.id
+        self.offline_folder = Path(self._run.settings.sync_dir) if self._run.offline else None
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Send a line of metrics."""
+        self._run.log({STEP: step, **metrics})
+
+    def add_results(
+        self, values: dict[str, Any], images: Sequence[Path], tables: Sequence[ResultTable]
+    ) -> None:
+        """Send single values to the summary, and plots and tables."""
+        import wandb
+
+        self._run.summary.update({k: v for k, v in values.items() if isinstance(v, int | float | str)})
+        pictures = {image.stem: wandb.Image(str(image)) for image in images}
+        self._run.log({**pictures, **wandb_objects(tables)})
+
+    def close(self, failed: bool) -> None:
+        """End the W&B run."""
+        self._run.finish(exit_code=int(failed))
 
 
 def start_wandb(

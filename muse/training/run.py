@@ -17,7 +17,7 @@ from muse.generation import Sampling, continuation
 from muse.hardware import describe, use_hardware
 from muse.models import LanguageModel
 from muse.processes.ranks import broadcast, on_first_rank, process_group, rank, ranks
-from muse.report.metrics import MetricsLog, read_metrics
+from muse.report.metrics import MetricsLog, read_metrics, require_trackers
 from muse.report.run_plot import plot_flow, plot_half_lives, plot_loss_curve
 from muse.runs.checkpoints import (
     adopt_checkpoints,
@@ -73,6 +73,8 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
         if rank() == 0:
             _reuse(found.run, run)
         return 0
+    # Only the first rank logs.
+    on_first_rank(lambda: require_trackers(config.logger))
     previous = found.run if found is not None else None
     resume_from = (checkpoint, load_state(checkpoint)) if checkpoint is not None else None
     state = resume_from[1] if resume_from is not None else None

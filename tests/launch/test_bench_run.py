@@ -1,8 +1,10 @@
 """What a run of bench.py leaves, whatever goes wrong on the way."""
 
+import csv
 import dataclasses
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -248,3 +250,19 @@ def test_a_checkpoint_decides_the_stage_that_a_benchmark_needs(tmp_path, monkeyp
     assert bench("energy", runs["2"], {"benchmark.checkpoint"}) == 0
     told = json.loads((tmp_path / "out" / "result.json").read_text())
     assert told["config"]["stage"]["number"] == "2"
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_run, "run_suite", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    config = dataclasses.replace(CONFIG, logger=LoggerConfig(tensorboard=True))
+    with pytest.raises(ConfigError, match="logger=tensorboard needs the package tensorboard"):
+        bench_run.run_benchmark(config, tmp_path)
+
+
+def test_a_benchmark_is_in_every_tracker(tmp_path, recorded):
+    logger = LoggerConfig(tensorboard=True, csv=True)
+    bench_run.run_benchmark(dataclasses.replace(CONFIG, logger=logger), tmp_path)
+    with open(tmp_path / "metrics.csv", encoding="utf-8", newline="") as file:
+        assert float(next(csv.DictReader(file))["ppl"]) == MEASURED["perplexity"]["ppl"]
+    assert list((tmp_path / "tensorboard").glob("events.*"))

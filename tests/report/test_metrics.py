@@ -6,6 +6,7 @@ import math
 import pytest
 
 from muse.config import LoggerConfig, RunConfig
+from muse.report import metrics
 from muse.report.metrics import FILE, MetricsLog, read_metrics
 
 
@@ -138,3 +139,46 @@ def test_wandb_offline_writes_into_the_run_folder(tmp_path, monkeypatch):
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
     assert file.stat().st_size > 0
     assert log.wandb_id in file.name
+
+
+class Noted:
+    """A tracker that notes what it is given, and fails from some step on."""
+
+    def __init__(self, fails_at: float = math.inf) -> None:
+        self.fails_at, self.steps, self.results, self.failed = fails_at, [], [], None
+
+    def log(self, step, metrics) -> None:
+        if step >= self.fails_at:
+            raise RuntimeError("full\nsecond line")
+        self.steps.append(step)
+
+    def add_results(self, values, images, tables) -> None:
+        self.results.append((values, images))
+
+    def close(self, failed) -> None:
+        self.failed = failed
+
+
+def test_one_tracker_that_breaks_takes_no_other_with_it(tmp_path, monkeypatch, capsys):
+    broken, whole = Noted(fails_at=2), Noted()
+    monkeypatch.setattr(metrics, "TensorboardTracker", lambda *_: broken)
+    monkeypatch.setattr(metrics, "CsvTracker", lambda *_: whole)
+    log = MetricsLog(tmp_path, RunConfig(logger=LoggerConfig(tensorboard=True, csv=True)))
+    for step in (1, 2, 3):
+        log(step, {"loss": 1.0})
+    (tmp_path / "there.png").touch()
+    log.add_results({"loss": 1.0}, [tmp_path / "there.png", tmp_path / "missing.png"])
+    log.close(failed=True)
+    assert (broken.steps, broken.results, broken.failed) == ([1], [], None)
+    assert (whole.steps, whole.failed) == ([1, 2, 3], True)
+    assert whole.results == [({"loss": 1.0}, [tmp_path / "there.png"])]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    assert capsys.readouterr().err == f"TensorBoard is left out (full); metrics are in {tmp_path / FILE}\n"
+
+
+def test_nothing_is_beside_the_file_unless_it_is_asked_for(tmp_path):
+    log = MetricsLog(tmp_path, RunConfig())
+    log(1, {"loss": 1.0})
+    log.add_results({"loss": 1.0}, [])
+    log.close()
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]

@@ -108,7 +108,7 @@ def test_nothing_measured_gives_no_table():
 
 
 def test_wandb_holds_every_table_and_plot_with_its_rows(tmp_path, read_wandb, tables, capsys):
-    log = MetricsLog(tmp_path, RunConfig(logger=LoggerConfig()))
+    log = MetricsLog(tmp_path, RunConfig(logger=LoggerConfig(mode="offline")))
     log.add_results({"ppl": 20.0}, [], list(tables.values()))
     log.close()
     assert capsys.readouterr().err == ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from muse.config import (
     TrainConfig,
 )
 from muse.errors import ConfigError
-from muse.report.metrics import FILE
+from muse.report.metrics import FILE, read_metrics
 from muse.runs.checkpoints import find_checkpoint, load_state
 from muse.runs.folder import RESULT_FILE, RUN_FILE
 from muse.runs.provenance import provenance
@@ -339,3 +341,29 @@ def test_a_run_from_before_changes_were_noted_goes_on(small, trained):
     assert same(end_of(reused), end_of(run))
     more = trained("more", with_train(dataclasses.replace(small, resume=str(run)), steps=9))
     assert read(more)["steps"] == 9
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_written(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    config = dataclasses.replace(small, logger=LoggerConfig(tensorboard=True))
+    with pytest.raises(ConfigError, match="logger=tensorboard needs the package tensorboard"):
+        run_training(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_run_from_before_there_were_other_trackers_than_wandb_goes_on_with_whole_curves(small, trained):
+    first = trained("first", small)
+    description = read(first, RUN_FILE)
+    for option in ("tensorboard", "csv"):
+        assert not description["config"]["logger"].pop(option)
+    (first / RUN_FILE).write_text(json.dumps(description))
+    others = LoggerConfig(tensorboard=True, csv=True, log_every=1)
+    second = trained(
+        "second", with_train(dataclasses.replace(small, resume=str(first), logger=others), steps=9)
+    )
+    with open(second / "metrics.csv", encoding="utf-8", newline="") as file:
+        rows = [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
+    assert rows == read_metrics(second)
+    assert {row["step"] for row in rows} == set(range(1, 10))
+    assert list((second / "tensorboard").glob("events.*"))
