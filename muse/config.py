@@ -381,7 +381,7 @@ class HardwareConfig:
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go beside ``metrics.jsonl``, which is always written."""
+    """Where metrics go beside ``metrics.jsonl``, which is always written; ``logger=[csv,wandb]`` is both."""
 
     tensorboard: bool = option(
         False, "whether metrics, plots and options go to TensorBoard's files in the run folder, too."

@@ -133,7 +133,7 @@ LARGEST = {
     "hydra.sweeper.n_jobs": (2, ()),
     "hydra.launcher.n_jobs": (2, ()),
 }
-# Groups whose choice does not matter for whether a command works, and what runs here.
+# Groups whose choice does not matter for whether a command works, and what runs here. Several loggers run.
 GROUPS = {"hardware": "cpu", "logger": "none", "data": "text"}
 
 
@@ -293,6 +293,8 @@ def in_small(script: str, arguments: list[str], place: Path) -> list[str]:
     if chosen.get("data") in ("wikitext2", "synthetic"):
         groups["data"] = chosen["data"]
         path = place / "corpus"
+    if isinstance(chosen.get("logger"), list):
+        groups["logger"] = f"[{','.join(map(str, chosen['logger']))}]"
     values = {**STANDARD, **groups, **DEFAULTS, **(BENCH_DEFAULTS if script == "bench.py" else {})}
     given = [
         *(f"{key}={value}" for key, value in values.items()),
@@ -386,6 +388,9 @@ def assert_left(script: str, arguments: list[str], folder: Path) -> None:
     assert results
     key = "valid" if script == "train.py" else "all_pass"
     assert all(key in result for result in results)
+    if "logger=[csv,tensorboard]" in arguments:
+        assert len(find_files(folder, "metrics.csv")) == len(results)
+        assert len(list(folder.rglob("tensorboard/events.*"))) == len(results)
     if "profile=true" in arguments:
         assert find_files(folder, "profile.json")
     if "-m" in arguments:

@@ -18,7 +18,7 @@ from typing import Any
 import hydra._internal.hydra
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository, IConfigRepository
 from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.default_element import InputDefault
@@ -36,6 +36,8 @@ from muse.options import nearest, options_of, type_name
 
 # Options of a sweeper whose values are what is swept over, written as on the command line.
 SWEEPER_PARAMS = "hydra.sweeper.params"
+# Groups of a run of which several files may be chosen at once, and the one file that stands alone.
+ALONE = {"logger": "none"}
 # What Hydra raises where options or files of configuration are wrong.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
 
@@ -178,7 +180,12 @@ class _Repository(ConfigRepository):
             if isinstance(item, DictConfig):
                 for key, value in list(item.items_ex(resolve=False)):
                     if isinstance(value, ListConfig):
-                        item[key] = [str(name) for name in value._iter_ex(resolve=False)]
+                        item[key] = names = [str(name) for name in value._iter_ex(resolve=False)]
+                        group = str(key).split()[-1].partition("@")[0]
+                        # Without the slash it is a group below the folder of the file.
+                        absolute = group.startswith("/") or "/" not in config_path
+                        if absolute and group.removeprefix("/") in _top_level_names():
+                            _check_names(group.removeprefix("/"), names, self, f" (in {config_path})")
                     elif isinstance(value, int | float):
                         item[key] = str(value)
         return super()._create_defaults_list(config_path, defaults)
@@ -189,6 +196,33 @@ def one_line(error: BaseException) -> str:
     text = str(error) or str(error.__cause__)
     text = re.split(r"\n(?:Config search path|Search path|See https|    full_key)", text)[0]
     return " ".join(text.split())
+
+
+def _check_names(group: str, names: list[str], repo: IConfigRepository, file: str = "") -> None:
+    """See that files of a group, chosen at once, exist and may be chosen together.
+
+    Args:
+        group: one of the configuration.
+        names: of the files.
+        repo: where they are.
+        file: that chooses them, as a message tells it; empty for the command line.
+
+    Raises:
+        ConfigError: it is not so.
+    """
+    there = repo.get_group_options(group, ObjectType.CONFIG)
+    for name in names:
+        if not repo.config_exists(f"{group}/{name}") and "${" not in name:
+            raise ConfigError(_unknown_choice(group, name, there, file))
+    together, alone = f"[{','.join(names)}]", ALONE.get(group)
+    if not names or (len(names) > 1 and group in _top_level_names() and alone is None):
+        raise ConfigError(_unknown_choice(group, together, there, file))
+    if alone in names and len(names) > 1:
+        others = ", ".join(name for name in there if name != alone)
+        raise ConfigError(
+            f"{group}={together}{file} is not possible, since {alone} stands alone; choose {alone}, or one "
+            f"or several of {others}"
+        )
 
 
 def _groups_of(config_name: str | None, repo: CachingConfigRepository) -> set[str]:
@@ -209,7 +243,7 @@ def _normalised(override: Override, repo: CachingConfigRepository, defaulted: se
     """An override in the one form of those that mean the same which stock Hydra reads as meant.
 
     The choice of a file is a text, in quotes where it would be read as something else, and so is each that is
-    swept over, written one after the other.
+    swept over, written one after the other. Several files of a group, in brackets, are one choice.
     """
     if not _is_choice(override, repo):
         group, dot, name = override.key_or_group.partition(f"{SWEEPER_PARAMS}.")
@@ -228,28 +262,28 @@ def _normalised(override: Override, repo: CachingConfigRepository, defaulted: se
         return override
     group, value = override.key_or_group, override.value()
     there = repo.get_group_options(group, ObjectType.CONFIG)
-    names: list[Any]
+    choices: list[Any]
     if isinstance(value, Glob):
         include, exclude = (list(map(_as_name, globs)) for globs in (value.include, value.exclude))
-        names = Glob(include, exclude).filter(there)
+        choices = Glob(include, exclude).filter(there)
     elif override.is_interval_sweep():
-        names = [override.get_value_string()]
+        choices = [override.get_value_string()]
     elif override.is_sweep_override():
-        names = [Override._convert_value(name) for name in override.sweep_iterator()]
+        choices = [Override._convert_value(choice) for choice in override.sweep_iterator()]
     else:
-        names = list(value) if isinstance(value, list) else [value]
-    names = [_as_name(name) for name in names]
-    for name in names:
-        if not repo.config_exists(f"{group}/{name}") and "${" not in name:
-            raise ConfigError(_unknown_choice(group, name, there))
-    if not names or (isinstance(value, list) and len(names) > 1 and group in _top_level_names()):
+        choices = [value]
+    if not choices:
         raise ConfigError(_unknown_choice(group, override.get_value_string(), there))
+    texts = []
+    for choice in choices:
+        names = [_as_name(name) for name in (choice if isinstance(choice, list) else [choice])]
+        names = list(dict.fromkeys(names))
+        _check_names(group, names, repo)
+        text = ",".join(map(_quoted, names))
+        texts.append(text if len(names) == 1 else f"[{text}]")
     key = group if override.package is None else f"{group}@{override.package}"
     added = "+" if (override.is_add() or override.is_force_add()) and key not in defaulted else ""
-    text = ",".join(map(_quoted, names))
-    if isinstance(value, list) and len(names) > 1:
-        text = f"[{text}]"
-    return OverridesParser.create().parse_override(f"{added}{key}={text}")
+    return OverridesParser.create().parse_override(f"{added}{key}={','.join(texts)}")
 
 
 def _as_name(value: object) -> str:

@@ -181,6 +181,123 @@ def test_a_stage_is_named_in_an_experiment_file(run, tmp_path, written):
     assert f"stage{ran.jobs[0].stage.number}-" in str(ran.folders[0])
 
 
+# Each choice of loggers, and what is on: W&B's mode, TensorBoard, CSV.
+LOGGERS = {
+    "logger=none": ("disabled", False, False),
+    "logger=wandb": ("offline", False, False),
+    "logger=tensorboard": ("disabled", True, False),
+    "logger=csv": ("disabled", False, True),
+    "logger=[csv]": ("disabled", False, True),
+    "logger=[csv,csv]": ("disabled", False, True),
+    "logger=[csv,tensorboard]": ("disabled", True, True),
+    "logger=['csv',\"tensorboard\"]": ("disabled", True, True),
+    "++logger=[wandb,csv]": ("offline", False, True),
+    "logger=[csv,wandb]": ("offline", False, True),
+    "logger=[wandb,tensorboard,csv]": ("offline", True, True),
+}
+
+
+def loggers(config: Any) -> tuple[str, bool, bool]:
+    return config.logger.mode, config.logger.tensorboard, config.logger.csv
+
+
+@pytest.mark.parametrize("command", ["train", "bench"])
+@pytest.mark.parametrize("argument", LOGGERS)
+def test_one_logger_or_several_are_chosen(compose, argument, command):
+    composed = compose(argument, command=command)
+    assert loggers(composed) == LOGGERS[argument]
+    # What a single name was before there were several.
+    if "," not in argument:
+        assert composed.hydra.runtime.choices.logger == argument.partition("=")[2].strip("[]")
+
+
+def test_the_default_is_wandb_alone(compose):
+    assert loggers(compose()) == ("offline", False, False)
+
+
+def test_options_of_several_loggers_are_given_beside_them(compose):
+    composed = compose("logger=[csv,wandb]", "logger.mode=online", "logger.tags=[a]", "logger.log_every=3")
+    assert loggers(composed) == ("online", False, True)
+    assert (composed.logger.tags, composed.logger.log_every) == (["a"], 3)
+
+
+def test_several_loggers_are_one_choice_of_a_sweep(run):
+    ran = run("-m", "logger=[csv,tensorboard]", "seed=1,2")
+    assert ran.err == ""
+    assert [(job.seed, *loggers(job)) for job in ran.jobs] == [
+        (seed, "disabled", True, True) for seed in (1, 2)
+    ]
+    assert ran.overrides[0] == ["logger=[csv,tensorboard]", "seed=1"]
+
+
+SWEPT_LOGGERS = (
+    "logger=[csv,tensorboard],none",
+    "logger=choice([csv,tensorboard],none)",
+    "hydra.sweeper.params.logger='[csv,tensorboard],none'",
+)
+
+
+@pytest.mark.parametrize("argument", SWEPT_LOGGERS)
+def test_several_loggers_are_swept_over_beside_one(run, argument):
+    ran = run("-m", argument)
+    assert ran.err == ""
+    assert [loggers(job) for job in ran.jobs] == [("disabled", True, True), ("disabled", False, False)]
+
+
+@pytest.mark.parametrize("argument", SWEPT_LOGGERS)
+def test_several_loggers_are_searched_over_beside_one(run, argument):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    ran = run("-m", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", argument)
+    assert ran.status == 0, ran.err
+    assert sorted(map(loggers, ran.jobs)) == [("disabled", False, False), ("disabled", True, True)]
+
+
+@pytest.fixture
+def experiment(run, tmp_path):
+    """Runs a command with an experiment file of this text."""
+
+    def experiment(text: str, *arguments: str) -> Ran:
+        place = tmp_path.parent / f"{tmp_path.name} files"
+        (place / "experiment").mkdir(parents=True)
+        (place / "experiment" / "x.yaml").write_text(f"# @package _global_\n{text}\n")
+        return run("--config-dir", str(place), "+experiment=x", *arguments)
+
+    return experiment
+
+
+def test_several_loggers_are_named_in_an_experiment_file(experiment):
+    (job,) = experiment("defaults: [override /logger: [csv, wandb]]").jobs
+    assert loggers(job) == ("offline", False, True)
+
+
+def test_the_command_has_the_last_word_on_the_loggers_of_an_experiment_file(experiment):
+    (job,) = experiment("defaults: [override /logger: [csv, wandb]]", "logger=tensorboard").jobs
+    assert loggers(job) == ("disabled", True, False)
+
+
+ALONE = "is not possible, since none stands alone; choose none, or one or several of csv, tensorboard, wandb"
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ("[none, csv]", f"logger=[none,csv] (in experiment/x) {ALONE}"),
+        (
+            "[csv, foo]",
+            "logger=foo (in experiment/x) is not known; choose one of csv, none, tensorboard, wandb",
+        ),
+        ("[]", "logger=[] (in experiment/x) is not known; choose one of csv, none, tensorboard, wandb"),
+    ],
+)
+def test_loggers_that_do_not_go_together_in_an_experiment_file_are_one_sentence(experiment, names, told):
+    assert refusal(experiment(f"defaults: [override /logger: {names}]")) == told
+
+
+def test_several_of_another_group_in_an_experiment_file_are_one_sentence(experiment):
+    told = refusal(experiment("defaults: [override /stage: [1, 2]]"))
+    assert told == "stage=[1,2] (in experiment/x) is not known; choose one of 0, 1, 2, 3a"
+
+
 def test_a_sweep_is_written_in_an_experiment_file(run, tmp_path):
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     params = {"stage": "1,2", "train.steps": "choice(3,4)"}
@@ -211,6 +328,13 @@ def test_a_sweep_is_written_in_an_experiment_file(run, tmp_path):
         ("model=huge", "model=huge is not known; choose one of deep, scaled, seed, simple, small, tiny"),
         ("data=foo", "data=foo is not known; choose one of stdlib, synthetic, text, wikitext2"),
         ("logger=null", "logger=null is not known; choose one of csv, none, tensorboard, wandb"),
+        ("logger=[csv,foo]", "logger=foo is not known; choose one of csv, none, tensorboard, wandb"),
+        ("logger=[]", "logger=[] is not known; choose one of csv, none, tensorboard, wandb"),
+        ("logger=[none,csv]", f"logger=[none,csv] {ALONE}"),
+        ("logger=[wandb,none]", f"logger=[wandb,none] {ALONE}"),
+        ("logger=csv,wandb", f"logger=csv,wandb {SEVERAL}"),
+        ("-m logger=csv,[none,csv]", f"logger=[none,csv] {ALONE}"),
+        ("-m hydra.sweeper.params.logger='[none,csv],csv'", f"logger=[none,csv] {ALONE}"),
         ("hydra/launcher=foo", "hydra/launcher=foo is not known; choose one of basic"),
         ("hydra/laucher=basic", "hydra/laucher=basic is not known; the nearest are hydra/launcher"),
         ("hydra.swep.dir=x", "hydra.swep.dir=x is not known; the nearest are hydra.sweep.dir"),
