@@ -20,7 +20,7 @@ from muse.files import replacement
 from muse.models import count_parameters
 from muse.runs.checkpoints import find_damage, find_weights, load_state
 from muse.runs.options import stored_options
-from muse.trained import EXPORTED, TOKENIZER, load
+from muse.trained import EXPORTED, TOKENIZER, Trained, load
 from muse.transformers_folder import architecture, export_transformers
 
 
@@ -66,6 +66,11 @@ def export_run(run: Path, file: Path, which: str = "best") -> int:
     except (OSError, SafetensorError) as error:
         raise RunError(f"{file} could not be written: {error}") from error
     return step
+
+
+def load_exported(file: Path) -> Trained:
+    """``muse.load`` of a file that ``export_run`` wrote."""
+    return load(file)
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from muse.config import (
     TrainConfig,
 )
 from muse.errors import ConfigError, RunError
-from muse.export import export_run
+from muse.export import export_run, load_exported
 from muse.files import write_json
 from muse.models import LanguageModel, build_model
 from muse.runs.checkpoints import TrainingState, load_weights
@@ -122,7 +122,7 @@ def test_configuration_and_model_come_back_bit_for_bit(tmp_path, stage):
     models = make_run(tmp_path / "run", config)
     file = tmp_path / "deep" / "folder" / "model.safetensors"
     assert export_run(tmp_path / "run", file) == 3
-    model, tokenizer, found = muse.load(file)
+    model, tokenizer, found = load_exported(file)
     # Of a run that kept none, and whose text is gone.
     assert tokenizer is None
     assert found == config

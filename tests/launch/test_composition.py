@@ -295,7 +295,7 @@ def test_loggers_that_do_not_go_together_in_an_experiment_file_are_one_sentence(
 
 def test_several_of_another_group_in_an_experiment_file_are_one_sentence(experiment):
     told = refusal(experiment("defaults: [override /stage: [1, 2]]"))
-    assert told == "stage=[1,2] (in experiment/x) is not known; choose one of 0, 1, 2, 3a"
+    assert told == "stage=[1,2] (in experiment/x) is not known; choose one of 0, 1, 2, 3, 3a"
 
 
 def test_a_sweep_is_written_in_an_experiment_file(run, tmp_path):
