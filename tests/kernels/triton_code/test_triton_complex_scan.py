@@ -64,10 +64,13 @@ def test_what_was_forgotten_has_no_trace(device):
     assert torch.equal(complex_scan(u, log_decay, angle, state)[0][:, 5:], got[0][:, 5:])
 
 
-def test_decays_that_are_nearly_none(device):
-    """Where 1 - |lambda|^2 is a difference of numbers that are equal to six digits."""
-    u, log_decay, angle, state = scan_inputs(1, TILE, 2, torch.float32, device)
-    log_decay = torch.full_like(log_decay, -1e-6)
-    g = complex_scan(u, log_decay, angle, state * 0)[0]
-    exact = plain.complex_scan(u.double(), log_decay.double(), angle.double())[0]
-    torch.testing.assert_close(g.double(), exact, rtol=1e-5, atol=1e-8)
+def test_the_scale_is_exact_for_every_decay(device):
+    """Also where 1 - |lambda|^2 is a difference of numbers that are equal to six digits."""
+    log_decay = -torch.logspace(-7, 1, 64, device=device)[None, None].clone()
+    # Where a series ends and the difference begins.
+    log_decay[..., :3] = torch.tensor([-0.4999, -0.5, -0.5001], device=device)
+    u = torch.ones(1, 1, 2, 64, device=device)
+    g = complex_scan(u, log_decay, torch.zeros(64, device=device))[0]
+    exact = (-torch.expm1(2 * log_decay.double())).sqrt()
+    for plane in g.unbind(-2):
+        torch.testing.assert_close(plane.double(), exact, rtol=5e-7, atol=0)
