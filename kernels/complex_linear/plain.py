@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.complex_activation.plain import activation as activate
+
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, products: int = 4
@@ -20,6 +22,23 @@ def linear(
         y = torch.stack((re, F.linear(x_re, w_im) + F.linear(x_im, w_re)), -2)
     y = y if bias is None else y + bias
     return y if residual is None else y + residual
+
+
+def linear_activated(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    offset: Tensor | None = None,
+    slope: Tensor | None = None,
+    *,
+    activation: str,
+    floor: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Active and hidden, one operation after the other."""
+    hidden = linear(x, weight, bias)
+    active = activate(hidden, activation, *(p for p in (offset, slope) if p is not None), floor=floor)
+    return (active if residual is None else active + residual), hidden
 
 
 def real_form(weight: Tensor) -> Tensor:

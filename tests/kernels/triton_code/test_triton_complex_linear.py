@@ -10,9 +10,8 @@ from support.rounding import assert_as_accurate
 
 import kernels.complex_linear as implementation
 from kernels.complex_activation import complex_activation
-from kernels.complex_activation.plain import activation as activate
 from kernels.complex_linear import PARAMETERS, PINNED, complex_linear, complex_linear_activated
-from kernels.complex_linear.plain import linear
+from kernels.complex_linear.plain import linear, linear_activated
 from kernels.launch import eager
 from kernels.planar import modulus_floor
 
@@ -80,13 +79,6 @@ def run(function, inputs, cotangents):
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     cotangents = [c.to(o.dtype) for o, c in zip(outputs, cotangents, strict=True)]
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, list(leaves.values()), cotangents)]
-
-
-def linear_activated(x, weight, bias=None, residual=None, offset=None, slope=None, *, activation, floor=None):
-    """Active and hidden, one operation after the other."""
-    hidden = linear(x, weight, bias)
-    active = activate(hidden, activation, *(p for p in (offset, slope) if p is not None), floor=floor)
-    return (active if residual is None else active + residual), hidden
 
 
 def activated(activation):
