@@ -56,17 +56,6 @@ def run_train(
     return trainer.train(config, data, torch.device("cpu"), run, log, resumed, wandb_id, progress=False)
 
 
-def trained_plainly_and_compiled(config: RunConfig, folder: Path) -> list[tuple[list[str], float]]:
-    """Names of the weights and the validation loss of a training, as it is and with torch.compile."""
-    found = []
-    for compiled in (False, True):
-        config.hardware.compile = compiled
-        model, result = run_train(config, folder / str(compiled))
-        assert result.valid is not None
-        found.append((list(model.state_dict()), result.valid.loss))
-    return found
-
-
 def prepare_model(monkeypatch: Any, prepare: Callable[[LanguageModel], None]) -> list[LanguageModel]:
     """Let ``prepare`` change the model of the next run; the list receives that model."""
     built: list[LanguageModel] = []

@@ -24,19 +24,11 @@ import torch.distributed.checkpoint as dcp
 from support.configs import SEQ_LEN, TRAIN_TOKENS, VOCAB, token_data
 from support.marks import needs_vectors
 from support.runs import CrashError, contents, crash_at, same, stored
-from support.training import (
-    Recorder,
-    prepare_model,
-    run_config,
-    run_train,
-    snapshot,
-    trained_plainly_and_compiled,
-)
+from support.training import Recorder, prepare_model, run_config, run_train, snapshot
 from support.waiting import PATIENCE
 
 from muse.dynamics import MLPPotential
 from muse.errors import RunError
-from muse.processes.isolated import run_isolated
 from muse.runs.checkpoints import (
     HASHES,
     STATE,
@@ -666,10 +658,11 @@ def test_torch_compile_trains_the_same_model(tmp_path):
     config = run_config(steps=2)
     config.stage.dropout = 0.0
     config.model.complex.layers = 1
-    # In a process of its own: one that had run thousands of tests has aborted in the compiled code.
-    plain, compiled = run_isolated(trained_plainly_and_compiled, config, tmp_path)
-    assert compiled[0] == plain[0]
-    assert compiled[1] == pytest.approx(plain[1], rel=1e-3)
+    plain, eager = run_train(config, tmp_path / "plain")
+    config.hardware.compile = True
+    model, result = run_train(config, tmp_path / "compiled")
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert result.valid.loss == pytest.approx(eager.valid.loss, rel=1e-3)
 
 
 def test_a_run_without_words_has_only_a_perplexity_per_token(tmp_path):
