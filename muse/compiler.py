@@ -30,7 +30,7 @@ def find_compiler(device: torch.device) -> str | None:
 
 
 def require_compiler(device: torch.device) -> None:
-    """See that torch.compile can build code for a device.
+    """See that torch.compile can build code for a device, and does not take what it built for another one.
 
     Raises:
         ConfigError: it cannot; what is missing or fails.
@@ -44,12 +44,28 @@ def require_compiler(device: torch.device) -> None:
         options = shlex.split(os.environ.get(variable, ""))[1:]
         reason = _failure(program, *options)
         if reason is None:
+            key_cache_by_vectors(device)
             return
         why = f"{program} fails ({reason}); name another one with {variable}"
     language = "C" if device.type == "cuda" else "C++"
     raise ConfigError(
         f"hardware.compile=true needs a {language} compiler, and {why}, or choose hardware.compile=false"
     )
+
+
+def key_cache_by_vectors(device: torch.device) -> None:
+    """On a CPU, make the width of its vectors a part of the key under which torch.compile caches code.
+
+    By itself torch.compile takes code from its cache that was written for other vectors, after a change of
+    ATEN_CPU_CAPABILITY or on another node that shares the cache, and builds it for those of this processor:
+    it then writes past the end of its results.
+    """
+    if device.type != "cpu":
+        return
+    from torch._inductor import config, cpu_vec_isa
+
+    if config.cpp.simdlen is None:
+        config.cpp.simdlen = cpu_vec_isa.pick_vec_isa().bit_width()
 
 
 def _commands(device: torch.device) -> list[str]:

@@ -4,6 +4,7 @@ import functools
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -12,6 +13,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Read by GNU's OpenMP when torch loads it: threads that wait sleep soon (docs/measurements.md). Tests run
 # beside each other and beside other work, and commands that they start have threads of their own.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# torch.compile would take code for other vectors from the cache that runs share (muse/compiler.py).
+if vectors := os.environ.get("ATEN_CPU_CAPABILITY"):
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-{vectors}")
 
 import numpy as np
 import pytest

@@ -1,4 +1,6 @@
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,3 +109,33 @@ def test_it_is_looked_for_before_a_run_that_compiles(monkeypatch):
     with pytest.raises(ConfigError, match=r"hardware\.compile=true needs a C"):
         use_hardware(HardwareConfig(device="cpu", compile=True))
     use_hardware(HardwareConfig(device="cpu"))
+
+
+TWICE_AS_MUCH = """
+import torch
+from torch._dynamo.utils import counters
+
+from muse.compiler import require_compiler
+
+require_compiler(torch.device("cpu"))
+x = torch.arange(1000.0)
+torch.testing.assert_close(torch.compile(lambda x: 2 * x)(x), 2 * x)
+print(counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize(("vectors", "hits"), [("avx2", 0), ("avx512", 1)])
+def test_code_for_other_vectors_is_not_taken_from_a_cache(tmp_path, monkeypatch, vectors, hits):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("needs a processor with vectors of two widths")
+
+    def cached(vectors):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", vectors)
+        command = [sys.executable, "-c", TWICE_AS_MUCH]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert cached(vectors) == 0
+    assert cached("avx512") == hits

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muse.compiler import key_cache_by_vectors
 from muse.config import OptimConfig
 from muse.models import LanguageModel
 from muse.models.transformer import TransformerBlock
@@ -48,6 +49,7 @@ class Execution:
         assert isinstance(block, TransformerBlock)
         block.attention.fused = self.attention
         if self.compile:
+            key_cache_by_vectors(block.attention_norm.weight.device)
             block.compile()
         else:
             block._compiled_call_impl = None

@@ -38,6 +38,7 @@ from kernels.planar import modulus_floor
 from kernels.symplectic import symplectic_flow
 from kernels.symplectic.plain import plain_flow, plain_force
 from muse.benchmarks.workload import batch_shape
+from muse.compiler import key_cache_by_vectors
 from muse.config import BenchConfig
 from muse.hardware import synchronize
 from muse.measure.matrix_products import COMPLEX_ATTENTION, ProductRecorder, product_rate
@@ -229,6 +230,7 @@ def _rms(x: Tensor) -> float:
 def _compile(case: Case, device: torch.device) -> tuple[Function | None, dict[str, Any]]:
     """torch.compile of the plain code after its first call, and its ``compile_s``, or why there is none."""
     torch._dynamo.reset()
+    key_cache_by_vectors(device)
     compiled = torch.compile(case.plain, dynamic=False)
     start = time.perf_counter()
     try:
