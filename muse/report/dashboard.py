@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from muse.commands import Parser, run_command
 from muse.config import LoggerConfig
 from muse.errors import RunError
 from muse.report.wandb_run import STEP
@@ -133,22 +131,17 @@ def save_dashboard(project: str, entity: str | None) -> str:
         raise RunError(f"W&B did not take the dashboard: {first}") from error
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the dashboard and print its address; the exit status is 1 where that was not possible."""
-    parser = argparse.ArgumentParser(
-        prog="python -m muse.report.dashboard",
-        description="Make the W&B dashboard of a project (docs/dashboard.md); each call makes a new view.",
+def main() -> None:
+    """The command."""
+    parser = Parser(
+        "muse.report.dashboard",
+        "Make the W&B dashboard of a project (docs/dashboard.md); each call makes a new view.",
     )
     parser.add_argument("--project", default=LoggerConfig().project, help="logger.project of the runs")
     parser.add_argument("--entity", help="logger.entity of the runs; by default the account's own")
-    options = parser.parse_args(arguments)
-    try:
-        print(save_dashboard(options.project, options.entity))
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    options = parser.parse_args()
+    run_command(lambda: print(save_dashboard(options.project, options.entity)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

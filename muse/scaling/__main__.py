@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 
 from hydra import compose, initialize_config_dir
 
+from muse.commands import Parser, run_command
 from muse.config import CONF, RunConfig, build_config
 from muse.errors import ConfigError
 from muse.launch.composition import prepare_hydra
@@ -32,11 +32,7 @@ OF_CARD = {
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m muse.scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("muse.scaling", __doc__)
     parser.add_argument("options", nargs="*", help="options of train.py, e.g. stage=2 model=seed")
     parser.add_argument("--ranks", default="1,8,64,512,1000", help="numbers of GPUs, default %(default)s")
     parser.add_argument("--windows", type=int, help="windows a GPU; default train.batch_size / ranks")
@@ -55,11 +51,7 @@ def main() -> None:
         "--device", choices=("cuda", "cpu"), default="cuda", help="whose attention, default %(default)s"
     )
     parser.add_argument("--latency-us", type=float, default=0.0, help="of a message, default %(default)s")
-    arguments = parser.parse_intermixed_args()
-    try:
-        print(report(arguments))
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda: print(report(parser.parse_intermixed_args())))
 
 
 def report(arguments: argparse.Namespace) -> str:

@@ -120,29 +120,38 @@ def test_it_is_saved_under_the_given_names(monkeypatch, capsys):
 
     monkeypatch.setattr(workspaces.Workspace, "save", save)
     monkeypatch.setattr(workspaces.Workspace, "url", "https://there")
-    assert main(["--project=p", "--entity=team"]) == 0
+    monkeypatch.setattr("sys.argv", ["dashboard", "--project=p", "--entity=team"])
+    main()
     assert saved == [("team", "p")]
     assert capsys.readouterr().out == "https://there\n"
 
 
-def failure(capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(["--project=p"]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in captured.err
-    return line
+@pytest.fixture
+def failure(monkeypatch, capsys):
+    """The one sentence with which the command ends."""
+
+    def run() -> str:
+        monkeypatch.setattr("sys.argv", ["dashboard", "--project=p"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert capsys.readouterr().out == ""
+        assert isinstance(ended.value.code, str)
+        assert ended.value.code.startswith("error: ")
+        assert "\n" not in ended.value.code
+        return ended.value.code
+
+    return run
 
 
-def test_without_the_package_one_sentence_names_what_installs_it(monkeypatch, capsys):
+def test_without_the_package_one_sentence_names_what_installs_it(monkeypatch, failure):
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
-    assert 'pip install -e ".[wandb]"' in failure(capsys)
+    assert 'pip install -e ".[wandb]"' in failure()
 
 
-def test_without_a_login_one_sentence_says_so(monkeypatch, capsys, tmp_path):
+def test_without_a_login_one_sentence_says_so(monkeypatch, failure, tmp_path):
     pytest.importorskip("wandb_workspaces")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert "wandb login" in failure(capsys)
+    assert "wandb login" in failure()
