@@ -132,6 +132,12 @@ class StageConfig:
     koopman_every: int = option(
         2, "which blocks have a Koopman operator: every so many, from the first one on.", at_least=1
     )
+    koopman_angles: bool = option(
+        True, "whether its eigenvalues have angles, which are learned; without they are real."
+    )
+    koopman_selective: bool = option(
+        True, "whether its decay depends on the token; without it is the same for all."
+    )
     ode_steps: int = option(1, "steps of the flow (this and what follows are of stages 2 and 3).", at_least=1)
     dt: float = option(1.0, "size of a step.", above=0)
     integrator: str = option(

@@ -79,27 +79,42 @@ class KoopmanOperator(nn.Module):
         observables: complex channels K of the state.
         init: initialisation of the complex maps.
         gain: factor on the initial output map.
+        angles: whether there is a theta; without it is 0, and eigenvalues are real.
+        selective: whether r_t depends on the token; without it is 1/2.
     """
 
-    def __init__(self, d_model: int, observables: int, init: str = "glorot", gain: float = 1.0) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        observables: int,
+        init: str = "glorot",
+        gain: float = 1.0,
+        angles: bool = True,
+        selective: bool = True,
+    ) -> None:
         super().__init__()
         self.observables = observables
         # Two maps in one product, initialised as maps of K channels each.
         apart = math.sqrt((d_model + 2 * observables) / (d_model + observables)) if init == "glorot" else 1.0
         self.projection = ComplexLinear(d_model, 2 * observables, bias=False, init=init, gain=apart)
         self.taps = nn.Parameter(torch.zeros(observables, TAPS))
-        self.rate = nn.Linear(2 * d_model, observables)
+        self.rate = nn.Linear(2 * d_model, observables) if selective else None
         self.nu = nn.Parameter(torch.empty(observables))
-        self.theta = nn.Parameter(torch.empty(observables))
+        if angles:
+            self.theta = nn.Parameter(torch.empty(observables))
+        else:
+            self.register_buffer("theta", torch.zeros(observables), persistent=False)
         self.activation = SplitGELU()
         self.output = ComplexLinear(observables, d_model, bias=False, init=init, gain=gain)
         with torch.no_grad():
             self.taps[:, -1] = 1
-            nn.init.zeros_(self.rate.bias)
+            if self.rate is not None:
+                nn.init.zeros_(self.rate.bias)
             half_lives = torch.logspace(math.log10(SHORTEST), math.log10(LONGEST), observables)
             # At the start r is about 1/2.
             self.nu.copy_(torch.expm1(2 * math.log(2) / (SHARPNESS * half_lives)).log())
-            self.theta.uniform_(-math.pi, math.pi)
+            if angles:
+                self.theta.uniform_(-math.pi, math.pi)
 
     def new_cache(self, longest: int) -> KoopmanState:
         """A state that has seen no token; it is as large after any number of them."""
@@ -107,6 +122,8 @@ class KoopmanOperator(nn.Module):
 
     def log_decay(self, z: Tensor) -> Tensor:
         """log |lambda| of planar z (B, S, 2, D): (B, S, K), at least in float32."""
+        if self.rate is None:
+            return (0.5 * _fastest(self.nu)).expand(*z.shape[:2], -1)
         rate = linear(z.flatten(-2), self.rate.weight, self.rate.bias)
         return _fastest(self.nu) * torch.sigmoid(upcast(rate))
 

@@ -101,7 +101,8 @@ def build_mixer(
             ComplexAttention(width.d_model, width.heads, width.kv_heads, stage.score, stage.init, gain)
         )
     if has_koopman(stage, block):
-        parts.append(KoopmanOperator(width.d_model, width.d_model, stage.init, gain))
+        form = stage.koopman_angles, stage.koopman_selective
+        parts.append(KoopmanOperator(width.d_model, width.d_model, stage.init, gain, *form))
     return AttentionAndKoopman(*parts) if len(parts) == 2 else parts[0]
 
 

@@ -116,7 +116,7 @@ def shapes(stage: StageConfig, model: ModelConfig, vocab_size: int) -> Shapes:
     blocks = [
         [
             *(attention if has_attention(stage, block) else []),
-            *(koopman_shapes(d) if has_koopman(stage, block) else []),
+            *(koopman_shapes(stage, d) if has_koopman(stage, block) else []),
             *(*norm, *norm, *feed),
         ]
         for block in range(width.layers)
@@ -125,9 +125,11 @@ def shapes(stage: StageConfig, model: ModelConfig, vocab_size: int) -> Shapes:
     return Shapes(blocks, [(vocab_size, 2, d), *norm, *head])
 
 
-def koopman_shapes(d: int) -> list[Shape]:
+def koopman_shapes(stage: StageConfig, d: int) -> list[Shape]:
     """The parameters of a Koopman operator of d observables on d channels."""
-    return [(2, 2 * d, d), (2, d, d), _rate_shape(d), (d, TAPS), (d,), (d,), (d,)]
+    angles: list[Shape] = [(d,)] if stage.koopman_angles else []
+    rate: list[Shape] = [_rate_shape(d), (d,)] if stage.koopman_selective else []
+    return [(2, 2 * d, d), (2, d, d), (d, TAPS), (d,), *angles, *rate]
 
 
 def _rate_shape(d: int) -> Shape:
@@ -191,7 +193,7 @@ def forward_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_l
     # A complex map is a (2, out, in) weight: 8 in out = 4 a number. Potentials have no such shape.
     axes = 2 if planes == 1 else 3
     linear = numbers(shape for block in found.blocks for shape in block if len(shape) == axes)
-    operators = sum(has_koopman(stage, block) for block in range(width.layers))
+    rates = stage.koopman_selective * sum(has_koopman(stage, block) for block in range(width.layers))
     attentions = sum(has_attention(stage, block) for block in range(width.layers))
     products = sum(PARTS[stage.score]) if planes == 2 else 2
     of_forces = 0.0
@@ -201,7 +203,7 @@ def forward_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_l
         of_forces = 4.0 * hidden_units(width, stage) * d * count * stage.flows
     passes = width.layers * stage.loops
     return Flops(
-        maps=(2.0 * planes * linear + 2.0 * numbers([_rate_shape(d)]) * operators) * stage.loops,
+        maps=(2.0 * planes * linear + 2.0 * numbers([_rate_shape(d)]) * rates) * stage.loops,
         attention=float(attentions) * products * 2 * planes * d * (seq_len // 2) * stage.loops,
         forces=of_forces * passes,
         head=2.0 * vocab_size * d * (planes if stage.mixer == "attention" else 1),

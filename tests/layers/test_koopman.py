@@ -9,12 +9,14 @@ from muse.layers import ComplexAttention, KoopmanOperator, KoopmanState
 from muse.layers.koopman import LONGEST, SHARPNESS, SHORTEST, TAPS, half_lives
 from muse.planar import to_complex
 
+FORMS = [{}, {"angles": False}, {"selective": False}]
 
-def operator(dtype=torch.float64, d_model=6, observables=8):
+
+def operator(dtype=torch.float64, d_model=6, observables=8, **form):
     """An operator none of whose parameters is at its start."""
-    built = KoopmanOperator(d_model, observables).to(dtype)
+    built = KoopmanOperator(d_model, observables, **form).to(dtype)
     with torch.no_grad():
-        for parameter in (built.taps, built.rate.bias):
+        for parameter in (built.taps, *([built.rate.bias] if built.rate else [])):
             parameter.add_(0.5 * torch.randn_like(parameter))
     return built
 
@@ -23,11 +25,15 @@ def states(length, batch=2, d_model=6, dtype=torch.float64):
     return torch.randn(batch, length, 2, d_model).to(dtype)
 
 
-def test_output_is_that_of_the_formula():
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_output_is_that_of_the_formula(form):
     """Token after token, in complex numbers."""
-    layer, z = operator(), states(9)
+    layer, z = operator(**form), states(9)
     u, gate = to_complex(layer.projection(z)).chunk(2, -1)
-    rate = torch.sigmoid(layer.rate(torch.cat((z[..., 0, :], z[..., 1, :]), -1)))
+    rate = torch.full((2, 9, 8), 0.5)
+    if form.get("selective", True):
+        rate = torch.sigmoid(layer.rate(torch.cat((z[..., 0, :], z[..., 1, :]), -1)))
+    assert layer.theta.any() == form.get("angles", True)
     decay = torch.exp(-SHARPNESS * rate * torch.log1p(layer.nu.exp()))
     gelu = torch.nn.functional.gelu
     g, out = 0, []
@@ -39,10 +45,15 @@ def test_output_is_that_of_the_formula():
     torch.testing.assert_close(to_complex(layer(z)), torch.stack(out, 1) @ weight.mT)
 
 
-def test_every_parameter_is_trained_and_there_are_as_many_as_in_attention():
-    layer = operator(d_model=8)
-    layer(states(5, d_model=8)).square().sum().backward()
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_parameter_is_trained(form):
+    layer = operator(**form)
+    layer(states(5)).square().sum().backward()
     assert all((p.grad != 0).any() for p in layer.parameters())
+
+
+def test_there_are_as_many_parameters_as_in_attention():
+    layer = operator(d_model=8)
     attention = sum(p.numel() for p in ComplexAttention(8, 2).parameters())
     assert sum(p.numel() for p in layer.parameters()) == attention + 8 * (TAPS + 3)
 

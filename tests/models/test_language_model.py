@@ -27,6 +27,7 @@ STAGE_3 = [
     {"number": 3, "koopman": "replace"},
     {"number": 3, "koopman": "replace", "koopman_every": 1},
     {"number": 3, "koopman": "add"},
+    {"number": 3, "koopman": "replace", "koopman_angles": False, "koopman_selective": False},
 ]
 TRUNKS = [{"number": number, "trunk": "reversible"} for number in (0, 1, 2)]
 TRUNKS += [{"number": 3, "koopman": koopman, "trunk": "reversible"} for koopman in ("replace", "add")]

@@ -63,6 +63,9 @@ MODELS = [
     {"number": "2", "gradient": "backprop"},
 ]
 KOOPMAN = [{"number": "3", "koopman": koopman} for koopman in ("none", "replace", "add")]
+KOOPMAN += [
+    {"number": "3", "koopman": "replace", form: False} for form in ("koopman_angles", "koopman_selective")
+]
 # Three blocks do not fill parts of two.
 DEEP = dataclasses.replace(WIDTH, layers=3)
 COMPUTED_AGAIN = [
