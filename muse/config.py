@@ -471,7 +471,8 @@ class BenchmarkConfig:
     name: str = option(
         "all",
         "which benchmark; all runs every one that is about the stage, so not kernels and not adjoint, "
-        "which compares with torchdiffeq, and not price, which trains for hours. Stage 3a has speedup only.",
+        "which compares with torchdiffeq, and not price and ablation, which train for hours. Stage 3a has "
+        "speedup only.",
         choices=BENCHMARKS,
         given_as="benchmark",
     )
@@ -532,12 +533,15 @@ class BenchmarkConfig:
         False, "whether speedup trains with each part of the stack alone and left out, too."
     )
 
+    seeds: int = option(
+        3, "trainings of each model of price and ablation, with seeds from seed on.", at_least=1
+    )
+    variants: list[str] = option([], "of stage 3, by name, that ablation trains beside stage 2; [] for all.")
     stages: list[str] = option(
         ["0", "1", "2"],
         "that price trains beside the stage itself (this and what follows are of price).",
         choices=("0", "1", "2", "3"),
     )
-    seeds: int = option(3, "trainings of each kind, with seeds from seed on.", at_least=1)
     learning_rates: list[float] = option(
         [0.5, 1.0, 2.0],
         "multiples of the learning rate that each model is trained with at the first seed, and of which it "

@@ -103,6 +103,7 @@ DEFAULTS_WITH = {
     "benchmark=speedup": "optim.accumulation=2",
     # Whose flow is that of the stage.
     "benchmark=price": "benchmark.ode_steps=null",
+    "benchmark=ablation": "benchmark.ode_steps=null",
     "hydra/sweeper=search": "hydra.sweeper.n_trials=1",
     "hydra/launcher=submitit_local": "hydra.launcher.timeout_min=9",
     # One at a time stays in this process; tests/launch/test_sweep_cli.py has the cells of a sweep side by

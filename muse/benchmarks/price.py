@@ -8,10 +8,8 @@ tell what a loop or a step of a flow is worth, deeper models and flows of more s
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,27 +17,21 @@ from tqdm import tqdm
 
 from muse.benchmarks.baseline import baseline_of
 from muse.benchmarks.benchmark import Benchmark, Models
-from muse.benchmarks.model import benchmark_model, random_training_step
 from muse.benchmarks.results import Results
-from muse.benchmarks.trainings import CLAIM, Trainings, measure_training, run_of
+from muse.benchmarks.step_costs import measure_costs, step_costs
+from muse.benchmarks.trainings import Trainings, measure_training, training_of
 from muse.benchmarks.workload import Workload, batch_shape, refuse_flow
 from muse.config import BenchConfig
-from muse.data import load_tokens
 from muse.errors import ConfigError
-from muse.files import claimed, read_json, write_json
 from muse.measure.bootstrap import TAILS, mean_interval, resampled
-from muse.measure.timing import quantile, times_in_turns
 from muse.options import changed
 from muse.report.plots import COLOURS, MARKERS, add_legend, new_axes, new_figure
 from muse.report.sweep_plot import Metric
 from muse.report.table import table
 from muse.report.wandb_tables import ResultTable, model_tables
-from muse.runs.provenance import identity, source_hash
-from muse.scaling.counts import numbers, parameters, potential_shapes, shapes, step_flops
+from muse.scaling.counts import numbers, potential_shapes, shapes
 from muse.scaling.recurrence import Recurrence, recurrence_exponents
 
-# What a step of each model takes.
-COSTS_FILE = "costs.json"
 BUDGETS: tuple[str, ...] = ("tokens", "FLOPs", "seconds")
 
 
@@ -95,53 +87,11 @@ def _deeper(config: BenchConfig, factor: float) -> BenchConfig:
     return changed(config, model=widths)
 
 
-def measure_costs(*arguments: Any) -> dict[str, Any]:
-    """Time a training step of each model, in turns.
-
-    Args:
-        arguments: configurations, the first one of the model that the others are held against; the device.
-
-    Returns:
-        ``vocab_size`` of the text, and by model, in lists, ``step_ms``, the median time of a step, and
-        ``ratio``, the median over rounds of its time / that of the first one.
-
-    Raises:
-        NotFinite: the loss of a step is not.
-    """
-    *configs, device = arguments
-    first = configs[0]
-    vocab_size = load_tokens(first.data, first.tokenizer, first.model.vocab_size).vocab_size
-    steps = []
-    for config in configs:
-        config = changed(config, model={"vocab_size": vocab_size})
-        _, step = random_training_step(config, benchmark_model(config, device), device)
-        steps.append(step)
-    options = first.benchmark
-    times = times_in_turns(steps, options.warmup, options.repeats, device)
-    return {
-        "vocab_size": vocab_size,
-        "step_ms": [1e3 * quantile(own, 0.5) for own in times],
-        "ratio": [quantile([t / u for t, u in zip(own, times[0], strict=True)], 0.5) for own in times],
-    }
-
-
-def training_of(variant: Variant, steps: int, rate: float, seed: int) -> BenchConfig:
-    """The training of a variant for so many steps, at a multiple of its learning rate, from a seed."""
-    config = variant.config
-    batch, length = batch_shape(config)
-    return changed(
-        dataclasses.replace(config, seed=config.seed + seed),
-        model={"seq_len": length},
-        optim={"lr": rate * config.optim.lr, "muon_lr": rate * config.optim.muon_lr},
-        train={"steps": steps, "batch_size": batch, "eval_every": 0, "test": True, "sample_tokens": 0},
-    )
-
-
 def judge(config: BenchConfig, results: Results) -> None:
     """Train every variant to its budgets, and hold the stage against stage 0."""
     variants, chosen = variants_of(config, results), config.benchmark
     results.values |= {f"price_{budget.lower()}_loss": None for budget in BUDGETS}
-    costs = _costs(variants, results)
+    costs = step_costs({variant.name: variant.config for variant in variants}, results)
     if not costs:
         return
     steps = _steps(variants, costs, chosen.train_steps)
@@ -163,7 +113,7 @@ def judge(config: BenchConfig, results: Results) -> None:
 
     def named(variant: Variant, budget: str, rate: float, seed: int) -> tuple[str, BenchConfig, float]:
         count = steps[variant.name][budget]
-        training = training_of(variant, count, rate, seed)
+        training = training_of(variant.config, count, rate, seed)
         name = f"{variant.name}, learning rate {training.optim.lr:.3g}, seed {training.seed}"
         return name, training, count * costs[variant.name]["step_ms"]
 
@@ -194,40 +144,6 @@ def judge(config: BenchConfig, results: Results) -> None:
         if found.get("test_loss") is not None:
             losses_of.setdefault((variant.name, budget), []).append(found["test_loss"])
     _report(config, variants, costs, steps, rates, losses_of, results)
-
-
-def _costs(variants: Sequence[Variant], results: Results) -> dict[str, dict[str, Any]]:
-    """What a step of each variant takes, measured once, so that a command given again trains as long.
-
-    Of each ``step_ms``, ``ratio`` to the first one, ``parameters``, ``flops_per_token`` and ``peak_gb``;
-    empty where they could not be measured.
-    """
-    configs = [variant.config for variant in variants]
-    # Not by what decides how much is trained.
-    key = "".join(identity(run_of(config)) for config in configs) + source_hash()
-    name = f"costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    place = Path(configs[0].output_root) / "price" / name
-    with claimed(place / CLAIM, wait=True):
-        stored = read_json(place / COSTS_FILE)
-        if stored and not configs[0].benchmark.rerun:
-            return stored
-        measured = results.run("price costs", configs[0], others=configs[1:])
-        if not measured:
-            return {}
-        costs = {}
-        for number, variant in enumerate(variants):
-            config = changed(variant.config, model={"vocab_size": measured["vocab_size"]})
-            model, (_, length) = config.model, batch_shape(config)
-            costs[variant.name] = {
-                "step_ms": measured["step_ms"][number],
-                "ratio": measured["ratio"][number],
-                "parameters": parameters(config.stage, model, model.vocab_size),
-                "flops_per_token": step_flops(config.stage, model, model.vocab_size, length).total,
-                "peak_gb": results.run("vram", config, variant.name)["peak"],
-            }
-        if not results.failures:
-            write_json(place / COSTS_FILE, costs)
-        return costs
 
 
 def _steps(
@@ -477,7 +393,7 @@ def tables(models: Models) -> list[ResultTable]:
 
 
 BENCHMARK = Benchmark(
-    measure={"price costs": measure_costs, "price training": measure_training},
+    measure={"step costs": measure_costs, "training": measure_training},
     judge=judge,
     plot=plot,
     shown=(

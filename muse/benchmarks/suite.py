@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from muse.benchmarks import (
+    ablation,
     adjoint,
     energy,
     gradients,
@@ -45,6 +46,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "koopman": koopman.BENCHMARK,
     "adjoint": adjoint.BENCHMARK,
     "price": price.BENCHMARK,
+    "ablation": ablation.BENCHMARK,
 }
 # What benchmark=all runs, in this order, where it goes with the stage.
 ALL = ("vram", "throughput", "stability", "gradients", "energy", "koopman", "perplexity", "speedup")

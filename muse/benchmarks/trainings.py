@@ -14,10 +14,12 @@ import torch
 from tqdm import tqdm
 
 from muse.benchmarks.results import Results
+from muse.benchmarks.workload import batch_shape
 from muse.config import BenchConfig, RunConfig
 from muse.data import load_tokens
 from muse.files import claimed, read_json, write_json
 from muse.hardware import describe
+from muse.options import changed
 from muse.runs.checkpoints import find_sound_checkpoint, load_state
 from muse.runs.folder import CHECKPOINTS
 from muse.runs.provenance import identity, provenance, source_hash
@@ -27,6 +29,8 @@ from muse.training.trainer import train
 WAIT = 5.0
 # Held by the command that makes a training or measures what all of them need.
 CLAIM = ".claim"
+# Folder of them all, below output_root.
+TRAININGS = "trainings"
 # What a training found. It is no run of train.py, and has no name of its files.
 TRAINING_FILE = "training.json"
 
@@ -73,9 +77,20 @@ def run_of(config: BenchConfig) -> RunConfig:
     return RunConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)})
 
 
+def training_of(config: BenchConfig, steps: int, rate: float, seed: int) -> BenchConfig:
+    """The training of a model for so many steps, at a multiple of its learning rate, from a seed."""
+    batch, length = batch_shape(config)
+    return changed(
+        dataclasses.replace(config, seed=config.seed + seed),
+        model={"seq_len": length},
+        optim={"lr": rate * config.optim.lr, "muon_lr": rate * config.optim.muon_lr},
+        train={"steps": steps, "batch_size": batch, "eval_every": 0, "test": True, "sample_tokens": 0},
+    )
+
+
 def training_folder(config: BenchConfig) -> Path:
     """Of a training, the same for every command that asks for it with this code."""
-    return Path(config.output_root) / "price" / identity(run_of(config), source_hash())
+    return Path(config.output_root) / TRAININGS / identity(run_of(config), source_hash())
 
 
 class Trainings:
@@ -122,6 +137,6 @@ class Trainings:
             print(f"{told}; {tqdm.format_interval(self._left / 1e3)} left", flush=True)
             if self._rerun:
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-            stored = self._results.run("price training", config, name)
+            stored = self._results.run("training", config, name)
         self._found[folder] = stored
         self._left -= milliseconds

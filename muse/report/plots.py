@@ -248,6 +248,35 @@ def draw_eigenvalues(title: str, operators: Mapping[str, Sequence[tuple[float, f
     return figure
 
 
+def draw_intervals(title: str, x_label: str, rows: Mapping[str, tuple[float, Sequence[float] | None]]) -> Any:
+    """A ratio and its interval, where there is one, in each row, and a line at 1."""
+    figure, axes = _axes(title, x_label, "", (8, 1.6 + 0.32 * len(rows)))
+    for position, (ratio, interval) in enumerate(rows.values()):
+        low, high = interval or (ratio, ratio)
+        axes.errorbar(
+            ratio,
+            position,
+            xerr=([max(0, ratio - low)], [max(0, high - ratio)]),
+            color=COLOURS[0],
+            marker=MARKERS[0],
+            markerfacecolor="none",
+            capsize=3,
+        )
+        axes.annotate(
+            f"{ratio:.3f}",
+            (ratio, position),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.5, -0.7)
+    axes.grid(visible=False, axis="y")
+    axes.axvline(1, color="black", linewidth=1)
+    return figure
+
+
 def draw_ratios(title: str, x_label: str, rows: Mapping[str, Mapping[str, float]]) -> Any:
     """A group of horizontal bars for each row, one for each of its ratios, on a logarithmic axis."""
     names = list(dict.fromkeys(name for ratios in rows.values() for name in ratios))

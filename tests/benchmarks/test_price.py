@@ -9,7 +9,7 @@ import torch
 from support.commands import default_stage, measured_here
 from support.configs import write_text
 
-from muse.benchmarks import price, suite, trainings
+from muse.benchmarks import price, step_costs, suite, trainings
 from muse.benchmarks.results import Results
 from muse.benchmarks.suite import settled
 from muse.config import DataConfig, TokenizerConfig
@@ -47,7 +47,7 @@ class Law:
         self.noise, self.stage_gain, self.trained = noise, stage_gain, []
 
     def __call__(self, measurement, config, *others):
-        if measurement == "price costs":
+        if measurement == "step costs":
             ratios = [RATIO[c.stage.number] * c.stage.loops * c.stage.ode_steps for c in (config, *others)]
             return {
                 "vocab_size": 300,
@@ -56,7 +56,7 @@ class Law:
             }
         if measurement == "vram":
             return {"peak": 0.1}
-        assert measurement == "price training"
+        assert measurement == "training"
         self.trained.append(config)
         valid = self.loss(config) + (config.optim.lr / 3e-3 - BEST_RATE[config.stage.number]) ** 2
         return {"valid_loss": valid, "test_loss": self.loss(config)}
@@ -177,7 +177,7 @@ def test_a_training_that_failed_leaves_its_model_without_a_loss(config, monkeypa
     law = Law()
 
     def answer(measurement, config, *others):
-        if measurement == "price training" and config.stage.number == "1" and config.seed == 1:
+        if measurement == "training" and config.stage.number == "1" and config.seed == 1:
             raise RunError("it broke")
         return law(measurement, config, *others)
 
@@ -207,7 +207,7 @@ def test_a_command_given_again_trains_nothing_twice(config, monkeypatch, tmp_pat
 
     def measured(measurement, *configs):
         asked.append(measurement)
-        if measurement != "price costs":
+        if measurement != "step costs":
             return measured_here(measurement, *configs)
         # The same each time: times decide how long the trainings are.
         if not costs:
@@ -219,9 +219,9 @@ def test_a_command_given_again_trains_nothing_twice(config, monkeypatch, tmp_pat
     )
     first = judged(small, measured, monkeypatch, tmp_path)
     assert first.failures == {}
-    assert asked.count("price costs") == 1
-    count = asked.count("price training")
-    assert count == len(list((tmp_path / "out" / "price").glob("*/training.json")))
+    assert asked.count("step costs") == 1
+    count = asked.count("training")
+    assert count == len(list((tmp_path / "out" / "trainings").glob("*/training.json")))
     asked.clear()
     again = judged(small, measured, monkeypatch, tmp_path)
     assert asked == []
@@ -229,7 +229,7 @@ def test_a_command_given_again_trains_nothing_twice(config, monkeypatch, tmp_pat
     assert json.dumps(again.details["price"]) == json.dumps(first.details["price"])
     judged(dataclasses.replace(small, benchmark=dataclasses.replace(small.benchmark, rerun=True)), measured,
            monkeypatch, tmp_path)  # fmt: skip
-    assert asked.count("price training") == count
+    assert asked.count("training") == count
     drawn = price.plot(first.details["price"])
     for axes in drawn.axes:
         assert len(axes.containers) == 3
@@ -240,7 +240,7 @@ def test_a_command_given_again_trains_nothing_twice(config, monkeypatch, tmp_pat
 
 def test_a_training_that_was_stopped_goes_on(config, monkeypatch):
     wanted = settled(config(1, train_steps=4), "price")
-    training = price.training_of(price.Variant("stage 1", wanted), 4, 2.0, 1)
+    training = trainings.training_of(wanted, 4, 2.0, 1)
     assert (training.seed, training.optim.lr) == (1, 6e-3)
     data = load_tokens(training.data, training.tokenizer, training.model.vocab_size)
     folder = trainings.training_folder(training)
@@ -272,7 +272,7 @@ def test_times_are_beside_those_of_the_first_model(config):
     wanted = settled(config(2, repeats=2), "price")
     results = Results(None, None, default_stage)
     configs = [variant.config for variant in price.variants_of(wanted, results)][:3]
-    measured = price.measure_costs(*configs, CPU)
+    measured = step_costs.measure_costs(*configs, CPU)
     assert measured["vocab_size"] == 257
     assert len(measured["step_ms"]) == len(measured["ratio"]) == 3
     assert measured["ratio"][0] == 1.0
