@@ -356,6 +356,23 @@ class OptimConfig:
     )
     clip: float = option(1.0, "largest gradient norm; 0 switches clipping off.", at_least=0)
     accumulation: int = option(1, "micro-batches that one update is the mean of.", at_least=1)
+    selection: str = option(
+        "none",
+        "which tokens a step learns from: none (all), or of each micro-batch those with the highest loss "
+        "(high), loss minus that of train.reference (reducible) or entropy of the model's distribution "
+        "(entropy), or random ones (random).",
+        choices=("none", "high", "reducible", "entropy", "random"),
+    )
+    selection_share: float = option(0.6, "share of the tokens that a selection keeps.", above=0, at_most=1)
+    selection_warmup: int = option(
+        0, "steps before a selection begins, which learn from all tokens.", at_least=0
+    )
+    selection_guard: float = option(
+        0.25,
+        "part of its even share, and at least one token, that a selection keeps of every window; 0 for none.",
+        at_least=0,
+        at_most=1,
+    )
 
     def __post_init__(self) -> None:
         check_options(self, "optim")
@@ -443,6 +460,11 @@ class TrainConfig:
         None,
         "run folder, or exported file, whose weights the training begins with; stage, model and tokenizer "
         "are those that they were trained with.",
+    )
+    reference: str | None = option(
+        None,
+        "run folder, or exported file, of the trained model of optim.selection=reducible; of the same "
+        "tokenizer, and of windows as long.",
     )
     test: bool = option(False, "whether the test split is evaluated at the end.")
     checkpoint_every: int = option(200, "steps between two checkpoints; 0 for the end only.", at_least=0)
@@ -627,6 +649,12 @@ class RunConfig:
             raise ConfigError(
                 f"train.eval_stride={stride} skips tokens; it must be at most "
                 f"model.seq_len={self.model.seq_len}"
+            )
+        if (self.optim.selection == "reducible") != (self.train.reference is not None):
+            raise ConfigError(
+                f"optim.selection={self.optim.selection} and train.reference="
+                f"{self.train.reference or 'null'} do not go together; reducible needs train.reference=<run "
+                "folder>, and nothing else has one"
             )
         if self.hardware.parallel == "fsdp":
             self._check_sharded()

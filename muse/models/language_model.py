@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from kernels.products import linear
 from muse.layers.recompute import recomputed_call
-from muse.models.loss import linear_cross_entropy
+from muse.models.loss import linear_cross_entropy, linear_losses
 from muse.models.trunk import ReversibleTrunk, through
+
+# Of a model, its features (B, S, E), tokens and targets (B, S): indices (kept,) into the flattened tokens.
+Select: TypeAlias = "Callable[[LanguageModel, Tensor, Tensor, Tensor], Tensor]"
 
 
 class LanguageModel(nn.Module):
@@ -118,14 +121,35 @@ class LanguageModel(nn.Module):
         weight, bias = self.head_parameters()
         return linear(features, weight.flatten(1), bias)
 
-    def loss(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Cross-entropy in nats of ``targets`` (B, S) given ``tokens`` (B, S); targets of -1 do not count."""
-        return self.loss_of(self.features(tokens), targets, reduction)
+    def loss(
+        self, tokens: Tensor, targets: Tensor, reduction: str = "mean", select: Select | None = None
+    ) -> Tensor:
+        """Cross-entropy in nats of ``targets`` (B, S) given ``tokens`` (B, S); targets of -1 do not count.
+
+        Args:
+            tokens, targets: int64.
+            reduction: ``mean`` or ``sum``.
+            select: which of the tokens count; None for all.
+        """
+        features = self.features(tokens)
+        if select is not None:
+            kept = select(self, features, tokens, targets)
+            features, targets = (x.flatten(0, 1)[kept][None] for x in (features, targets))
+        return self.loss_of(features, targets, reduction)
 
     def loss_of(self, features: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of ``targets`` (B, S) given ``features`` (B, S, E)."""
         weight, bias = self.head_parameters()
         return linear_cross_entropy(features.flatten(0, 1), weight, targets.flatten(), bias, reduction)
+
+    def token_losses(
+        self, features: Tensor, targets: Tensor, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cross-entropy of each token and, if asked for, entropy of its distribution, (B, S) each."""
+        weight, bias = self.head_parameters()
+        losses, entropies = linear_losses(features.flatten(0, 1), weight, targets.flatten(), bias, entropy)
+        shape = targets.shape
+        return losses.view(shape), None if entropies is None else entropies.view(shape)
 
 
 def count_parameters(model: nn.Module) -> int:

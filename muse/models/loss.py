@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.planar import precise, upcast
-from kernels.products import addmm, mm
+from kernels.products import addmm, linear, mm
 
 # Logits held at a time: rows of a chunk x vocabulary. Larger chunks cost memory, smaller ones speed and,
 # because the weight's gradient is summed over chunks in its own dtype, accuracy.
@@ -93,6 +93,42 @@ def _softmax_gradient_(logits: Tensor, targets: Tensor, needs_grad: bool) -> Ten
         probability[torch.arange(len(index), device=index.device), index[:, 0]] -= 1
         logits[rows] = probability
     return losses
+
+
+@torch.no_grad()
+def linear_losses(
+    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of each token, and if asked for the entropy of its distribution: nats, no gradients.
+
+    Args:
+        x: (N, E).
+        weight: (V, E) or (V, 2, E / 2), as in ``linear_cross_entropy``.
+        targets: (N,) int64; the loss of a negative one means nothing.
+        bias: (V,).
+        entropy: whether that is asked for.
+
+    Returns:
+        Losses and entropies (N,), in float32 (float64 where ``x`` is).
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+    matrix = weight.flatten(1)
+    losses = torch.empty(len(x), dtype=precise(x), device=x.device)
+    entropies = torch.empty_like(losses) if entropy else None
+    # Few enough for the last-level cache, as their float32 copies are held, too.
+    chunk = max(1, SOFTMAX_ELEMENTS // weight.shape[0])
+    with torch.autocast(device, enabled=False):
+        for start in range(0, len(x), chunk):
+            rows = slice(start, start + chunk)
+            values = upcast(linear(x[rows], matrix, bias))
+            log_sum = values.logsumexp(-1)
+            losses[rows] = log_sum - values.gather(1, targets[rows, None].clamp(min=0))[:, 0]
+            if entropies is not None:
+                entropies[rows] = log_sum - ((values - log_sum[:, None]).exp() * values).sum(-1)
+    return losses, entropies
 
 
 def linear_cross_entropy(

@@ -57,6 +57,7 @@ class TrainingState:
         stale: evaluations since the one with ``best_loss``.
         unlogged: loss, gradient norm and reconstruction error (None: none was compared) of each step since
             the last line of metrics.
+        selected: what a selection found in each of them, as ``TakenStep.selected`` has it.
     """
 
     step: int
@@ -68,6 +69,7 @@ class TrainingState:
     best_measure: tuple[int, int, int] | None = None
     stale: int = 0
     unlogged: list[tuple[float, float, float | None]] = field(default_factory=list)
+    selected: list[tuple[float, float, float]] = field(default_factory=list)
 
 
 def file_hash(path: Path) -> str:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from muse.models import LanguageModel
+from muse.models.language_model import Select
 from muse.processes.ranks import ranks
 
 # Renamed in torch 2.13.
@@ -32,8 +33,8 @@ class ModelLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return self.model.loss(tokens, targets)
+    def forward(self, tokens: Tensor, targets: Tensor, select: Select | None) -> Tensor:
+        return self.model.loss(tokens, targets, select=select)
 
 
 class ParallelLoss:
@@ -55,10 +56,10 @@ class ParallelLoss:
         elif self.sharded:
             shard(model)
 
-    def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return (
-            self.replicas(tokens, targets) if self.replicas is not None else self.model.loss(tokens, targets)
-        )
+    def __call__(self, tokens: Tensor, targets: Tensor, select: Select | None = None) -> Tensor:
+        if self.replicas is not None:
+            return self.replicas(tokens, targets, select)
+        return self.model.loss(tokens, targets, select=select)
 
     @contextmanager
     def gradients_summed(self, last: bool) -> Iterator[None]:

@@ -25,6 +25,7 @@ from muse.models.language_model import model_device
 from muse.processes.ranks import all_reduced_sum, rank, ranks
 from muse.training.optim import ModelOptimizer, first_non_finite
 from muse.training.parallel import ParallelLoss
+from muse.training.selection import Selected, Selection, selection_of
 
 
 class NotFinite(RunError):
@@ -50,6 +51,8 @@ class TakenStep:
         reconstruction_error: the largest of any flow that compares; None where none does.
         signal: the largest number of a signal that a rank was sent.
         rebuilt: whether a reversible trunk, if there is one, came back to where it began.
+        selected: mean loss of the tokens that a selection kept, their share, and the share of windows that
+            have one; None without selection. ``loss`` is of all tokens.
     """
 
     loss: float
@@ -57,6 +60,7 @@ class TakenStep:
     reconstruction_error: float | None
     signal: int | None
     rebuilt: bool
+    selected: tuple[float, float, float] | None = None
 
 
 class Loss(Protocol):
@@ -87,7 +91,8 @@ def training_step(config: RunConfig, model: LanguageModel) -> TrainingStep[Model
     # First, because the optimiser takes the parameters as they are sharded.
     loss = ParallelLoss(model, config.hardware.parallel)
     optimizer = ModelOptimizer(model, config.optim, config.seed)
-    return TrainingStep(model, loss, optimizer, config.optim.clip, config.stage.precision)
+    selection = selection_of(config, loss, model_device(model))
+    return TrainingStep(model, loss, optimizer, config.optim.clip, config.stage.precision, selection)
 
 
 class TrainingStep(Generic[AnyOptimizer]):
@@ -101,6 +106,7 @@ class TrainingStep(Generic[AnyOptimizer]):
         optimizer: of the parameters.
         clip: largest gradient norm; 0 for none.
         precision: the stage's; of float16 the loss is scaled.
+        selection: of the tokens to learn from; None for all.
     """
 
     def __init__(
@@ -110,8 +116,11 @@ class TrainingStep(Generic[AnyOptimizer]):
         optimizer: AnyOptimizer,
         clip: float = 0.0,
         precision: str = "fp32",
+        selection: Selection | None = None,
     ) -> None:
         self.model, self.loss, self.optimizer, self.clip = model, loss, optimizer, clip
+        self.selection = selection
+        self.selected: Tensor | None = None
         self.device = model_device(model)
         self.layers = layers_that_fall_back(model)
         # As all ranks know it.
@@ -139,28 +148,43 @@ class TrainingStep(Generic[AnyOptimizer]):
         """
         random = torch_random_state() if self.layers else None
         with deferred_checks(self.model):
-            taken = self.agree(self.gradients(batches), signal)
+            taken = self.agree(self.gradients(batches, number), signal)
         if random is not None and not (taken.rebuilt and math.isfinite(taken.loss)):
             restore_torch_random_state(random)
-            taken = self.agree(self.gradients(batches), signal)
+            taken = self.agree(self.gradients(batches, number), signal)
         self.update(number, taken)
         return taken
 
-    def gradients(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def gradients(self, batches: Sequence[tuple[Tensor, Tensor]], number: int = 0) -> Tensor:
         """Leave the gradient of the mean loss of the micro-batches in the parameters.
 
+        Args:
+            batches: as ``take`` has them.
+            number: of the step, from 0.
+
         Returns:
-            That loss, over the windows of this rank: a float64 scalar on the device.
+            That loss, over the windows of this rank: a float64 scalar on the device. With a selection the
+            gradient is of the tokens that it keeps, and the loss of all.
         """
         self.model.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number, (inputs, targets) in enumerate(batches, 1):
+        selected = None if self.selection is None else torch.zeros(3).to(total)
+        for piece, (inputs, targets) in enumerate(batches):
             inputs, targets = (x.to(self.device, non_blocking=True) for x in (inputs, targets))
-            with self.loss.gradients_summed(last=number == len(batches)):
+            found: Selected | None = None
+            with self.loss.gradients_summed(last=piece + 1 == len(batches)):
                 with torch.autocast(self.device.type, self.cast, enabled=self.cast is not None):
-                    loss = self.loss(inputs, targets) / len(batches)
+                    if self.selection is not None:
+                        found = self.selection.loss(inputs, targets, number, piece)
+                    loss = (self.loss(inputs, targets) if found is None else found.loss) / len(batches)
                 self.scaler.scale(loss).backward()
-            total += loss.detach()
+            if found is None:
+                total += loss.detach()
+            else:
+                assert selected is not None
+                total += found.of_all / len(batches)
+                selected += torch.stack((found.loss.detach(), found.share, found.windows)) / len(batches)
+        self.selected = selected
         return total
 
     def agree(self, loss: Tensor, signal: int | None = None) -> TakenStep:
@@ -175,19 +199,23 @@ class TrainingStep(Generic[AnyOptimizer]):
         error = take_reconstruction_error(self.model)
         failed = self.model.trunk.take_rebuild_failed() if self.model.trunk is not None else None
         # A column for each rank: its share of the loss, its error, its signal, whether more layers fell back
-        # and whether the trunk was not rebuilt.
-        columns = torch.zeros(5, ranks(), dtype=torch.float64, device=self.device)
+        # and whether the trunk was not rebuilt; then what a selection has found.
+        columns = torch.zeros(
+            5 if self.selected is None else 8, ranks(), dtype=torch.float64, device=self.device
+        )
         columns[0, rank()] = loss / ranks()
         columns[1, rank()] = -1.0 if error is None else error
         columns[2, rank()] = signal or 0
         columns[3, rank()] = [layer.fallen_back for layer in self.layers] != self.fallen_back
         if failed is not None:
             columns[4, rank()] = failed
+        if self.selected is not None:
+            columns[5:, rank()] = self.selected / ranks()
         if ranks() > 1:
             columns = all_reduced_sum(columns)
         # All that the host waits for.
         found = torch.cat((columns, norm.double().expand(1, ranks()))).tolist()
-        losses, errors, signals, differing, lost, norms = found
+        losses, errors, signals, differing, lost, *selected, norms = found
         if any(lost) and self.model.trunk is not None:
             self.model.trunk.fall_back("the inputs of its sub-layers were not rebuilt to the last bit")
         if any(differing) or any(lost):
@@ -199,6 +227,9 @@ class TrainingStep(Generic[AnyOptimizer]):
             reconstruction_error=None if max(errors) < 0 else max(errors),
             signal=int(max(signals)) or None,
             rebuilt=not any(lost),
+            selected=(math.fsum(selected[0]), math.fsum(selected[1]), math.fsum(selected[2]))
+            if selected
+            else None,
         )
 
     def update(self, number: int, taken: TakenStep) -> None:

@@ -28,8 +28,11 @@ from muse.training.interrupt import deferred_interrupt
 from muse.training.profile import profiled
 from muse.training.progress import Progress, shown_progress
 from muse.training.schedule import learning_rate_factor
+from muse.training.selection import check_reference
 from muse.training.step import NotFinite, training_step
 
+# What a selection of tokens is told by, in the order of ``TakenStep.selected``.
+SELECTED = ("train/selected_loss", "train/selected_share", "train/selected_windows")
 Log = Callable[[int, dict[str, float]], None]
 
 
@@ -179,6 +182,7 @@ class Trainer:
         self.model.to(device)
         if config.hardware.compile:
             self.model.compile_features()
+        check_reference(config, data.tokenizer)
         self.step = training_step(config, self.model)
         self.stride = options.eval_stride or seq_len
         self.sampled, self.every_window = (
@@ -190,6 +194,7 @@ class Trainer:
         self.done, self.best, self.best_loss, self.stale = 0, False, math.inf, 0
         self.valid: Evaluation | None = None
         self.unlogged: list[tuple[float, float, float | None]] = []
+        self.selected: list[tuple[float, float, float]] = []
         if resume_from is not None:
             self._restore(*resume_from)
         self.writer = CheckpointWriter(run / CHECKPOINTS, options.async_checkpoint)
@@ -207,6 +212,7 @@ class Trainer:
         if len(state.random) == ranks():
             restore_random_state(state.random[rank()])
         self.done, self.best, self.unlogged = state.step, state.best, list(state.unlogged)
+        self.selected = list(state.selected)
         if state.best_measure == self.measure:
             self.best_loss, self.stale = state.best_loss, state.stale
 
@@ -231,6 +237,8 @@ class Trainer:
             raise _not_finite(bad, self.done, self.writer) from None
         self.done += 1
         self.unlogged.append((taken.loss, taken.gradient_norm, taken.reconstruction_error))
+        if taken.selected is not None:
+            self.selected.append(taken.selected)
         return taken.signal if ranks() > 1 else None
 
     def log_step(self, seconds: float, progress: Progress) -> None:
@@ -248,7 +256,9 @@ class Trainer:
         }
         if self.model.trunk is not None:
             line["trunk/fallbacks"] = float(self.model.trunk.fallback_count)
-        self.unlogged = []
+        for name, values in zip(SELECTED, zip(*self.selected, strict=True), strict=False):
+            line[name] = math.fsum(values) / len(values)
+        self.unlogged, self.selected = [], []
         self.log(self.done, line)
         progress.show(self.done, line["train/loss"], speed, self.tokens_per_step)
 
@@ -325,6 +335,7 @@ class Trainer:
             best_measure=self.measure,
             stale=self.stale,
             unlogged=self.unlogged,
+            selected=self.selected,
         )
         self.writer.save(self._tensors(), state, self.best)
 
