@@ -41,6 +41,10 @@ CASES = {
     "the block of the seeds": run_config(stage_config("1", mixer="none")),
     "untied": run_config(stage_config("1", tied=False, norm="layer")),
     "modulus": run_config(stage_config("1"), optim={"second_moment": "modulus"}),
+    # A guard of 1 keeps as many tokens of every window, so that no rank keeps others than a single one does.
+    "selection": run_config(
+        stage_config("1"), optim={"selection": "high", "selection_share": 0.5, "selection_guard": 1.0}
+    ),
 }
 IN_FLOAT32 = tuple(CASES)[:6]
 # Over three ranks some parameters have no rows for the last one, and others uneven ones. In float64 the exact
