@@ -157,15 +157,15 @@ def highest(scores: Tensor, share: float, guard: float) -> Tensor:
     Args:
         scores: (B, S).
         share: of all tokens.
-        guard: part of its even share, and at least one token, that every window keeps; 0 for none.
+        guard: part of its even share, and at least one token, that every window keeps, if the
+            share has as many; 0 for none.
     """
     windows, length = scores.shape
     order = scores.sort(dim=1, descending=True, stable=True).indices
     kept = max(1, round(share * windows * length))
-    first = torch.zeros_like(scores, dtype=torch.bool)
+    first = torch.zeros_like(scores, dtype=torch.uint8)
     if guard:
-        own = min(max(1, int(guard * share * length)), kept // windows)
-        first.scatter_(1, order[:, :own], True)
+        first.scatter_(1, order[:, : max(1, int(guard * share * length))], 1)
     # Stable sorts, the minor key first.
     by_score = scores.flatten().sort(descending=True, stable=True).indices
     by_guard = first.flatten()[by_score].sort(descending=True, stable=True).indices
