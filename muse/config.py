@@ -57,8 +57,8 @@ class StageConfig:
     """Which language model is trained.
 
     Stage 0 is the real baseline, stage 1 the complex model, stage 2 the complex model whose feed-forward
-    blocks are Hamiltonian flows, stage 3 that with Koopman operators beside attention, stage 3a a textbook's
-    transformer.
+    blocks are Hamiltonian flows, stage 3 that with Koopman operators and MERA routers beside attention,
+    stage 3a a textbook's transformer.
     """
 
     number: str = option(
@@ -138,6 +138,21 @@ class StageConfig:
     koopman_selective: bool = option(
         True, "whether its decay depends on the token; without it is the same for all."
     )
+    mera: str = option(
+        "none",
+        "where a MERA router, which reads sums of the past at every scale, stands in blocks of stage 3: "
+        "replace (in place of attention), add (beside it) or none. Where there is a Koopman operator, too, "
+        "they are summed.",
+        choices=("none", "replace", "add"),
+    )
+    mera_every: int = option(2, "which blocks have a MERA router: the last of every so many.", at_least=1)
+    mera_levels: int = option(
+        11,
+        "of its tree above the tokens; nodes of the last one hold 2^mera_levels of them, and what is older "
+        "than twice as many is not read.",
+        at_least=1,
+        at_most=30,
+    )
     ode_steps: int = option(1, "steps of the flow (this and what follows are of stages 2 and 3).", at_least=1)
     dt: float = option(1.0, "size of a step.", above=0)
     integrator: str = option(
@@ -216,6 +231,8 @@ class StageConfig:
             raise ConfigError("stage.mixer=none is the block of the seeds; it goes with stage=1")
         if self.koopman != "none" and self.number != "3":
             raise ConfigError(f"stage.koopman={self.koopman} is of stage=3; it must be none")
+        if self.mera != "none" and self.number != "3":
+            raise ConfigError(f"stage.mera={self.mera} is of stage=3; it must be none")
 
     @property
     def flowing(self) -> bool:

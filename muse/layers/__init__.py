@@ -6,6 +6,7 @@ from muse.layers.embedding import ComplexEmbedding
 from muse.layers.feedforward import ComplexFFN
 from muse.layers.koopman import KoopmanOperator, KoopmanState
 from muse.layers.linear import ComplexLinear
+from muse.layers.mera import MeraRouter, MeraState
 from muse.layers.norm import ComplexLayerNorm, ComplexRMSNorm
 from muse.layers.rotary import rotary_table, rotate_pairs
 
@@ -20,6 +21,8 @@ __all__ = [
     "KVCache",
     "KoopmanOperator",
     "KoopmanState",
+    "MeraRouter",
+    "MeraState",
     "ModReLU",
     "ModSwish",
     "SplitGELU",

@@ -1,15 +1,21 @@
-"""Stage 3: the decoder of stage 2 in which Koopman operators stand in for attention, or beside it."""
+"""Stage 3: the decoder of stage 2 in which other mixers of tokens stand in for attention, or beside it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from muse.config import StageConfig, WidthConfig
-from muse.layers import ComplexAttention, KoopmanOperator, KoopmanState, KVCache
+from muse.layers import (
+    ComplexAttention,
+    KoopmanOperator,
+    KoopmanState,
+    KVCache,
+    MeraRouter,
+    MeraState,
+)
 from muse.models.complex import build_norm, decoder_of
 from muse.models.hamiltonian import HamiltonianFlow
 from muse.models.language_model import LanguageModel
@@ -17,36 +23,36 @@ from muse.models.trunk import Sublayer, TrunkState
 
 
 @dataclass
-class BothCaches:
-    """Those of an attention and of a Koopman operator that see the same tokens."""
+class Caches:
+    """Those of mixers that see the same tokens."""
 
-    attention: KVCache
-    koopman: KoopmanState
+    parts: list[KVCache | KoopmanState | MeraState]
 
     @property
     def length(self) -> int:
         """Tokens seen."""
-        return self.koopman.length
+        return self.parts[0].length
 
 
-Cache = KVCache | KoopmanState | BothCaches
+Cache = KVCache | KoopmanState | MeraState | Caches
 
 
-class AttentionAndKoopman(nn.Module):
-    """Their sum."""
+class MixerSum(nn.Module):
+    """The sum of mixers, which are its parts by their names."""
 
-    def __init__(self, attention: ComplexAttention, koopman: KoopmanOperator) -> None:
+    def __init__(self, mixers: dict[str, nn.Module]) -> None:
         super().__init__()
-        self.attention = attention
-        self.koopman = koopman
+        for name, mixer in mixers.items():
+            self.add_module(name, mixer)
 
-    def new_cache(self, longest: int) -> BothCaches:
+    def new_cache(self, longest: int) -> Caches:
         """A cache of each without tokens."""
-        return BothCaches(self.attention.new_cache(longest), self.koopman.new_cache(longest))
+        return Caches([mixer.new_cache(longest) for mixer in self.children()])  # type: ignore[operator]
 
-    def forward(self, z: Tensor, cache: BothCaches | None = None) -> Tensor:
-        attended = self.attention(z, None if cache is None else cache.attention)
-        return attended + self.koopman(z, None if cache is None else cache.koopman)
+    def forward(self, z: Tensor, cache: Caches | None = None) -> Tensor:
+        caches = [None] * len(self._modules) if cache is None else cache.parts
+        first, *others = (mixer(z, own) for mixer, own in zip(self.children(), caches, strict=True))
+        return sum(others, first)
 
 
 class IntegratedBlock(nn.Module):
@@ -62,7 +68,7 @@ class IntegratedBlock(nn.Module):
 
     def new_cache(self, longest: int) -> Cache:
         """What the mixer keeps of the tokens before, without tokens."""
-        return self.mixer.new_cache(longest)
+        return self.mixer.new_cache(longest)  # type: ignore[operator]
 
     def sublayers(self, cache: Cache | None = None) -> list[Sublayer]:
         """What is added to the state, in turn."""
@@ -83,27 +89,35 @@ def has_koopman(stage: StageConfig, block: int) -> bool:
     return stage.koopman != "none" and block % stage.koopman_every == 0
 
 
+def has_mera(stage: StageConfig, block: int) -> bool:
+    """Whether a block, counted from 0, has a MERA router."""
+    return stage.mera != "none" and (block + 1) % stage.mera_every == 0
+
+
 def has_attention(stage: StageConfig, block: int) -> bool:
     """Whether a block of any stage, counted from 0, has an attention."""
-    return stage.mixer == "attention" and not (stage.koopman == "replace" and has_koopman(stage, block))
+    replaced = (stage.koopman == "replace" and has_koopman(stage, block)) or (
+        stage.mera == "replace" and has_mera(stage, block)
+    )
+    return stage.mixer == "attention" and not replaced
 
 
-def build_mixer(
-    width: WidthConfig, stage: StageConfig, gain: float, block: int
-) -> ComplexAttention | KoopmanOperator | AttentionAndKoopman:
+def build_mixer(width: WidthConfig, stage: StageConfig, gain: float, block: int) -> nn.Module:
     """What mixes the tokens in a block, counted from 0.
 
     An operator has as many observables as the model channels, and so the parameters of an attention.
     """
-    parts: list[Any] = []
+    mixers: dict[str, nn.Module] = {}
     if has_attention(stage, block):
-        parts.append(
-            ComplexAttention(width.d_model, width.heads, width.kv_heads, stage.score, stage.init, gain)
+        mixers["attention"] = ComplexAttention(
+            width.d_model, width.heads, width.kv_heads, stage.score, stage.init, gain
         )
     if has_koopman(stage, block):
         form = stage.koopman_angles, stage.koopman_selective
-        parts.append(KoopmanOperator(width.d_model, width.d_model, stage.init, gain, *form))
-    return AttentionAndKoopman(*parts) if len(parts) == 2 else parts[0]
+        mixers["koopman"] = KoopmanOperator(width.d_model, width.d_model, stage.init, gain, *form)
+    if has_mera(stage, block):
+        mixers["mera"] = MeraRouter(width.d_model, width.heads, stage.mera_levels, stage.init, gain)
+    return MixerSum(mixers) if len(mixers) > 1 else next(iter(mixers.values()))
 
 
 def integrated_decoder(stage: StageConfig, width: WidthConfig, vocab_size: int) -> LanguageModel:
