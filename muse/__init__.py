@@ -6,7 +6,8 @@ What users look for is here by name, and imported when it is asked for:
   ``TextStream``;
 - a model to train: ``build_model``, ``LanguageModel``, ``StageConfig``, ``ModelConfig``, ``WidthConfig``;
 - complex layers: ``ComplexLinear``, ``ComplexEmbedding``, ``ComplexAttention``, ``ComplexFFN``,
-  ``ComplexRMSNorm``, ``ComplexLayerNorm``, ``KoopmanOperator``, ``ModReLU``, ``SplitGELU``;
+  ``ComplexRMSNorm``, ``ComplexLayerNorm``, ``KoopmanOperator``, ``MeraRouter``, ``ModReLU``,
+  ``SplitGELU``;
 - Hamiltonian flows: ``HamiltonianNeuralODE``, ``Potential``, ``MLPPotential``, ``DuffingPotential``.
 
 Further modules: ``muse.planar``, ``muse.layers``, ``muse.models``, ``muse.dynamics``, ``muse.generation``,
@@ -81,6 +82,7 @@ _NAMES = {
             "ComplexRMSNorm",
             "ComplexLayerNorm",
             "KoopmanOperator",
+            "MeraRouter",
             "ModReLU",
             "SplitGELU",
         ),

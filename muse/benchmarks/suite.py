@@ -16,6 +16,7 @@ from muse.benchmarks import (
     gradients,
     kernels,
     koopman,
+    mera,
     perplexity,
     price,
     speedup,
@@ -44,12 +45,13 @@ BENCHMARKS: dict[str, Benchmark] = {
     "stability": stability.BENCHMARK,
     "kernels": kernels.BENCHMARK,
     "koopman": koopman.BENCHMARK,
+    "mera": mera.BENCHMARK,
     "adjoint": adjoint.BENCHMARK,
     "price": price.BENCHMARK,
     "ablation": ablation.BENCHMARK,
 }
 # What benchmark=all runs, in this order, where it goes with the stage.
-ALL = ("vram", "throughput", "stability", "gradients", "energy", "koopman", "perplexity", "speedup")
+ALL = ("vram", "throughput", "stability", "gradients", "energy", "koopman", "mera", "perplexity", "speedup")
 MEASUREMENTS: dict[str, Measure] = {
     name: measure for benchmark in BENCHMARKS.values() for name, measure in benchmark.measure.items()
 }

@@ -121,7 +121,7 @@ def _judge_flow(config: BenchConfig, results: Results) -> None:
         "gradient_error": measured["gradient_error_exact"],
         "gradients_correct": correct,
     }
-    if config.stage.koopman != "none":
+    if config.stage.number == "3" and (config.stage.koopman, config.stage.mera) != ("none", "none"):
         _add_share_of_attention(config, results)
     title = "time of a step, exact / full backpropagation"
     results.criteria.append((title, share, f"<= {TIME_TARGET}", at_most(share, TIME_TARGET)))
@@ -129,7 +129,7 @@ def _judge_flow(config: BenchConfig, results: Results) -> None:
 
 def _add_share_of_attention(config: BenchConfig, results: Results) -> None:
     """Speed beside that of the same model whose blocks all have attention, stage 2."""
-    stage = dataclasses.replace(config.stage, number="2", koopman="none")
+    stage = dataclasses.replace(config.stage, number="2", koopman="none", mera="none")
     other = dataclasses.replace(config, stage=stage)
     rates = [results.measure("throughput", name_of(one), one)["tokens_per_second"] for one in (config, other)]
     share = ratio(*rates)

@@ -81,7 +81,7 @@ def newest(position: Tensor, level: Tensor) -> Tensor:
 
 
 def read_shape(length: int, levels: int) -> tuple[int, int]:
-    """Of ``length`` tokens from the beginning on: blocks that read, and nodes that each of them may read."""
+    """Of ``length`` tokens, two or more: blocks that read, and nodes that each of them may read."""
     reached = min(levels, (length + 1).bit_length() - 2)
     return (length + 1) // BLOCK + 1, sum(_nodes(level, BLOCK) for level in range(reached + 1))
 
@@ -128,8 +128,8 @@ class MeraRouter(nn.Module):
         apart = math.sqrt(3 / 2) if init == "glorot" else 1.0
         self.projection = ComplexLinear(d_model, 2 * d_model, bias=False, init=init, gain=apart)
         # theta and g; phi, a and b.
-        self.disentanglers = nn.Parameter(torch.empty(levels, 2, d_model))
-        self.isometries = nn.Parameter(torch.empty(levels, 3, d_model))
+        self.disentanglers = nn.Parameter(torch.empty(levels, 2 * d_model))
+        self.isometries = nn.Parameter(torch.empty(levels, 3 * d_model))
         self.router = nn.Linear(2 * d_model, heads * READ * (levels + 1))
         self.activation = SplitGELU()
         self.output = ComplexLinear(d_model, d_model, bias=False, init=init, gain=gain)
@@ -137,11 +137,13 @@ class MeraRouter(nn.Module):
         self.level_weights: Tensor | None = None
         with torch.no_grad():
             nn.init.zeros_(self.router.bias)
-            self.disentanglers[:, 0].normal_(std=TANGLED)
-            self.disentanglers[:, 1].uniform_(-math.pi, math.pi)
-            self.isometries[:, 0] = math.pi / 4
-            self.isometries[:, 1] = 0
-            self.isometries[:, 2].uniform_(-math.pi, math.pi)
+            theta, g = self.disentanglers.chunk(2, -1)
+            theta.normal_(std=TANGLED)
+            g.uniform_(-math.pi, math.pi)
+            phi, a, b = self.isometries.chunk(3, -1)
+            phi.fill_(math.pi / 4)
+            a.zero_()
+            b.uniform_(-math.pi, math.pi)
 
     def new_cache(self, longest: int) -> MeraState:
         """A state that has seen no token; it grows by a level where the number of tokens doubles."""
@@ -180,13 +182,13 @@ class MeraRouter(nn.Module):
                 pending = nodes
             else:
                 if level == len(cache.levels):
-                    none = nodes[:, :, :0]
+                    none = nodes[:, :, :0].clone()
                     cache.levels.append(LevelState(none, F.pad(none, (0, 0, 0, 0, READ, 0))))
                 kept = cache.levels[level]
                 known = torch.cat((kept.recent, nodes), 2)
                 levels.append((known, kept.count - READ))
                 pending = torch.cat((kept.pending, nodes), 2)
-                kept.recent, kept.count = known[:, :, -READ:], kept.count + nodes.shape[2]
+                kept.recent, kept.count = known[:, :, -READ:].clone(), kept.count + nodes.shape[2]
             if level == self.levels:
                 break
             nodes, pending = _coarser(pending, turns[level], halves[level])
@@ -198,12 +200,12 @@ class MeraRouter(nn.Module):
 
     def turns(self) -> Tensor:
         """U of each level: its first row, planar (levels, 2 columns, H, 1, 2, d)."""
-        theta, g = upcast(self.disentanglers).unbind(1)
+        theta, g = upcast(self.disentanglers).chunk(2, -1)
         return self._by_head(theta.cos(), torch.zeros_like(g), theta.sin(), g)
 
     def halves(self) -> Tensor:
         """What the isometries of each level multiply the two nodes of a pair by, laid out as ``turns``."""
-        phi, a, b = upcast(self.isometries).unbind(1)
+        phi, a, b = upcast(self.isometries).chunk(3, -1)
         return self._by_head(phi.cos(), a, phi.sin(), b)
 
     def _by_head(self, *polar: Tensor) -> Tensor:

@@ -168,3 +168,38 @@ def plot_half_lives(path: Path, metrics: list[dict[str, Any]], title: str) -> No
             axes.plot(*zip(*bound, strict=True), linewidth=0.7, **style)
     label_ends(axes, medians)
     save(figure, path)
+
+
+def plot_levels_read(path: Path, metrics: list[dict[str, Any]], title: str) -> None:
+    """Write what the MERA routers of a run read in its last evaluation, by level, if there are any.
+
+    Of each a line with its name, and a thin one of the first evaluation.
+    """
+    told = [line for line in metrics if any(key.startswith("mera/") for key in line)]
+    if not told:
+        return
+    figure = new_figure((8, 4.2))
+    axes = new_axes(figure, "tokens a node", "mean weight", title=title)
+    names = dict.fromkeys(key.split("/")[1] for line in told for key in line if key.startswith("mera/"))
+    lasts = []
+    for number, name in enumerate(names):
+        first, last = (_read_by(line, f"mera/{name}/level_") for line in (told[0], told[-1]))
+        block = name.removeprefix("blocks_").partition("_")[0]
+        lasts.append(add_line(axes, f"block {block}", last, number))
+        if len(told) > 1:
+            style = {"color": lasts[-1].get_color(), "linestyle": lasts[-1].get_linestyle()}
+            axes.plot(*zip(*first, strict=True), linewidth=0.7, **style)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(bottom=0)
+    label_ends(axes, lasts)
+    save(figure, path)
+
+
+def _read_by(line: dict[str, Any], prefix: str) -> list[tuple[float, float]]:
+    """Tokens a node of each level, and its weight."""
+    return [
+        (2.0 ** int(key.removeprefix(prefix)), line[key])
+        for key in line
+        if key.startswith(prefix) and line[key] is not None
+    ]

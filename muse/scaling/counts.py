@@ -10,8 +10,9 @@ from muse.config import ModelConfig, StageConfig, WidthConfig
 from muse.dynamics.integrators import stages
 from muse.errors import ConfigError
 from muse.layers.koopman import TAPS
+from muse.layers.mera import BLOCK, READ, read_shape
 from muse.models.hamiltonian import hidden_units
-from muse.models.integrated import has_attention, has_koopman
+from muse.models.integrated import has_attention, has_koopman, has_mera
 
 Shape = tuple[int, ...]
 # Real products that make one of the scores, and one of the weights, of complex attention.
@@ -43,7 +44,7 @@ class Flops:
     """Floating-point operations of a token: multiplications and additions of matrix products, no others.
 
     Attributes:
-        maps: of the linear maps of all blocks.
+        maps: of the linear maps of all blocks, and of what MERA routers read.
         attention: of queries with keys and of weights with values.
         forces: of the flows of stage 2, in ``stage.force_precision``; all others are in ``stage.precision``.
         head: of the logits.
@@ -89,7 +90,8 @@ def shapes(stage: StageConfig, model: ModelConfig, vocab_size: int) -> Shapes:
     - stage 1: 2 D C + 2 D^2 + 4 D F, two norms of 2 D (rms) or 5 D (layer), gates of 0, F or 2 F;
     - stage 1 with mixer=none: 2 D^2 + 2 D + D + 4 D;
     - stage 2: as stage 1, but for 4 D F and the gates ``flows`` times U D + 2 U, and 2 U D with a context;
-    - stage 3: as stage 2, but for 2 D C + 2 D^2 of an attention 8 D^2 + 7 D of a Koopman operator.
+    - stage 3: as stage 2, but for 2 D C + 2 D^2 of an attention 8 D^2 + 7 D of a Koopman operator, or of a
+      MERA router of L levels 6 D^2 + 5 L D, and 2 heads (L + 1) (2 D + 1).
 
     What is left is an embedding of V d or 2 V D, once more as much if ``tied`` is false, and a norm.
     """
@@ -117,6 +119,7 @@ def shapes(stage: StageConfig, model: ModelConfig, vocab_size: int) -> Shapes:
         [
             *(attention if has_attention(stage, block) else []),
             *(koopman_shapes(stage, d) if has_koopman(stage, block) else []),
+            *(mera_shapes(stage, width) if has_mera(stage, block) else []),
             *(*norm, *norm, *feed),
         ]
         for block in range(width.layers)
@@ -134,6 +137,22 @@ def koopman_shapes(stage: StageConfig, d: int) -> list[Shape]:
 
 def _rate_shape(d: int) -> Shape:
     return (d, 2 * d)
+
+
+def mera_shapes(stage: StageConfig, width: WidthConfig) -> list[Shape]:
+    """The parameters of a MERA router."""
+    d, levels, router = width.d_model, stage.mera_levels, _router_shape(stage, width)
+    return [(2, 2 * d, d), (levels, 2 * d), (levels, 3 * d), router, router[:1], (2, d, d)]
+
+
+def _router_shape(stage: StageConfig, width: WidthConfig) -> Shape:
+    return (width.heads * READ * (stage.mera_levels + 1), 2 * width.d_model)
+
+
+def _read_flops(stage: StageConfig, d: int, seq_len: int) -> float:
+    """Of the product by which a token of a MERA router reads."""
+    blocks, nodes = read_shape(seq_len, stage.mera_levels)
+    return 4.0 * d * blocks * BLOCK * nodes / seq_len
 
 
 def potential_shapes(stage: StageConfig, model: ModelConfig) -> list[Shape]:
@@ -184,7 +203,9 @@ def forward_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_l
     A force of stage 2 is two products with the U x D matrix W1, 4 U D; the context, 2 D wide, takes one of
     4 U D once a flow (once a segment with ``gradient=checkpoint``): 4 U D (forces + 1).
 
-    A Koopman operator has complex maps and a real one, of 4 D^2; its scan is no product.
+    A Koopman operator has complex maps and a real one, of 4 D^2; its scan is no product. Of a MERA router
+    there is the map from a state to its weights, 8 D heads (L + 1), and with the maps the product that reads
+    the N nodes of ``read_shape``, 4 D N and a little more; its tree is no product.
     """
     width = width_of(stage, model)
     d = width.d_model
@@ -194,6 +215,7 @@ def forward_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_l
     axes = 2 if planes == 1 else 3
     linear = numbers(shape for block in found.blocks for shape in block if len(shape) == axes)
     rates = stage.koopman_selective * sum(has_koopman(stage, block) for block in range(width.layers))
+    routers = sum(has_mera(stage, block) for block in range(width.layers))
     attentions = sum(has_attention(stage, block) for block in range(width.layers))
     products = sum(PARTS[stage.score]) if planes == 2 else 2
     of_forces = 0.0
@@ -202,8 +224,12 @@ def forward_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_l
         count = forces(stage) + once * stage.context
         of_forces = 4.0 * hidden_units(width, stage) * d * count * stage.flows
     passes = width.layers * stage.loops
+    maps = 2.0 * planes * linear + 2.0 * numbers([_rate_shape(d)]) * rates
+    if routers:
+        router = 2.0 * numbers([_router_shape(stage, width)]) + _read_flops(stage, d, seq_len)
+        maps += router * routers
     return Flops(
-        maps=(2.0 * planes * linear + 2.0 * numbers([_rate_shape(d)]) * rates) * stage.loops,
+        maps=maps * stage.loops,
         attention=float(attentions) * products * 2 * planes * d * (seq_len // 2) * stage.loops,
         forces=of_forces * passes,
         head=2.0 * vocab_size * d * (planes if stage.mixer == "attention" else 1),

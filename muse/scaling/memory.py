@@ -84,7 +84,8 @@ def element_bytes(stage: StageConfig) -> int:
 
     Raises:
         ConfigError: a mixed precision, whose activations have no single dtype, mixer=none, loops, Koopman
-            operators, or checkpoints within checkpoints, some of which wait for Python's garbage collector.
+            operators, MERA routers, or checkpoints within checkpoints, some of which wait for Python's
+            garbage collector.
     """
     check_modelled(stage)
     if stage.precision not in BYTES:
@@ -97,6 +98,8 @@ def element_bytes(stage: StageConfig) -> int:
         raise ConfigError(f"stage.loops={stage.loops} has no memory model; choose stage.loops=1")
     if stage.koopman != "none":
         raise ConfigError(f"stage.koopman={stage.koopman} has no memory model; choose stage=2")
+    if stage.mera != "none":
+        raise ConfigError(f"stage.mera={stage.mera} has no memory model; choose stage=2")
     if stage.flowing and stage.gradient == "checkpoint" and stage.recompute == "block":
         raise ConfigError(
             "stage.gradient=checkpoint has no memory model with stage.recompute=block; choose "

@@ -18,7 +18,7 @@ from muse.hardware import describe, use_hardware
 from muse.models import LanguageModel
 from muse.processes.ranks import broadcast, on_first_rank, process_group, rank, ranks
 from muse.report.metrics import MetricsLog, read_metrics, require_trackers
-from muse.report.run_plot import plot_flow, plot_half_lives, plot_loss_curve
+from muse.report.run_plot import plot_flow, plot_half_lives, plot_levels_read, plot_loss_curve
 from muse.runs.checkpoints import (
     adopt_checkpoints,
     find_sound_checkpoint,
@@ -162,7 +162,8 @@ def _plots(config: RunConfig, run: Path) -> list[Path]:
     plot_loss_curve(run / "loss.png", metrics, title)
     plot_flow(run / "flow.png", metrics, f"{title}: what its flows do")
     plot_half_lives(run / "half_lives.png", metrics, f"{title}: half-lives of its Koopman operators")
-    paths = (run / name for name in ("loss.png", "flow.png", "half_lives.png"))
+    plot_levels_read(run / "levels_read.png", metrics, f"{title}: what its MERA routers read")
+    paths = (run / name for name in ("loss.png", "flow.png", "half_lives.png", "levels_read.png"))
     return [path for path in paths if path.exists()]
 
 

@@ -18,6 +18,7 @@ from muse.data import TokenData, evaluation_windows, training_batch
 from muse.dynamics import flow_metrics, watched_flows
 from muse.errors import ConfigError, RunError, of_all_ranks
 from muse.layers.koopman import half_lives
+from muse.layers.mera import levels_read
 from muse.models import LanguageModel, build_model, count_parameters
 from muse.processes.ranks import all_reduced_max, rank, ranks
 from muse.runs.checkpoints import TrainingState, find_checkpoint, find_weights, load_tensors, load_weights
@@ -271,7 +272,7 @@ class Trainer:
             with watched_flows(self.model) as flows:
                 self.valid = valid = self._evaluate("valid", options.eval_tokens)
             measured_on = {"valid/tokens": valid.tokens, "valid/stride": self.stride}
-            watched = {**measured_on, **flows, **half_lives(self.model)}
+            watched = {**measured_on, **flows, **half_lives(self.model), **levels_read(self.model)}
             self.log(self.done, {"valid/loss": valid.loss, "valid/ppl": valid.ppl, **watched})
             if not ended:
                 progress.tell(

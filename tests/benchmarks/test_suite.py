@@ -53,6 +53,7 @@ GOOD_FLOW = {
     "energy": lambda config: ENERGY,
     "trained energy": lambda config: ENERGY,
     "koopman": lambda config: {"linearity_error": 1e-6, "speedup": 3.9},
+    "mera": lambda config: {"causal": True, "time_ms": 30.0, "time_ratio": 2.0},
 }
 STAGE_2_KEYS = [
     "stage2_ppl",
@@ -144,15 +145,21 @@ def test_stage_2_passes_when_everything_does_and_has_the_keys_of_the_seeds(bench
 
 def test_stage_3_passes_when_everything_does_and_is_measured_beside_stage_2(bench_config, monkeypatch):
     config = bench_config(3)
-    config = dataclasses.replace(config, stage=dataclasses.replace(config.stage, koopman="replace"))
+    config = dataclasses.replace(
+        config, stage=dataclasses.replace(config.stage, koopman="replace", mera="add")
+    )
     values = run(monkeypatch, config)
     assert values["all_pass"] is True
     assert values["stage3_ppl"] == values["stage2_ppl"] == values["stage1_ppl"] == values["stage0_ppl"] == 20
     assert values["koopman_linearity_error"] == 1e-6
+    assert values["mera_time_ms"] == 30
     assert values["throughput_ratio"] == 1
     for measurement, answer, flag in (
         ("koopman", lambda c: {"linearity_error": 6e-4, "speedup": 3.9}, "koopman_linearity_pass"),
         ("koopman", lambda c: {"linearity_error": 1e-6, "speedup": 2.9}, "koopman_speedup_pass"),
+        ("mera", lambda c: {"causal": True, "time_ms": 51.0, "time_ratio": 2.0}, "mera_time_pass"),
+        ("mera", lambda c: {"causal": True, "time_ms": 30.0, "time_ratio": 2.2}, "mera_time_ratio_pass"),
+        ("mera", lambda c: {"causal": False, "time_ms": None, "time_ratio": None}, "mera_causal"),
         (
             "throughput",
             lambda c: {"tokens_per_second": 8.0 if c.stage.number == "3" else 10.0},

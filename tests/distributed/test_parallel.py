@@ -37,6 +37,7 @@ CASES = {
     **{f"reversible trunk, stage {n}": run_config(stage_config(n, trunk="reversible")) for n in ("0", "2")},
     "recomputed blocks": run_config(stage_config("1", recompute="block")),
     "loops": run_config(flow_config("reversible", loops=2)),
+    "stage 3": run_config(stage_config("3", mera="add", mera_every=1, gradient="reversible")),
     "stage 3a": run_config(stage_config("3a")),
     "the block of the seeds": run_config(stage_config("1", mixer="none")),
     "untied": run_config(stage_config("1", tied=False, norm="layer")),

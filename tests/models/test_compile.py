@@ -52,7 +52,9 @@ def test_the_whole_graph_is_captured_and_means_the_same(build, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"number": 2}, {"number": 3, "koopman": "add"}], ids=label)
+@pytest.mark.parametrize(
+    "options", [{"number": 2}, {"number": 3, "koopman": "add", "mera": "add", "mera_every": 1}], ids=label
+)
 def test_a_flow_breaks_the_graph_and_means_the_same(build, options):
     model = build(**options, layers=1)
     compare(model, torch.compile(model.features, backend="aot_eager"), atol=1e-5, rtol=1e-4)

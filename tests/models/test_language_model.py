@@ -28,11 +28,14 @@ STAGE_3 = [
     {"number": 3, "koopman": "replace", "koopman_every": 1},
     {"number": 3, "koopman": "add"},
     {"number": 3, "koopman": "replace", "koopman_angles": False, "koopman_selective": False},
+    {"number": 3, "mera": "replace", "mera_every": 1},
+    {"number": 3, "mera": "add", "mera_every": 1, "koopman": "replace"},
 ]
 TRUNKS = [{"number": number, "trunk": "reversible"} for number in (0, 1, 2)]
 TRUNKS += [{"number": 3, "koopman": koopman, "trunk": "reversible"} for koopman in ("replace", "add")]
+TRUNKS += [{"number": 3, "mera": "add", "trunk": "reversible"}]
 LOOPS = [{"number": number, "loops": 3} for number in (0, 1, 2)]
-LOOPS += [{"number": 3, "koopman": "replace", "loops": 3}]
+LOOPS += [{"number": 3, "koopman": "replace", "loops": 3}, {"number": 3, "mera": "replace", "loops": 3}]
 MODELS = [{"number": 0}, {"number": 0, "activation": "swiglu"}, *STAGE_1, *STAGE_2, *STAGE_3, *TRUNKS, *LOOPS]
 SCORES = [{"score": score} for score in ("real", "magnitude", "phase")]
 

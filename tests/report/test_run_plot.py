@@ -4,7 +4,7 @@ import itertools
 import math
 
 from muse.report import run_plot
-from muse.report.run_plot import plot_flow, plot_half_lives, plot_loss_curve
+from muse.report.run_plot import plot_flow, plot_half_lives, plot_levels_read, plot_loss_curve
 
 
 def test_a_loss_curve_leaves_out_what_was_not_measured(tmp_path, pixels):
@@ -115,3 +115,28 @@ def test_half_lives_are_drawn_for_each_operator(tmp_path, monkeypatch):
     ]
     assert sorted(text.get_text() for text in axes.texts) == ["block 0", "block 2"]
     assert axes.get_yscale() == "log"
+
+
+def test_what_routers_read_is_drawn_for_the_last_and_the_first_evaluation(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plot_levels_read(tmp_path / "levels_read.png", [{"step": 1, "train/loss": 1.0}], "title")
+    assert not figures
+    metrics = [
+        {
+            "step": step,
+            **{
+                f"mera/blocks_{block}_mixer/level_{level}": step / 10 + level + block
+                for block in (1, 3)
+                for level in (0, 1, 2)
+            },
+        }
+        for step in (1, 2, 3)
+    ]
+    plot_levels_read(tmp_path / "levels_read.png", metrics, "title")
+    (axes,) = figures[0].axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [
+        *([1.3, 2.3, 3.3], [1.1, 2.1, 3.1]),
+        *([3.3, 4.3, 5.3], [3.1, 4.1, 5.1]),
+    ]
+    assert all(list(line.get_xdata()) == [1, 2, 4] for line in axes.lines)
+    assert sorted(text.get_text() for text in axes.texts) == ["block 1", "block 3"]

@@ -66,6 +66,11 @@ KOOPMAN = [{"number": "3", "koopman": koopman} for koopman in ("none", "replace"
 KOOPMAN += [
     {"number": "3", "koopman": "replace", form: False} for form in ("koopman_angles", "koopman_selective")
 ]
+MERA = [
+    {"number": "3", "mera": "replace"},
+    {"number": "3", "mera": "add", "mera_levels": 3},
+    {"number": "3", "mera": "replace", "mera_every": 1, "koopman": "replace"},
+]
 # Three blocks do not fill parts of two.
 DEEP = dataclasses.replace(WIDTH, layers=3)
 COMPUTED_AGAIN = [
@@ -79,13 +84,14 @@ COMPUTED_AGAIN = [
     {"number": "2", "recompute": "block", "recompute_blocks": 2, "gradient": "backprop", "width": DEEP},
     {"number": "2", "recompute": "block", "gradient": "checkpoint", "ode_steps": 2, "width": DEEP},
 ]
+COMPUTED_AGAIN += [{**MERA[0], "trunk": "reversible"}, {**MERA[2], "recompute": "block"}]
 LOOPS = [
     *({"number": number, "loops": 2} for number in "012"),
     {"number": "0", "loops": 2, "recompute": "block", "recompute_blocks": 2, "width": DEEP},
 ]
 
 
-@pytest.mark.parametrize("options", [*MODELS, *KOOPMAN, {"number": "1", "mixer": "none"}], ids=str)
+@pytest.mark.parametrize("options", [*MODELS, *KOOPMAN, *MERA, {"number": "1", "mixer": "none"}], ids=str)
 @pytest.mark.parametrize("size", [{}, {"d_model": 48, "layers": 3, "kv_heads": 4, "d_ff": 100}], ids=str)
 def test_parameters_are_those_of_the_model(options, size):
     config = build(width=dataclasses.replace(WIDTH, **size), **options)
@@ -100,7 +106,7 @@ def test_the_seeds_model_has_their_number_of_parameters():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [*MODELS, *COMPUTED_AGAIN, *KOOPMAN, *LOOPS], ids=str)
+@pytest.mark.parametrize("options", [*MODELS, *COMPUTED_AGAIN, *KOOPMAN, *MERA, *LOOPS], ids=str)
 def test_flops_of_a_step_are_those_of_the_products_in_it(options):
     config = build(windows=1, **options)
     _, step = random_training_step(config, benchmark_model(config, CPU), CPU)
