@@ -153,6 +153,12 @@ class StageConfig:
         at_least=1,
         at_most=30,
     )
+    attention_window: int | None = option(
+        None,
+        "tokens that attention in stage 3 sees, a token itself and those before it; null for all. It runs in "
+        "plain PyTorch.",
+        at_least=1,
+    )
     ode_steps: int = option(1, "steps of the flow (this and what follows are of stages 2 and 3).", at_least=1)
     dt: float = option(1.0, "size of a step.", above=0)
     integrator: str = option(
@@ -233,6 +239,8 @@ class StageConfig:
             raise ConfigError(f"stage.koopman={self.koopman} is of stage=3; it must be none")
         if self.mera != "none" and self.number != "3":
             raise ConfigError(f"stage.mera={self.mera} is of stage=3; it must be none")
+        if self.attention_window is not None and self.number != "3":
+            raise ConfigError(f"stage.attention_window={self.attention_window} is of stage=3; leave it out")
 
     @property
     def flowing(self) -> bool:

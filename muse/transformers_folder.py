@@ -111,8 +111,8 @@ def refusal(trained: Trained) -> str | None:
         return "stage.mixer=none mixes no tokens, which no decoder elsewhere does; it cannot be exported"
     if stage.number == "3":
         return (
-            "stage=3 has Koopman operators or MERA routers, for which no engine has a cache; only stages 0, 1 "
-            "and 2 can be exported"
+            "stage=3 has Koopman operators or MERA routers, for which no engine has a cache; only stages 0, "
+            "1 and 2 can be exported"
         )
     if stage.number in ("1", "2") and stage.score != "real":
         return (

@@ -184,8 +184,13 @@ def test_the_allowed_values_are_listed_and_work(group, name):
 def test_a_bound_is_told_and_holds(group, name, declared):
     is_list, whole = isinstance(getattr(group, name), list), declared.type in (int, int | None)
 
+    # What goes with it.
+    also = {"number": "3"} if name == "attention_window" else {}
+
     def given(value: float) -> Any:
-        return dataclasses.replace(group, **{name: [value] * len(getattr(group, name)) if is_list else value})
+        return dataclasses.replace(
+            group, **also, **{name: [value] * len(getattr(group, name)) if is_list else value}
+        )
 
     for bound, side in (
         *((declared.at_least, -1), (declared.at_most, 1)),

@@ -32,7 +32,13 @@ from kernels.complex_attention.triton_code import PINNED
 from kernels.launch import fastest, target_name, tuning, use_triton
 from kernels.operator import operator
 
-__all__ = ["SCORES", "complex_attention", "complex_attention_backward", "complex_attention_forward"]
+__all__ = [
+    "SCORES",
+    "complex_attention",
+    "complex_attention_backward",
+    "complex_attention_forward",
+    "windowed_attention",
+]
 
 # So few keys are cheaper to hold all scores of than to compute these again in the backward pass.
 HELD_KEYS = 256
@@ -79,9 +85,33 @@ def complex_attention(
     if score == "real" and cu_seqlens is None and _takes_sdpa(q, k, v, causal):
         return eager.sdpa(q, k, v, causal)
     if cu_seqlens is None and k.shape[2] <= HELD_KEYS and not use_triton(q):
-        return eager.held(q, k, v, score, causal)
+        return eager.held(q, k, v, score, eager.future_keys(q, k) if causal else None)
     out, _ = complex_attention_forward(q, k, v, score, causal, cu_seqlens, max_seqlen)
     return out
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, score: str, window: int) -> Tensor:
+    """Causal attention in which a query sees the ``window`` nearest keys up to its own place only.
+
+    In plain PyTorch on every device: it keeps its scores, of twice as many keys as are seen, and has no
+    Triton kernel. Where all keys are within the window it is ``complex_attention``.
+
+    Args:
+        q: planar (B, H, S, 2, d).
+        k: planar (B, H_kv, S_k, 2, d), those of the queries and at most ``window`` before.
+        v: planar, as k.
+        score: ``real``, ``magnitude`` or ``phase``.
+        window: keys that a query sees.
+
+    Raises:
+        ValueError: more keys before, or as ``complex_attention``.
+    """
+    _check(q, k, v, score, True, None)
+    if k.shape[2] - q.shape[2] > window:
+        raise ValueError(f"{k.shape[2] - q.shape[2]} keys before the queries are more than window={window}")
+    if k.shape[2] <= window:
+        return complex_attention(q, k, v, score)
+    return eager.windowed(q, k, v, score, window)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool, cu_seqlens: Tensor | None) -> None:

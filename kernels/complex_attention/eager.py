@@ -43,8 +43,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return out.unflatten(-1, v.shape[-2:])
 
 
-def held(q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool) -> Tensor:
-    """Attention that keeps its scores, by plain autograd."""
+def held(q: Tensor, k: Tensor, v: Tensor, score: str, hidden: Tensor | None) -> Tensor:
+    """Attention that keeps its scores, by plain autograd.
+
+    ``hidden`` are the keys that a query does not see, if any, of a shape that becomes (B, H_kv, H / H_kv, S,
+    S_k); the other arguments are those of ``complex_attention``.
+    """
     queries, heads = q.shape[2], k.shape[1]
     group = (q.shape[1] // heads, queries)
     rows = (q * q.shape[-1] ** -0.5).flatten(-2).unflatten(1, (heads, group[0])).flatten(2, 3)
@@ -55,10 +59,8 @@ def held(q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool) -> Tensor:
         s_re, s_im = upcast(s_re), upcast(matmul(_minus_i(rows), flat_k.mT))
         size = (s_re.square() + s_im.square() + modulus_floor(q.dtype) ** 2).sqrt()
     logits = size
-    if causal:
-        future = torch.ones(queries, k.shape[2], dtype=torch.bool, device=q.device)
-        future = future.triu_(1 + k.shape[2] - queries)
-        logits = size.unflatten(2, group).masked_fill(future, -math.inf).flatten(2, 3)
+    if hidden is not None:
+        logits = size.unflatten(2, group).masked_fill(hidden, -math.inf).flatten(2, 3)
     weight = logits.softmax(-1)
     if score == "phase":
         weight = weight / size
@@ -69,6 +71,34 @@ def held(q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool) -> Tensor:
     else:
         out = matmul(weight.to(v.dtype), flat_v)
     return out.unflatten(2, group).flatten(1, 2).unflatten(-1, v.shape[-2:])
+
+
+def future_keys(q: Tensor, k: Tensor) -> Tensor:
+    """What a causal call does not see, (S, S_k)."""
+    queries, keys = q.shape[2], k.shape[2]
+    return torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu_(1 + keys - queries)
+
+
+def windowed(q: Tensor, k: Tensor, v: Tensor, score: str, window: int) -> Tensor:
+    """Causal attention to the ``window`` nearest keys, by blocks of as many queries."""
+    batch, _, queries = q.shape[:3]
+    before, count = k.shape[2] - queries, -(-queries // window)
+    # Of each block the keys at the same places, and as many before.
+    room = (0, 0, 0, 0, window - before, count * window - queries)
+    k, v = (
+        F.pad(x, room).unfold(2, 2 * window, window).movedim(2, 0).movedim(-1, 3).flatten(0, 1)
+        for x in (k, v)
+    )
+    q = F.pad(q, (0, 0, 0, 0, 0, count * window - queries))
+    q = q.unflatten(2, (count, window)).movedim(2, 0).flatten(0, 1)
+    place = torch.arange(2 * window, device=q.device)
+    own = place[window:, None]
+    seen = (place <= own) & (place > own - window)
+    # The first block has no more keys than that before it.
+    there = torch.arange(count, device=q.device)[:, None] * window + place >= window - before
+    hidden = ~(seen & there[:, None]).repeat_interleave(batch, 0)[:, None, None]
+    out = held(q, k, v, score, hidden).unflatten(0, (count, batch))
+    return out.movedim(0, 2).flatten(2, 3)[:, :, :queries]
 
 
 # Scores held at a time, and queries a block: few see fewer keys if causal, many make larger products.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kernels.complex_attention import complex_attention
+from kernels.complex_attention import complex_attention, windowed_attention
 from kernels.complex_rotary import split_heads
 from muse.layers.linear import ComplexLinear
 from muse.layers.rotary import rotary_table
@@ -22,21 +22,27 @@ class KVCache:
         keys: turned by their positions, planar (B, H_kv, length, 2, d), of stage 0 (B, H_kv, length, d); None
             before the first token.
         values: as keys.
+        forgotten: tokens before these that no window holds any more.
     """
 
     keys: Tensor | None = None
     values: Tensor | None = None
+    forgotten: int = 0
 
     @property
     def length(self) -> int:
         """Tokens seen."""
-        return 0 if self.keys is None else self.keys.shape[2]
+        return self.forgotten + (0 if self.keys is None else self.keys.shape[2])
 
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of the tokens that follow, and return those of all."""
+    def extend(self, keys: Tensor, values: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """Add those of the tokens that follow, and return those of all that one of these may see."""
         if self.keys is not None and self.values is not None:
             keys, values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
         self.keys, self.values = keys, values
+        if window is not None and (old := keys.shape[2] - window + 1) > 0:
+            # No views, which would keep all.
+            self.keys, self.values = keys[:, :, old:].clone(), values[:, :, old:].clone()
+            self.forgotten += old
         return keys, values
 
 
@@ -50,6 +56,7 @@ class ComplexAttention(nn.Module):
         score: ``real``, ``magnitude`` or ``phase``.
         init: initialisation of the projections.
         gain: factor on the initial output projection.
+        window: tokens that one sees, itself and those before it; None for all.
     """
 
     def __init__(
@@ -60,8 +67,10 @@ class ComplexAttention(nn.Module):
         score: str = "real",
         init: str = "glorot",
         gain: float = 1.0,
+        window: int | None = None,
     ) -> None:
         super().__init__()
+        self.window = window
         self.heads, self.kv_heads = heads, kv_heads or heads
         self.head_dim = d_model // heads
         self.score = score
@@ -92,10 +101,10 @@ class ComplexAttention(nn.Module):
             max_seqlen: an upper bound of the packed lengths.
 
         Raises:
-            ValueError: a cache of packed sequences.
+            ValueError: a cache, or a window, of packed sequences.
         """
-        if cache is not None and cu_seqlens is not None:
-            raise ValueError("packed sequences have no cache")
+        if (cache is not None or self.window is not None) and cu_seqlens is not None:
+            raise ValueError("packed sequences have no cache and no window")
         projection = self.projection(z).unflatten(-1, (-1, self.head_dim))
         start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + z.shape[1], device=z.device)
@@ -105,6 +114,9 @@ class ComplexAttention(nn.Module):
         table = rotary_table(positions, self.head_dim)
         q, k, v = split_heads(projection, table, self.heads, self.kv_heads)
         if cache is not None:
-            k, v = cache.extend(k, v)
-        out = complex_attention(q, k, v, self.score, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+            k, v = cache.extend(k, v, self.window)
+        if self.window is not None:
+            out = windowed_attention(q, k, v, self.score, self.window)
+        else:
+            out = complex_attention(q, k, v, self.score, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         return self.output(out.permute(0, 2, 3, 1, 4).flatten(-2))

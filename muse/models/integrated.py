@@ -110,7 +110,13 @@ def build_mixer(width: WidthConfig, stage: StageConfig, gain: float, block: int)
     mixers: dict[str, nn.Module] = {}
     if has_attention(stage, block):
         mixers["attention"] = ComplexAttention(
-            width.d_model, width.heads, width.kv_heads, stage.score, stage.init, gain
+            width.d_model,
+            width.heads,
+            width.kv_heads,
+            stage.score,
+            stage.init,
+            gain,
+            stage.attention_window,
         )
     if has_koopman(stage, block):
         form = stage.koopman_angles, stage.koopman_selective

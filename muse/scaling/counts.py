@@ -65,8 +65,13 @@ def check_modelled(stage: StageConfig) -> None:
     """Refuse what the formulas leave out.
 
     Raises:
-        ConfigError: stage 3a.
+        ConfigError: stage 3a, and attention in windows.
     """
+    if stage.attention_window is not None:
+        raise ConfigError(
+            f"stage.attention_window={stage.attention_window} has no cost model; choose "
+            "stage.attention_window=null"
+        )
     if stage.number == "3a":
         raise ConfigError("stage=3a has no cost model; choose stage=0, 1, 2 or 3")
 

@@ -212,7 +212,11 @@ def test_tuning_of_real_attention(monkeypatch, choice):
     monkeypatch.setattr(
         complex_attention,
         "complex_attention_forward",
-        lambda q, k, v, score, causal: (complex_attention.eager.held(q, k, v, score, causal),),
+        lambda q, k, v, score, causal: (
+            complex_attention.eager.held(
+                q, k, v, score, complex_attention.eager.future_keys(q, k) if causal else None
+            ),
+        ),
     )
     q, k = torch.randn(3, 4, 5, 2, 16), torch.randn(3, 2, 5, 2, 16)
     assert complex_attention._takes_sdpa(q, k, k, True) == (choice == "sdpa")

@@ -8,6 +8,7 @@ import torch
 from support.rounding import assert_as_accurate
 
 from kernels.complex_attention import SCORES
+from kernels.complex_attention.plain import attention
 from muse.layers import ComplexAttention, KVCache
 from muse.planar import multiply
 
@@ -119,3 +120,49 @@ def test_packed_sequences_have_no_cache():
     bounds = torch.tensor([0, 3], dtype=torch.int32)
     with pytest.raises(ValueError, match="packed sequences have no cache"):
         ComplexAttention(12, 4)(torch.randn(1, 3, 2, 12), KVCache(), bounds)
+    with pytest.raises(ValueError, match="packed sequences have no cache and no window"):
+        ComplexAttention(12, 4, window=2)(torch.randn(1, 3, 2, 12), cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("window", [1, 2, 5, 8, 30, 31])
+def test_a_window_is_a_mask(score, window, monkeypatch):
+    layer = ComplexAttention(12, 4, 2, score, window=window).double()
+    z = torch.randn(2, 30, 2, 12, dtype=torch.float64)
+    out = layer(z)
+
+    def masked(q, k, v, score, window):
+        places = torch.arange(30)
+        hidden = (places > places[:, None]) | (places <= places[:, None] - window)
+        return attention(q, k, v, score, hidden)
+
+    monkeypatch.setattr("muse.layers.attention.windowed_attention", masked)
+    torch.testing.assert_close(out, layer(z), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("sizes", [[1] * 30, [4, 1, 20, 5], [29, 1], [2, 2, 26]], ids=str)
+@pytest.mark.parametrize("window", [1, 4, 7])
+def test_a_window_keeps_no_more_than_it_sees(score, sizes, window):
+    layer = ComplexAttention(12, 4, 2, score, window=window).double()
+    z = torch.randn(2, 30, 2, 12, dtype=torch.float64)
+    cache, outs = layer.new_cache(30), []
+    with torch.no_grad():
+        for part in z.split(sizes, 1):
+            assert cache.length == sum(out.shape[1] for out in outs)
+            outs.append(layer(part, cache))
+            assert cache.keys.untyped_storage().nbytes() <= (window - 1) * 2 * 2 * 2 * 3 * 8
+        torch.testing.assert_close(torch.cat(outs, 1), layer(z), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("score", "dtype"), [*zip(SCORES, [torch.float32, torch.bfloat16, torch.float32])])
+def test_no_token_sees_a_later_one_or_beyond_its_window(score, dtype):
+    layer, z = ComplexAttention(12, 4, 2, score, window=7).to(dtype), torch.randn(2, 40, 2, 12).to(dtype)
+    with torch.no_grad():
+        before = layer(z)
+        for position in (0, 3, 6, 7, 20, 39):
+            other = z.clone()
+            other[:, position] += 1
+            after = layer(other)
+            changed = [not torch.equal(a, b) for a, b in zip(after.unbind(1), before.unbind(1), strict=True)]
+            assert changed == [position <= n < position + 7 for n in range(40)]

@@ -30,6 +30,7 @@ STAGE_3 = [
     {"number": 3, "koopman": "replace", "koopman_angles": False, "koopman_selective": False},
     {"number": 3, "mera": "replace", "mera_every": 1},
     {"number": 3, "mera": "add", "mera_every": 1, "koopman": "replace"},
+    {"number": 3, "attention_window": 5},
 ]
 TRUNKS = [{"number": number, "trunk": "reversible"} for number in (0, 1, 2)]
 TRUNKS += [{"number": 3, "koopman": koopman, "trunk": "reversible"} for koopman in ("replace", "add")]
