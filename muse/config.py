@@ -159,6 +159,16 @@ class StageConfig:
         "plain PyTorch.",
         at_least=1,
     )
+    dialectic: str = option(
+        "none",
+        "what speaks in stage 3 against the likeliest tokens of the head: an energy of each, by an mlp of "
+        "the state and the token, or by a hamiltonian of both; or none.",
+        choices=("none", "mlp", "hamiltonian"),
+    )
+    dialectic_candidates: int = option(16, "likeliest tokens that have an energy.", at_least=1)
+    dialectic_rounds: int = option(
+        1, "rounds, each of which is told what the one before has come to.", at_least=1
+    )
     ode_steps: int = option(1, "steps of the flow (this and what follows are of stages 2 and 3).", at_least=1)
     dt: float = option(1.0, "size of a step.", above=0)
     integrator: str = option(
@@ -241,6 +251,8 @@ class StageConfig:
             raise ConfigError(f"stage.mera={self.mera} is of stage=3; it must be none")
         if self.attention_window is not None and self.number != "3":
             raise ConfigError(f"stage.attention_window={self.attention_window} is of stage=3; leave it out")
+        if self.dialectic != "none" and self.number != "3":
+            raise ConfigError(f"stage.dialectic={self.dialectic} is of stage=3; it must be none")
 
     @property
     def flowing(self) -> bool:

@@ -109,6 +109,11 @@ def refusal(trained: Trained) -> str | None:
     stage = trained.config.stage
     if stage.mixer == "none":
         return "stage.mixer=none mixes no tokens, which no decoder elsewhere does; it cannot be exported"
+    if stage.dialectic != "none":
+        return (
+            f"stage.dialectic={stage.dialectic} corrects the logits of the head, which no engine does; only "
+            "stages 0, 1 and 2 can be exported"
+        )
     if stage.number == "3":
         return (
             "stage=3 has Koopman operators or MERA routers, for which no engine has a cache; only stages 0, "

@@ -174,7 +174,8 @@ def test_the_allowed_values_are_listed_and_work(group, name):
         others["stage", number] = {"activation": "gelu"}
     for value in allowed:
         own: Any = [value] if is_list else int(value) if declared.type is int else value
-        also = {"number": "3"} if name in ("koopman", "mera") else others.get((declared.given_as, value), {})
+        of_stage_3 = name in ("koopman", "mera", "dialectic")
+        also = {"number": "3"} if of_stage_3 else others.get((declared.given_as, value), {})
         assert getattr(dataclasses.replace(group, **{name: own, **also}), name) == own
 
 

@@ -130,6 +130,7 @@ def test_the_maps_are_exact_in_float64(tmp_path, options):
         ({"stage": "1", "loops": 2}, "stage.loops=2"),
         ({"stage": "0", "trunk": "reversible"}, "stage.trunk=reversible of stage 0"),
         ({"stage": "3"}, "stage=3 has Koopman operators"),
+        ({"stage": "3", "dialectic": "mlp"}, "stage.dialectic=mlp corrects the logits"),
         ({"stage": "3a"}, "stage=3a"),
     ],
     ids=str,

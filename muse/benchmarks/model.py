@@ -18,7 +18,7 @@ from muse.runs.checkpoints import find_weights, load_weights
 from muse.training.evaluate import Evaluation
 from muse.training.optim import ModelOptimizer
 from muse.training.step import TakenStep, TrainingStep, training_step
-from muse.training.trainer import train
+from muse.training.trainer import Log, train
 
 
 def random_tokens(config: BenchConfig, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -57,9 +57,24 @@ def random_training_step(
 
 
 def train_briefly(
-    config: BenchConfig, data: TokenData, device: torch.device, folder: Path, curve: list[tuple[int, float]]
+    config: BenchConfig,
+    data: TokenData,
+    device: torch.device,
+    folder: Path,
+    curve: list[tuple[int, float]],
+    eval_every: int = 0,
+    note: Log | None = None,
 ) -> tuple[LanguageModel, Evaluation]:
     """Train for ``benchmark.train_steps`` steps and evaluate; the checkpoint goes into ``folder``.
+
+    Args:
+        config: what to train.
+        data: to train and evaluate with.
+        device: of the model.
+        folder: of the run.
+        curve: is given the training loss of each step.
+        eval_every: steps between evaluations on the way; 0 for none.
+        note: called with every line of metrics.
 
     Raises:
         KeyboardInterrupt: when the training was interrupted.
@@ -68,7 +83,7 @@ def train_briefly(
     steps = config.benchmark.train_steps
     config = changed(
         config,
-        train={"steps": steps, "batch_size": batch, "eval_every": 0, "checkpoint_every": 0},
+        train={"steps": steps, "batch_size": batch, "eval_every": eval_every, "checkpoint_every": 0},
         model={"seq_len": length},
         logger={"log_every": 1},
     )
@@ -76,6 +91,8 @@ def train_briefly(
     def log(step: int, metrics: dict[str, float]) -> None:
         if "train/loss" in metrics:
             curve.append((step, metrics["train/loss"]))
+        if note is not None:
+            note(step, metrics)
 
     model, result = train(config, data, device, folder, log)
     if result.valid is None:

@@ -12,6 +12,7 @@ import torch
 from muse.benchmarks import (
     ablation,
     adjoint,
+    dialectic,
     energy,
     gradients,
     kernels,
@@ -46,12 +47,24 @@ BENCHMARKS: dict[str, Benchmark] = {
     "kernels": kernels.BENCHMARK,
     "koopman": koopman.BENCHMARK,
     "mera": mera.BENCHMARK,
+    "dialectic": dialectic.BENCHMARK,
     "adjoint": adjoint.BENCHMARK,
     "price": price.BENCHMARK,
     "ablation": ablation.BENCHMARK,
 }
 # What benchmark=all runs, in this order, where it goes with the stage.
-ALL = ("vram", "throughput", "stability", "gradients", "energy", "koopman", "mera", "perplexity", "speedup")
+ALL = (
+    "vram",
+    "throughput",
+    "stability",
+    "gradients",
+    "energy",
+    "koopman",
+    "mera",
+    "dialectic",
+    "perplexity",
+    "speedup",
+)
 MEASUREMENTS: dict[str, Measure] = {
     name: measure for benchmark in BENCHMARKS.values() for name, measure in benchmark.measure.items()
 }

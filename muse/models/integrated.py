@@ -17,6 +17,7 @@ from muse.layers import (
     MeraState,
 )
 from muse.models.complex import build_norm, decoder_of
+from muse.models.dialectic import Antithesis
 from muse.models.hamiltonian import HamiltonianFlow
 from muse.models.language_model import LanguageModel
 from muse.models.trunk import Sublayer, TrunkState
@@ -130,4 +131,8 @@ def integrated_decoder(stage: StageConfig, width: WidthConfig, vocab_size: int) 
     """Build stage 3."""
     gain = 1 / math.sqrt(2 * width.layers * stage.loops)
     blocks = [IntegratedBlock(width, stage, gain, number) for number in range(width.layers)]
-    return decoder_of(blocks, stage, width, vocab_size)
+    decoder = decoder_of(blocks, stage, width, vocab_size)
+    if stage.dialectic != "none":
+        options = (stage.dialectic_candidates, stage.dialectic_rounds)
+        decoder.antithesis = Antithesis(stage.dialectic, 2 * width.d_model, *options)
+    return decoder

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kernels.products import linear
 from muse.layers.recompute import recomputed_call
+from muse.models.dialectic import Antithesis
 from muse.models.loss import linear_cross_entropy, linear_losses
 from muse.models.trunk import ReversibleTrunk, through
 
@@ -49,6 +50,8 @@ class LanguageModel(nn.Module):
         self.recompute = 0
         # How often the state goes through all blocks. The embedding is added before each time but the first.
         self.loops = 1
+        # What is said against the head's distribution; None for nothing.
+        self.antithesis: Antithesis | None = None
 
     def features(self, tokens: Tensor) -> Tensor:
         """Real features (B, S, E) before the head."""
@@ -119,7 +122,9 @@ class LanguageModel(nn.Module):
 
     def _logits(self, features: Tensor) -> Tensor:
         weight, bias = self.head_parameters()
-        return linear(features, weight.flatten(1), bias)
+        matrix = weight.flatten(1)
+        logits = linear(features, matrix, bias)
+        return logits if self.antithesis is None else self.antithesis(features, logits, matrix)
 
     def loss(
         self, tokens: Tensor, targets: Tensor, reduction: str = "mean", select: Select | None = None
@@ -140,7 +145,8 @@ class LanguageModel(nn.Module):
     def loss_of(self, features: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of ``targets`` (B, S) given ``features`` (B, S, E)."""
         weight, bias = self.head_parameters()
-        return linear_cross_entropy(features.flatten(0, 1), weight, targets.flatten(), bias, reduction)
+        flat, wanted = features.flatten(0, 1), targets.flatten()
+        return linear_cross_entropy(flat, weight, wanted, bias, reduction, self.antithesis)
 
     def token_losses(
         self, features: Tensor, targets: Tensor, entropy: bool = False

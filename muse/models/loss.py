@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.planar import precise, upcast
 from kernels.products import addmm, linear, mm
+from muse.models.dialectic import Antithesis, Argument
 
 # Logits held at a time: rows of a chunk x vocabulary. Larger chunks cost memory, smaller ones speed and,
 # because the weight's gradient is summed over chunks in its own dtype, accuracy.
@@ -22,7 +23,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: Tensor,
+        antithesis: Antithesis | None,
+        *against: Tensor,
     ) -> Tensor:
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         tokens, vocab = x.shape[0], weight.shape[0]
@@ -32,6 +40,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x) if needs_x else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
         grad_bias = torch.zeros(vocab, dtype=total.dtype, device=x.device) if needs_bias else None
+        argument = None
+        if antithesis is not None:
+            of_matrix = grad_weight.zero_().flatten(1) if grad_weight is not None else None
+            sums = tuple(torch.zeros_like(w, dtype=total.dtype) for w in against)
+            needed = any(ctx.needs_input_grad)
+            argument = Argument(antithesis, matrix, against, sums if needed else None, of_matrix)
         # One buffer for all chunks: fresh memory costs more than the pass over it.
         buffer = x.new_empty(min(chunk, tokens), vocab)
         for start in range(0, tokens, chunk):
@@ -40,19 +54,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if bias is not None:
                 logits += bias
             counted = targets[rows] >= 0
-            losses = _softmax_gradient_(logits, targets[rows].clamp(min=0), any(ctx.needs_input_grad))
+            own = None
+            if argument is None:
+                losses = _softmax_gradient_(logits, targets[rows].clamp(min=0), any(ctx.needs_input_grad))
+            else:
+                given = (x[rows], logits, targets[rows].clamp(min=0), counted)
+                losses, own = argument.losses_(*given, _softmax_gradient_)
             total += losses.masked_fill_(~counted, 0).sum()
             if grad_x is not None:
                 mm(logits, matrix, out=grad_x[rows])
                 grad_x[rows].mul_(counted[:, None])
+                if own is not None:
+                    grad_x[rows].add_(own)
             if grad_weight is not None:
                 # Rows that do not count are left out of the smaller factor.
                 counted_x = x[rows] * counted[:, None]
                 out = grad_weight.flatten(1)
-                addmm(out, logits.t(), counted_x, beta=float(start > 0), out=out)
+                beta = float(start > 0 or argument is not None)
+                addmm(out, logits.t(), counted_x, beta=beta, out=out)
             if grad_bias is not None:
                 grad_bias += (counted.to(logits.dtype) @ logits).to(grad_bias.dtype)
         ctx.gradients = (grad_x, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype))
+        ctx.own = ()
+        if argument is not None and argument.gradients is not None:
+            ctx.own = tuple(g.to(w.dtype) for g, w in zip(argument.gradients, against, strict=True))
         ctx.save_for_backward(scale)
         return total * scale
 
@@ -62,11 +87,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("linear_cross_entropy has no second derivative (create_graph=True)")
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy can be differentiated only once; call it again instead")
-        gradients, ctx.gradients = ctx.gradients, None
+        gradients, own = ctx.gradients, ctx.own
+        ctx.gradients = ctx.own = None
         (scale,) = ctx.saved_tensors
         # Scaled only here, so that a loss scale comes before float16 could underflow.
         factor = grad * scale
-        return *(None if g is None else g.mul_(factor) for g in gradients), None, None
+        of_head = (None if g is None else g.mul_(factor) for g in gradients)
+        return *of_head, None, None, None, *(g.mul_(factor) for g in own)
 
 
 def _softmax_gradient_(logits: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
@@ -132,7 +159,12 @@ def linear_losses(
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, reduction: str = "mean"
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    reduction: str = "mean",
+    antithesis: Antithesis | None = None,
 ) -> Tensor:
     """Cross-entropy in nats of softmax(x W^T + b) against ``targets``, in float32.
 
@@ -147,6 +179,7 @@ def linear_cross_entropy(
         targets: (N,) int64; negative targets are not counted.
         bias: (V,).
         reduction: ``mean`` over the counted targets, or ``sum``.
+        antithesis: makes of that softmax, the thesis, the synthesis that the cross-entropy is then of.
 
     Raises:
         ValueError: for another reduction.
@@ -161,8 +194,10 @@ def linear_cross_entropy(
         scale = 1 / (targets >= 0).sum().clamp(min=1).to(precise(x))
     else:
         scale = torch.ones((), dtype=precise(x), device=x.device)
+    against = [] if antithesis is None else [own.to(x.dtype) for own in antithesis.weights()]
     if not torch.is_grad_enabled():
         # A parameter asks for its gradient even here, and working it out costs twice the loss.
         x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()
+        against = [own.detach() for own in against]
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(x, weight, bias, targets, scale)
+        return _LinearCrossEntropy.apply(x, weight, bias, targets, scale, antithesis, *against)

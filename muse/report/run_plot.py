@@ -203,3 +203,15 @@ def _read_by(line: dict[str, Any], prefix: str) -> list[tuple[float, float]]:
         for key in line
         if key.startswith(prefix) and line[key] is not None
     ]
+
+
+def plot_contradiction(path: Path, metrics: list[dict[str, Any]], title: str) -> None:
+    """Write how far the synthesis is from the thesis over the steps of a run, if it has a dialectic loop."""
+    points = series(metrics, "dialectic/contradiction")
+    if not points:
+        return
+    figure = new_figure((8, 4.2))
+    axes = new_axes(figure, "step", "contradiction [nats]", title=title)
+    add_line(axes, "contradiction", points, 0)
+    axes.set_ylim(bottom=0)
+    save(figure, path)

@@ -11,6 +11,7 @@ from muse.dynamics.integrators import stages
 from muse.errors import ConfigError
 from muse.layers.koopman import TAPS
 from muse.layers.mera import BLOCK, READ, read_shape
+from muse.models.dialectic import UNITS
 from muse.models.hamiltonian import hidden_units
 from muse.models.integrated import has_attention, has_koopman, has_mera
 
@@ -27,7 +28,7 @@ class Shapes:
 
     Attributes:
         blocks: of each block.
-        rest: embedding, last norm, and a head that is not shared with the embedding.
+        rest: embedding, last norm, a head that is not shared with the embedding, and an antithesis.
     """
 
     blocks: list[list[Shape]]
@@ -47,7 +48,7 @@ class Flops:
         maps: of the linear maps of all blocks, and of what MERA routers read.
         attention: of queries with keys and of weights with values.
         forces: of the flows of stage 2, in ``stage.force_precision``; all others are in ``stage.precision``.
-        head: of the logits.
+        head: of the logits, and of an antithesis.
     """
 
     maps: float
@@ -98,7 +99,8 @@ def shapes(stage: StageConfig, model: ModelConfig, vocab_size: int) -> Shapes:
     - stage 3: as stage 2, but for 2 D C + 2 D^2 of an attention 8 D^2 + 7 D of a Koopman operator, or of a
       MERA router of L levels 6 D^2 + 5 L D, and 2 heads (L + 1) (2 D + 1).
 
-    What is left is an embedding of V d or 2 V D, once more as much if ``tied`` is false, and a norm.
+    What is left is an embedding of V d or 2 V D, once more as much if ``tied`` is false, and a norm; in
+    stage 3 with an antithesis of u units 4 u D + u^2 + 2 u.
     """
     check_modelled(stage)
     width = width_of(stage, model)
@@ -130,7 +132,22 @@ def shapes(stage: StageConfig, model: ModelConfig, vocab_size: int) -> Shapes:
         for block in range(width.layers)
     ]
     head = [] if stage.tied else [(vocab_size, 2 * d)]
-    return Shapes(blocks, [(vocab_size, 2, d), *norm, *head])
+    return Shapes(blocks, [(vocab_size, 2, d), *norm, *head, *antithesis_shapes(stage, d)])
+
+
+def antithesis_shapes(stage: StageConfig, d: int) -> list[Shape]:
+    """The parameters of the antithesis of a model of d channels; none without one."""
+    if stage.dialectic == "none":
+        return []
+    return [(UNITS, 2 * d), (UNITS, 2 * d), (UNITS, UNITS), (UNITS,), (UNITS,)]
+
+
+def antithesis_flops(stage: StageConfig, d: int, vocab_size: int) -> float:
+    """FLOPs of a token in a forward pass: maps of the state, each candidate and each round's mean."""
+    if stage.dialectic == "none":
+        return 0.0
+    candidates = min(stage.dialectic_candidates, vocab_size)
+    return 2.0 * UNITS * (2 * d * (1 + candidates) + UNITS * stage.dialectic_rounds)
 
 
 def koopman_shapes(stage: StageConfig, d: int) -> list[Shape]:
@@ -237,7 +254,8 @@ def forward_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_l
         maps=maps * stage.loops,
         attention=float(attentions) * products * 2 * planes * d * (seq_len // 2) * stage.loops,
         forces=of_forces * passes,
-        head=2.0 * vocab_size * d * (planes if stage.mixer == "attention" else 1),
+        head=2.0 * vocab_size * d * (planes if stage.mixer == "attention" else 1)
+        + antithesis_flops(stage, d, vocab_size),
     )
 
 

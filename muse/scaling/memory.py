@@ -84,8 +84,8 @@ def element_bytes(stage: StageConfig) -> int:
 
     Raises:
         ConfigError: a mixed precision, whose activations have no single dtype, mixer=none, loops, Koopman
-            operators, MERA routers, or checkpoints within checkpoints, some of which wait for Python's
-            garbage collector.
+            operators, MERA routers, an antithesis, or checkpoints within checkpoints, some of which wait for
+            Python's garbage collector.
     """
     check_modelled(stage)
     if stage.precision not in BYTES:
@@ -100,6 +100,10 @@ def element_bytes(stage: StageConfig) -> int:
         raise ConfigError(f"stage.koopman={stage.koopman} has no memory model; choose stage=2")
     if stage.mera != "none":
         raise ConfigError(f"stage.mera={stage.mera} has no memory model; choose stage=2")
+    if stage.dialectic != "none":
+        raise ConfigError(
+            f"stage.dialectic={stage.dialectic} has no memory model; choose stage.dialectic=none"
+        )
     if stage.flowing and stage.gradient == "checkpoint" and stage.recompute == "block":
         raise ConfigError(
             "stage.gradient=checkpoint has no memory model with stage.recompute=block; choose "

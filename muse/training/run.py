@@ -18,7 +18,13 @@ from muse.hardware import describe, use_hardware
 from muse.models import LanguageModel
 from muse.processes.ranks import broadcast, on_first_rank, process_group, rank, ranks
 from muse.report.metrics import MetricsLog, read_metrics, require_trackers
-from muse.report.run_plot import plot_flow, plot_half_lives, plot_levels_read, plot_loss_curve
+from muse.report.run_plot import (
+    plot_contradiction,
+    plot_flow,
+    plot_half_lives,
+    plot_levels_read,
+    plot_loss_curve,
+)
 from muse.runs.checkpoints import (
     adopt_checkpoints,
     find_sound_checkpoint,
@@ -163,7 +169,11 @@ def _plots(config: RunConfig, run: Path) -> list[Path]:
     plot_flow(run / "flow.png", metrics, f"{title}: what its flows do")
     plot_half_lives(run / "half_lives.png", metrics, f"{title}: half-lives of its Koopman operators")
     plot_levels_read(run / "levels_read.png", metrics, f"{title}: what its MERA routers read")
-    paths = (run / name for name in ("loss.png", "flow.png", "half_lives.png", "levels_read.png"))
+    plot_contradiction(
+        run / "contradiction.png", metrics, f"{title}: how far its synthesis is from its thesis"
+    )
+    names = ("loss.png", "flow.png", "half_lives.png", "levels_read.png", "contradiction.png")
+    paths = (run / name for name in names)
     return [path for path in paths if path.exists()]
 
 

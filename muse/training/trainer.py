@@ -20,6 +20,7 @@ from muse.errors import ConfigError, RunError, of_all_ranks
 from muse.layers.koopman import half_lives
 from muse.layers.mera import levels_read
 from muse.models import LanguageModel, build_model, count_parameters
+from muse.models.dialectic import watched_contradiction
 from muse.processes.ranks import all_reduced_max, rank, ranks
 from muse.runs.checkpoints import TrainingState, find_checkpoint, find_weights, load_tensors, load_weights
 from muse.runs.folder import CHECKPOINTS
@@ -269,10 +270,14 @@ class Trainer:
         ended = self.done == options.steps
         self.best, self.valid = False, None
         if options.eval_every and (self.done % options.eval_every == 0 or ended):
-            with watched_flows(self.model) as flows:
+            with (
+                watched_flows(self.model) as flows,
+                watched_contradiction(self.model.antithesis) as contradiction,
+            ):
                 self.valid = valid = self._evaluate("valid", options.eval_tokens)
             measured_on = {"valid/tokens": valid.tokens, "valid/stride": self.stride}
-            watched = {**measured_on, **flows, **half_lives(self.model), **levels_read(self.model)}
+            watched = {**measured_on, **flows, **contradiction, **half_lives(self.model)}
+            watched |= levels_read(self.model)
             self.log(self.done, {"valid/loss": valid.loss, "valid/ppl": valid.ppl, **watched})
             if not ended:
                 progress.tell(

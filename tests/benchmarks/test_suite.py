@@ -54,6 +54,7 @@ GOOD_FLOW = {
     "trained energy": lambda config: ENERGY,
     "koopman": lambda config: {"linearity_error": 1e-6, "speedup": 3.9},
     "mera": lambda config: {"causal": True, "time_ms": 30.0, "time_ratio": 2.0},
+    "dialectic": lambda config: {"gain": 0.4, "last": 0.01, "grad_norm": 0.1},
 }
 STAGE_2_KEYS = [
     "stage2_ppl",
@@ -146,13 +147,14 @@ def test_stage_2_passes_when_everything_does_and_has_the_keys_of_the_seeds(bench
 def test_stage_3_passes_when_everything_does_and_is_measured_beside_stage_2(bench_config, monkeypatch):
     config = bench_config(3)
     config = dataclasses.replace(
-        config, stage=dataclasses.replace(config.stage, koopman="replace", mera="add")
+        config, stage=dataclasses.replace(config.stage, koopman="replace", mera="add", dialectic="mlp")
     )
     values = run(monkeypatch, config)
     assert values["all_pass"] is True
     assert values["stage3_ppl"] == values["stage2_ppl"] == values["stage1_ppl"] == values["stage0_ppl"] == 20
     assert values["koopman_linearity_error"] == 1e-6
     assert values["mera_time_ms"] == 30
+    assert values["dialectic_gain"] == 0.4
     assert values["throughput_ratio"] == 1
     for measurement, answer, flag in (
         ("koopman", lambda c: {"linearity_error": 6e-4, "speedup": 3.9}, "koopman_linearity_pass"),
@@ -160,6 +162,8 @@ def test_stage_3_passes_when_everything_does_and_is_measured_beside_stage_2(benc
         ("mera", lambda c: {"causal": True, "time_ms": 51.0, "time_ratio": 2.0}, "mera_time_pass"),
         ("mera", lambda c: {"causal": True, "time_ms": 30.0, "time_ratio": 2.2}, "mera_time_ratio_pass"),
         ("mera", lambda c: {"causal": False, "time_ms": None, "time_ratio": None}, "mera_causal"),
+        ("dialectic", lambda c: {"gain": 0.2, "last": 0.01, "grad_norm": 0.1}, "dialectic_pass"),
+        ("dialectic", lambda c: {"gain": 0.4, "last": 0.01, "grad_norm": 1e-7}, "dialectic_grad_norm_pass"),
         (
             "throughput",
             lambda c: {"tokens_per_second": 8.0 if c.stage.number == "3" else 10.0},

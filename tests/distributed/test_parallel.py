@@ -38,6 +38,9 @@ CASES = {
     "recomputed blocks": run_config(stage_config("1", recompute="block")),
     "loops": run_config(flow_config("reversible", loops=2)),
     "stage 3": run_config(stage_config("3", mera="add", mera_every=1, gradient="reversible")),
+    "dialectic loop": run_config(
+        stage_config("3", gradient="reversible", dialectic="mlp", dialectic_candidates=4)
+    ),
     "stage 3a": run_config(stage_config("3a")),
     "the block of the seeds": run_config(stage_config("1", mixer="none")),
     "untied": run_config(stage_config("1", tied=False, norm="layer")),

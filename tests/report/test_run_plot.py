@@ -4,7 +4,13 @@ import itertools
 import math
 
 from muse.report import run_plot
-from muse.report.run_plot import plot_flow, plot_half_lives, plot_levels_read, plot_loss_curve
+from muse.report.run_plot import (
+    plot_contradiction,
+    plot_flow,
+    plot_half_lives,
+    plot_levels_read,
+    plot_loss_curve,
+)
 
 
 def test_a_loss_curve_leaves_out_what_was_not_measured(tmp_path, pixels):
@@ -140,3 +146,14 @@ def test_what_routers_read_is_drawn_for_the_last_and_the_first_evaluation(tmp_pa
     ]
     assert all(list(line.get_xdata()) == [1, 2, 4] for line in axes.lines)
     assert sorted(text.get_text() for text in axes.texts) == ["block 1", "block 3"]
+
+
+def test_the_contradiction_is_drawn_where_there_is_one(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plot_contradiction(tmp_path / "contradiction.png", [{"step": 1, "train/loss": 1.0}], "title")
+    assert not figures
+    metrics = [{"step": step, "dialectic/contradiction": 0.1 * step} for step in (1, 2)]
+    plot_contradiction(tmp_path / "contradiction.png", metrics, "title")
+    (axes,) = figures[0].axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [[0.1, 0.2]]
+    assert axes.get_ylim()[0] == 0
