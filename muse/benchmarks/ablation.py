@@ -1,7 +1,8 @@
 """``benchmark=ablation``: what each part of stage 3 is worth, alone and left out, beside stage 2.
 
 Every variant is trained on as many tokens as the others, from several seeds, with the learning rate of the
-command; what its step takes in FLOPs and time stands beside its loss, for these differ.
+command; what its step takes in FLOPs and time stands beside its loss, for these differ. They are those of a
+step that learns from all tokens.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ Options = Mapping[str, Mapping[str, Any]]
 # Of each part what leaves it out and what has it, where the command does not say how.
 PARTS: dict[str, tuple[Options, Options]] = {
     "koopman": ({"stage": {"koopman": "none"}}, {"stage": {"koopman": "replace"}}),
+    "mera": ({"stage": {"mera": "none"}}, {"stage": {"mera": "add"}}),
+    "dialectic": ({"stage": {"dialectic": "none"}}, {"stage": {"dialectic": "mlp"}}),
+    "selection": (
+        {"optim": {"selection": "none"}, "train": {"reference": None}},
+        {"optim": {"selection": "entropy"}, "train": {"reference": None}},
+    ),
 }
 # Other forms of a part, of which each stands alone.
 FORMS: dict[str, Options] = {
@@ -41,6 +48,8 @@ FORMS: dict[str, Options] = {
     "koopman beside attention": {"stage": {"koopman": "add"}},
     "koopman, real eigenvalues": {"stage": {"koopman": "replace", "koopman_angles": False}},
     "koopman, not selective": {"stage": {"koopman": "replace", "koopman_selective": False}},
+    "mera in place of attention": {"stage": {"mera": "replace"}},
+    "dialectic, hamiltonian": {"stage": {"dialectic": "hamiltonian"}},
 }
 BASELINE, OWN = "stage 2", "stage 3"
 # Perplexity of stage 3 / that of stage 2.
@@ -86,7 +95,9 @@ def _of_part(part: str, config: BenchConfig) -> Options:
 def judge(config: BenchConfig, results: Results) -> None:
     """Train stage 2 and the variants, and hold stage 3 as the command has it against stage 2."""
     options = config.benchmark
-    variants = {BASELINE: baseline_of(config, results.stage_of("2")), **variants_of(config)}
+    without, _ = PARTS["selection"]
+    baseline = baseline_of(_with(config, without), results.stage_of("2"))
+    variants = {BASELINE: baseline, **variants_of(config)}
     wanted = {BASELINE, *(options.variants or variants)}
     variants = {name: variant for name, variant in variants.items() if name in wanted}
     results.values |= {"ablation_ratio": None, "ablation_pass": None}

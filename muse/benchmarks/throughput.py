@@ -129,8 +129,9 @@ def _judge_flow(config: BenchConfig, results: Results) -> None:
 
 def _add_share_of_attention(config: BenchConfig, results: Results) -> None:
     """Speed beside that of the same model whose blocks all have attention, stage 2."""
-    parts = {"koopman": "none", "mera": "none", "attention_window": None, "dialectic": "none"}
-    stage = dataclasses.replace(config.stage, number="2", **parts)
+    stage = dataclasses.replace(
+        config.stage, number="2", koopman="none", mera="none", attention_window=None, dialectic="none"
+    )
     other = dataclasses.replace(config, stage=stage)
     rates = [results.measure("throughput", name_of(one), one)["tokens_per_second"] for one in (config, other)]
     share = ratio(*rates)

@@ -67,8 +67,8 @@ def test_each_variant_is_held_against_stage_2_from_the_same_seeds(config, monkey
     for name, model in models.items():
         assert len(model["losses"]) == 3
         if name != "stage 2":
-            expected = 1.02 if "beside" in name else 0.95
-            assert model["ratio"] == pytest.approx(math.exp(math.log1p(expected - 1)), rel=2e-3)
+            nats = worth(ablation.variants_of(config())[name].stage)
+            assert model["ratio"] == pytest.approx(math.exp(nats))
             assert model["interval"] == pytest.approx(2 * [model["ratio"]])
     assert results.values == {
         "ablation_ratio": pytest.approx(math.exp(-0.05)), "ablation_pass": True, "all_pass": True
@@ -80,9 +80,20 @@ def test_variants_differ_from_each_other_and_from_stage_2(config):
         variants = ablation.variants_of(config(given))
         different = {repr(variant) for variant in variants.values()}
         assert len(different) == len(variants)
-        without = [name for name, variant in variants.items() if variant.stage.koopman == "none"]
-        assert without == (["stage 3"] if given.get("koopman") == "none" else [])
-    # A part is as the command has it.
+        bare = [
+            name
+            for name, variant in variants.items()
+            if {variant.stage.koopman, variant.stage.mera, variant.stage.dialectic, variant.optim.selection}
+            == {"none"}
+        ]
+        assert bare == (["stage 3"] if given.get("koopman") == "none" else [])
+    # A part is as the command has it, where it stands alone and beside the others.
+    variants = ablation.variants_of(config({"mera": "replace", "koopman": "add"}))
+    assert [variants[name].stage.mera for name in ("mera", "all parts", "all but mera")] == [
+        "replace", "replace", "none"
+    ]  # fmt: skip
+    assert variants["koopman"].stage.koopman == variants["all but mera"].stage.koopman == "add"
+    assert variants["selection"].optim.selection == "entropy"
     assert ablation.variants_of(config({"koopman_every": 3}))["stage 3"].stage.koopman_every == 3
 
 

@@ -81,6 +81,7 @@ DIALECTIC = [
     }
     for dialectic, k, n in (("mlp", 5, 1), ("mlp", 9, 3), ("hamiltonian", 16, 2))
 ]
+STAGE_3 = [*KOOPMAN, *MERA, *DIALECTIC]
 # Three blocks do not fill parts of two.
 DEEP = dataclasses.replace(WIDTH, layers=3)
 COMPUTED_AGAIN = [
@@ -101,9 +102,7 @@ LOOPS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "options", [*MODELS, *KOOPMAN, *MERA, *DIALECTIC, {"number": "1", "mixer": "none"}], ids=str
-)
+@pytest.mark.parametrize("options", [*MODELS, *STAGE_3, {"number": "1", "mixer": "none"}], ids=str)
 @pytest.mark.parametrize("size", [{}, {"d_model": 48, "layers": 3, "kv_heads": 4, "d_ff": 100}], ids=str)
 def test_parameters_are_those_of_the_model(options, size):
     config = build(width=dataclasses.replace(WIDTH, **size), **options)
@@ -118,7 +117,7 @@ def test_the_seeds_model_has_their_number_of_parameters():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [*MODELS, *COMPUTED_AGAIN, *KOOPMAN, *MERA, *DIALECTIC, *LOOPS], ids=str)
+@pytest.mark.parametrize("options", [*MODELS, *COMPUTED_AGAIN, *STAGE_3, *LOOPS], ids=str)
 def test_flops_of_a_step_are_those_of_the_products_in_it(options):
     config = build(windows=1, **options)
     _, step = random_training_step(config, benchmark_model(config, CPU), CPU)
