@@ -122,6 +122,24 @@ def evaluate_tokens(
     return evaluate(trained.model, tokens, counts, seq_len, windows, stride, 0, precision)
 
 
+def evaluate_split(trained: Trained, split: str, windows: int = WINDOWS, limit: int = 0) -> Evaluation:
+    """Evaluate a trained model on a split of its text, as its training did.
+
+    Args:
+        trained: of ``muse.load``.
+        split: ``valid`` or ``test``.
+        windows: at a time.
+        limit: tokens, in windows spread evenly over the split; 0 for all.
+
+    Raises:
+        ConfigError: the text is not there any more, or is another one.
+    """
+    tokens, counts = tokens_of_split(trained, split)
+    precision = autocast_dtype(trained.config.stage.precision)
+    seq_len = trained.config.model.seq_len
+    return evaluate(trained.model, tokens, counts, seq_len, windows, None, limit, precision)
+
+
 def evaluate_files_rolling(
     trained: Trained, paths: list[Path], windows: int = WINDOWS
 ) -> tuple[Evaluation, Counts]:

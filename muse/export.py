@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from muse.commands import Parser, run_command
+from muse.data import Tokenizer
 from muse.errors import ConfigError, RunError
 from muse.files import replacement
-from muse.models import count_parameters
+from muse.models import LanguageModel, count_parameters
 from muse.runs.checkpoints import find_damage, find_weights, load_state
 from muse.runs.options import stored_options
 from muse.trained import EXPORTED, TOKENIZER, Trained, load
@@ -57,6 +59,25 @@ def export_run(run: Path, file: Path, which: str = "best") -> int:
         raise RunError(f"the checkpoint {checkpoint} cannot be read, it is damaged: {damage}")
     model, tokenizer, _ = load(run, which)
     step = load_state(checkpoint).step
+    write_exported(file, model, config, step, tokenizer)
+    return step
+
+
+def write_exported(
+    file: Path, model: LanguageModel, config: dict[str, Any], step: int, tokenizer: Tokenizer | None
+) -> None:
+    """Write such a file.
+
+    Args:
+        file: ends in ``.safetensors``; one that is there is replaced.
+        model: whose weights go there.
+        config: options of the run, as in run.json.
+        step: finished ones.
+        tokenizer: of the run; None where it has none.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     metadata = {"config": json.dumps(config), "step": str(step)}
     if tokenizer is not None:
         metadata[TOKENIZER] = tokenizer.to_json()
@@ -65,7 +86,6 @@ def export_run(run: Path, file: Path, which: str = "best") -> int:
             save_file(model.state_dict(), temporary, metadata)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{file} could not be written: {error}") from error
-    return step
 
 
 def load_exported(file: Path) -> Trained:
