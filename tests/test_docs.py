@@ -419,7 +419,8 @@ def test_a_command_runs(command, place, tmp_path, finished_run, monkeypatch, cap
     monkeypatch.setattr(workspaces.Workspace, "save", lambda workspace: workspace)
     monkeypatch.setattr(workspaces.Workspace, "url", "https://there")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    stage = "2" if "stage=2" in command.text or "benchmark=energy" in command.text else "1"
+    of_flows = ("stage=2", "benchmark=energy", "muse.convert")
+    stage = "2" if any(words in command.text for words in of_flows) else "1"
     run = finished_run(stage) if "run folder" in command.text or "outputs/" in command.text else None
     _, script, arguments = split(filled_in(command.text, run=run, corpus=place / "corpus", place=place))
     composed = script in ("train.py", "bench.py")
