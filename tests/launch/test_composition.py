@@ -19,6 +19,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from muse.config import build_config
 from muse.errors import ConfigError
@@ -310,7 +311,29 @@ def test_a_sweep_is_written_in_an_experiment_file(run, tmp_path):
         ("2", 3),
         ("2", 4),
     ]
-    assert ran.overrides[0] == ["stage='1'", "train.steps=3", "+experiment=x"]
+    assert ran.overrides[0] == ["stage='1'", "train.steps=3", "experiment=x"]
+
+
+# Of each preset, what it is about.
+PRESETS = {
+    "stage3_basic": {"stage.koopman": "replace", "stage.trunk": "residual", "model.name": "tiny"},
+    "stage3_training": {"stage.trunk": "reversible", "model.name": "small", "train.early_stop": 3},
+    "stage3_inference": {"stage.koopman": "replace", "stage.koopman_every": 1},
+    "stage3_diagnostics": {"stage.verify": True, "profile": True, "logger.csv": True},
+}
+
+
+@pytest.mark.parametrize("command", ["train", "bench"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_each_preset_is_an_experiment_of_both_commands(compose, name, command):
+    composed = compose(f"experiment={name}", command=command)
+    build_config(OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"]))
+    wanted = {"stage.number": "3", **PRESETS[name]}
+    assert {key: OmegaConf.select(composed, key) for key in wanted} == wanted
+    assert composed == compose(f"+experiment={name}", command=command)
+    # The command has the last word.
+    assert compose("stage=2", f"experiment={name}", "train.steps=7", command=command).train.steps == 7
+    assert compose("stage=2", f"experiment={name}", command=command).stage.number == "2"
 
 
 @pytest.mark.parametrize(
@@ -358,7 +381,7 @@ def test_a_sweep_is_written_in_an_experiment_file(run, tmp_path):
         ("train.steps", "train.steps cannot be read; options are written group=choice and"),
         ("+foo=1", "+foo=1 is not known"),
         ("++foo=1", "++foo=1 is not known"),
-        ("+experiment=x", "+experiment=x is not known"),
+        ("+experiment=x", "experiment=x is not known; choose one of stage3_basic, "),
         ("+train.stepz=1", "+train.stepz=1 is not known; the nearest are train.steps,"),
         ("++model.real.layer=1", "++model.real.layer=1 is not known; the nearest are model.real.layers,"),
         ("benchmark=vram", "benchmark=vram is an option of bench.py, not of train.py"),
