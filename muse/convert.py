@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,6 +69,8 @@ def _command(arguments: argparse.Namespace) -> None:
     if output is None:
         exported = weights.suffix == EXPORTED
         output = (arguments.model.parent if exported else run_of(arguments.model)) / FILE
+    if output.resolve() == arguments.model.resolve():
+        raise ConfigError(f"--output {output} is the file of stage 2; give another one")
     options = {**stored_options(arguments.model), "stage": dataclasses.asdict(made.config.stage)}
     step = 0 if weights.suffix == EXPORTED else load_state(weights).step
     try:
@@ -78,7 +81,9 @@ def _command(arguments: argparse.Namespace) -> None:
     else:
         print(f"validation loss before the first step: stage 2 {losses[0]:.4f}, stage 3 {losses[1]:.4f}")
     write_exported(output, made.model, options, step, made.tokenizer)
-    print(f"stage 3 is in {output}; go on with python train.py train.init={output}")
+    data = trained.config.data
+    told = [f"train.init={output}", f"data={data.name}", *([f"data.path={data.path}"] if data.path else [])]
+    print(f"stage 3 is in {output}; go on with python train.py {shlex.join(told)}")
 
 
 def stage_3(stage: StageConfig, options: list[str]) -> StageConfig:
@@ -103,7 +108,10 @@ def stage_3(stage: StageConfig, options: list[str]) -> StageConfig:
         if name.removeprefix("stage.") not in added or not name.startswith("stage."):
             known = ", ".join(f"stage.{one}" for one in added)
             raise ConfigError(f"{name}={value} is not of what stage 3 adds; give some of {known}")
-        values[name.removeprefix("stage.")] = yaml.safe_load(value)
+        try:
+            values[name.removeprefix("stage.")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{name}={value} cannot be read") from error
     try:
         merged = OmegaConf.merge(
             OmegaConf.structured(dataclasses.replace(stage, number="3")), OmegaConf.create(values)

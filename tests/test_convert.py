@@ -7,6 +7,7 @@ from support.trained import make_trained
 
 import muse
 from muse.errors import ConfigError
+from muse.export import export_run
 from muse.layers import ComplexAttention
 
 # Of what is given, whether the function of stage 2 is kept.
@@ -73,7 +74,8 @@ def test_it_is_written_into_the_folder_of_the_run_and_can_be_trained_from(run, c
     shutil.copytree(run, own)
     status, out, err = command(own, "stage=3")
     assert status == 0, err
-    assert f"train.init={own / 'stage3.safetensors'}" in out
+    text = muse.load(own).config.data.path
+    assert f"train.init={own / 'stage3.safetensors'} data=text data.path={text}" in out
     assert {path.name for path in own.iterdir()} - {path.name for path in run.iterdir()} == {
         "stage3.safetensors"
     }
@@ -109,6 +111,7 @@ def test_a_text_that_is_gone_leaves_the_loss_untold(run, command, tmp_path, monk
         (["stage=3", "stage.dt=2"], "stage.dt=2 is not of what stage 3 adds; give some of stage.koopman, "),
         (["stage=3", "koopman=add"], "koopman=add is not of what stage 3 adds"),
         (["stage=3", "stage.koopman=x"], "stage.koopman=x is not known; choose one of none, replace, add"),
+        (["stage=3", "stage.koopman=["], "stage.koopman=[ cannot be read"),
         (["stage=3", "stage.koopman_every=x"], "stage.koopman_every has a value that it cannot have"),
         (["stage=3", "--output", "x.bin"], "--output x.bin is not a name for weights"),
         ([], "the following arguments are required: options"),
@@ -123,6 +126,29 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(run, command, argu
     assert told in err
     assert len(err.strip().splitlines()) == 1
     assert sorted(run.iterdir()) == before
+
+
+def test_a_file_of_stage_2_is_not_replaced_by_its_stage_3(run, command, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    export_run(run, file)
+    before = file.read_bytes()
+    status, _, err = command(file, "stage=3", "--output", f"{tmp_path}/../{tmp_path.name}/{file.name}")
+    assert status == 1
+    assert "is the file of stage 2; give another one" in err
+    assert file.read_bytes() == before
+
+
+def test_damaged_weights_are_one_sentence_and_nothing_is_written(run, command, tmp_path):
+    damaged = tmp_path / "run"
+    shutil.copytree(run, damaged)
+    (weights,) = damaged.glob("checkpoints/step_*/*.distcp")
+    weights.write_bytes(weights.read_bytes()[:-8])
+    before = sorted(damaged.rglob("*"))
+    status, out, err = command(damaged, "stage=3")
+    assert (status, out) == (1, "")
+    assert "is damaged" in err
+    assert len(err.strip().splitlines()) == 1
+    assert sorted(damaged.rglob("*")) == before
 
 
 def test_only_stage_2_becomes_stage_3(command, tmp_path):
