@@ -492,7 +492,7 @@ def _ablation(config: BenchConfig, results: Results) -> None:
         own = dataclasses.replace(config, stack=variant, output_root=place)
         runs[name] = results.run("speedup", own, name)
         _place_checkpoint(runs[name], results.folder)
-    results.details["ablation"] = {name: run for name, run in runs.items() if run}
+    results.details["speedup ablation"] = {name: run for name, run in runs.items() if run}
     plain = runs["plain"]["seconds"]
     shares = {name: saved(run["seconds"], plain) for name, run in runs.items()}
     results.values["ablation_saved"] = shares

@@ -15,7 +15,7 @@ from muse.models.loss import linear_cross_entropy, linear_losses
 from muse.models.trunk import ReversibleTrunk, through
 
 # Of a model, its features (B, S, E), tokens and targets (B, S): indices (kept,) into the flattened tokens.
-Select: TypeAlias = "Callable[[LanguageModel, Tensor, Tensor, Tensor], Tensor]"
+Select: TypeAlias = Callable[["LanguageModel", Tensor, Tensor, Tensor], Tensor]
 
 
 class LanguageModel(nn.Module):

@@ -562,7 +562,11 @@ def test_checkpoints_are_found_from_the_folder_of_the_results(speedup_config, mo
         return {**found, "texts": {"checkpoint": f"{config.output_root}/checkpoints/step_00000008"}}
 
     details = report_of(monkeypatch, speedup_config(accumulation=8, ablation=True), change=change).details
-    found = {run["texts"]["checkpoint"] for part in ("speedup", "ablation") for run in details[part].values()}
+    found = {
+        run["texts"]["checkpoint"]
+        for part in ("speedup", "speedup ablation")
+        for run in details[part].values()
+    }
     assert {"plain-8/checkpoints/step_00000008", "stack-1/checkpoints/step_00000008"} <= found
     assert "ablation/all-three/checkpoints/step_00000008" in found
 

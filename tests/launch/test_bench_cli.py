@@ -225,7 +225,7 @@ def test_an_ablation_says_which_part_pays(tmp_path, bench):
         both = saved[f"{part} alone"] > 0 and saved["all three"] > saved[f"without {part}"]
         assert verdict is both, part
         assert f"{part} {'pays' if verdict else 'does not pay'}: alone it saves" in done.stdout
-    runs = result["details"]["ablation"]
+    runs = result["details"]["speedup ablation"]
     assert set(runs) == set(saved)
     assert all(run["updates"] == 4 for run in runs.values())
     decisions = {name: {d["name"]: d["kept"] for d in run["decisions"]} for name, run in runs.items()}

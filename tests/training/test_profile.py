@@ -113,9 +113,9 @@ def test_a_loss_that_is_not_finite_leaves_what_was_recorded(tmp_path, monkeypatc
     def poison(model: torch.nn.Module) -> None:
         loss, calls = model.loss, []
 
-        def poisoned(*arguments: torch.Tensor) -> torch.Tensor:
+        def poisoned(*arguments: torch.Tensor, **options: Any) -> torch.Tensor:
             calls.append(1)
-            return loss(*arguments) * (math.nan if len(calls) == step else 1.0)
+            return loss(*arguments, **options) * (math.nan if len(calls) == step else 1.0)
 
         model.loss = poisoned
 
