@@ -388,12 +388,12 @@ def test_a_bad_parameter_stops_the_run_and_is_named(tmp_path, monkeypatch, name)
     def poison_fourth_step(model: torch.nn.Module) -> None:
         parameter, loss, calls = dict(model.named_parameters())[name], model.loss, []
 
-        def poisoned_loss(*arguments: torch.Tensor) -> torch.Tensor:
+        def poisoned_loss(*arguments: torch.Tensor, **options: Any) -> torch.Tensor:
             calls.append(1)
             if len(calls) == 4:
                 with torch.no_grad():
                     parameter.view(-1)[-1] = math.nan
-            return loss(*arguments)
+            return loss(*arguments, **options)
 
         model.loss = poisoned_loss
 
@@ -425,14 +425,14 @@ def test_what_is_written_in_the_background_when_a_run_fails_counts(tmp_path, mon
     def fail(model: torch.nn.Module) -> None:
         loss, calls = model.loss, []
 
-        def failing_loss(*arguments: torch.Tensor) -> torch.Tensor:
+        def failing_loss(*arguments: torch.Tensor, **options: Any) -> torch.Tensor:
             calls.append(1)
             if len(calls) < 4:
-                return loss(*arguments)
+                return loss(*arguments, **options)
             failing.set()
             if how == "a full disk":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return loss(*arguments) * math.nan
+            return loss(*arguments, **options) * math.nan
 
         model.loss = failing_loss
 
