@@ -319,7 +319,7 @@ PRESETS = {
     "stage3_basic": {"stage.koopman": "replace", "stage.trunk": "residual", "model.name": "tiny"},
     "stage3_training": {"stage.trunk": "reversible", "model.name": "small", "train.early_stop": 3},
     "stage3_inference": {"stage.koopman": "replace", "stage.koopman_every": 1},
-    "stage3_diagnostics": {"stage.verify": True, "profile": True, "logger.csv": True},
+    "stage3_diagnostics": {"stage.verify": True, "logger.csv": True},
 }
 
 
