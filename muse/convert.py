@@ -20,7 +20,7 @@ from torch import nn
 from muse.commands import Parser, device_of, run_command
 from muse.config import StageConfig
 from muse.errors import ConfigError
-from muse.evaluate import WINDOWS, evaluate_split
+from muse.evaluate import evaluate_tokens, tokens_of_split
 from muse.export import write_exported
 from muse.launch.bench import composed_stage
 from muse.layers import ComplexAttention, KoopmanOperator
@@ -74,11 +74,12 @@ def _command(arguments: argparse.Namespace) -> None:
     options = {**stored_options(arguments.model), "stage": dataclasses.asdict(made.config.stage)}
     step = 0 if weights.suffix == EXPORTED else load_state(weights).step
     try:
-        losses = [evaluate_split(one, "valid", WINDOWS, trained.config.train.eval_tokens).loss
-                  for one in (trained, made)]  # fmt: skip
+        tokens, counts = tokens_of_split(trained, "valid")
     except ConfigError as error:
         print(f"what the change costs cannot be told: {error}")
     else:
+        limit = trained.config.train.eval_tokens
+        losses = [evaluate_tokens(one, tokens, counts, limit=limit).loss for one in (trained, made)]
         print(f"validation loss before the first step: stage 2 {losses[0]:.4f}, stage 3 {losses[1]:.4f}")
     write_exported(output, made.model, options, step, made.tokenizer)
     data = trained.config.data

@@ -106,7 +106,12 @@ def _command(arguments: argparse.Namespace) -> None:
 
 
 def evaluate_tokens(
-    trained: Trained, tokens: np.ndarray, counts: Counts, stride: int | None = None, windows: int = WINDOWS
+    trained: Trained,
+    tokens: np.ndarray,
+    counts: Counts,
+    stride: int | None = None,
+    windows: int = WINDOWS,
+    limit: int = 0,
 ) -> Evaluation:
     """Evaluate a trained model on a stream of tokens, as its training evaluated a split.
 
@@ -116,28 +121,11 @@ def evaluate_tokens(
         counts: words and bytes of their text.
         stride: tokens that the window moves by; None for no overlap.
         windows: at a time.
+        limit: tokens to evaluate, in windows spread evenly over the stream; 0 for all.
     """
     precision: torch.dtype | None = autocast_dtype(trained.config.stage.precision)
     seq_len = trained.config.model.seq_len
-    return evaluate(trained.model, tokens, counts, seq_len, windows, stride, 0, precision)
-
-
-def evaluate_split(trained: Trained, split: str, windows: int = WINDOWS, limit: int = 0) -> Evaluation:
-    """Evaluate a trained model on a split of its text, as its training did.
-
-    Args:
-        trained: of ``muse.load``.
-        split: ``valid`` or ``test``.
-        windows: at a time.
-        limit: tokens, in windows spread evenly over the split; 0 for all.
-
-    Raises:
-        ConfigError: the text is not there any more, or is another one.
-    """
-    tokens, counts = tokens_of_split(trained, split)
-    precision = autocast_dtype(trained.config.stage.precision)
-    seq_len = trained.config.model.seq_len
-    return evaluate(trained.model, tokens, counts, seq_len, windows, None, limit, precision)
+    return evaluate(trained.model, tokens, counts, seq_len, windows, stride, limit, precision)
 
 
 def evaluate_files_rolling(
