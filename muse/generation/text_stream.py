@@ -19,12 +19,13 @@ class TextStream:
     Args:
         tokenizer: of the tokens.
         stops: texts that end it; they are not shown.
+        begins: whether no text is before it on its line: words have a space between them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), begins: bool = True) -> None:
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._begins = True
+        self._begins = begins
         self._held = ""
         self.stopped = False
 

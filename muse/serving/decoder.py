@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +35,9 @@ class Sublayer:
 class SlotDecoder:
     """The arithmetic of a model, and memory for sequences in slots.
 
-    A sequence is ``read`` from its start, in pieces, and then goes on by ``step``. All is computed in float32:
-    weights in half precision are exact in it, and what is rounded less differs less from what was trained.
-    Where a step leaves out a sequence its slot is as it was.
+    A sequence is ``read`` from its start, in pieces, and then goes on by ``step``. All is computed in
+    float32: weights in half precision are exact in it, and what is rounded less differs less from what was
+    trained. Where a step leaves out a sequence its slot is as it was.
 
     Rows of products and sequences of attention do not see each other, but libraries choose how they sum by
     the shape of all of them: see ``muse.serving.selftest``.
@@ -53,9 +54,8 @@ class SlotDecoder:
     def __init__(self, model: LanguageModel, slots: int, window: int) -> None:
         self.device = model_device(model)
         self.slots, self.window = slots, window
-        # Sequences of a step where their number shall not matter; a multiple of ROWS by default.
-        self.rows: int | None = None
-        self.whole_window = False
+        # Whether a step has as many rows, and attention reads as many keys, however few are needed.
+        self.whole = False
         # Rows beyond the slots have no memory of their own.
         self._room = slots + -slots % ROWS
         self._longest = window + -window % TILE
@@ -102,7 +102,7 @@ class SlotDecoder:
             tokens: that come next.
         """
         count = len(tokens)
-        assert count and start + count <= self.window, "the sequence is longer than the window"
+        assert 0 < count <= self.window - start, "the sequence is longer than the window"
         positions = torch.arange(start, start + count, device=self.device)
         mask = mask_of(positions, self._keys(start + count))[None, None]
         places = self._places(torch.full_like(positions, slot), positions)
@@ -121,7 +121,7 @@ class SlotDecoder:
             lengths: tokens that it has already; -1 leaves a slot as it is, and its logits mean nothing.
         """
         count = len(tokens)
-        rows = self.rows or count + -count % ROWS
+        rows = self._room if self.whole else count + -count % ROWS
         assert max(lengths) < self.window, "the sequence is longer than the window"
         given = torch.tensor([*lengths, *[-1] * (rows - count)], device=self.device)
         positions, live = given.clamp(min=0), given >= 0
@@ -135,24 +135,26 @@ class SlotDecoder:
         return self._scores(state, self._logits[:rows])[:count]
 
     def clear(self, slot: int, length: int) -> None:
-        """Forget the sequence of a slot, of so many tokens."""
-        for kept in self._memories():
-            kept.clear(slot, length)
+        """Forget the sequence of a slot, of so many tokens: behind a mask, too, what is no number spreads."""
+        for part in self.kept(slot, length):
+            part.zero_()
 
     def move(self, source: int, target: int, length: int) -> None:
         """Have a sequence of so many tokens in another slot."""
-        for kept in self._memories():
-            kept.move(source, target, length)
-            kept.clear(source, length)
+        for there, here in zip(self.kept(target, length), self.kept(source, length), strict=True):
+            there.copy_(here)
+        self.clear(source, length)
 
-    def _memories(self) -> list[Kept]:
-        return [kept for loop in self._kept for layer in loop for kept in layer if kept is not None]
+    def kept(self, slot: int, length: int) -> list[Tensor]:
+        """All that is kept of the sequence of a slot, which has so many tokens; views of the memory."""
+        memories = (kept for loop in self._kept for layer in loop for kept in layer if kept is not None)
+        return [part for kept in memories for part in kept.of(slot, length)]
 
     def _places(self, slots: Tensor, positions: Tensor) -> Tensor:
         return places_of(slots, positions, self._kv_heads, self._longest)
 
     def _keys(self, length: int) -> int:
-        return self._longest if self.whole_window else length + -length % TILE
+        return self._longest if self.whole else length + -length % TILE
 
     def _turned(self, positions: Tensor) -> Tensor | None:
         return None if self._turns is None else self._turns[positions]
@@ -204,7 +206,8 @@ def _sublayers_of(block: nn.Module) -> list[Sublayer]:
     if not hasattr(block, "sublayers"):
         raise ConfigError(f"a model of {type(block).__name__} cannot be served")
     layers = []
-    for part in block.sublayers():
+    parts: list[Any] = block.sublayers()  # type: ignore[operator]
+    for part in parts:
         norm = norm_of(part.norm)
         layers.append(Sublayer(norm, maps_of(part.map, norm)))
     return layers

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
+import threading
+import time
+import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from muse.serving.requests import Event, Request
+import torch
+from torch import Tensor
+
+from muse.errors import ConfigError
+from muse.serving.decoder import SlotDecoder
+from muse.serving.requests import Draining, Event, QueueFull, Request
+from muse.serving.selftest import settle
+from muse.serving.work import Work
 from muse.trained import Trained
+
+log = logging.getLogger(__name__)
+
+# Tokens of a prompt that are read together, from its start on, whatever else there is to do.
+PIECE = 64
+# Tokens of prompts that are read between two steps, about; answers under way wait for them.
+READ = 512
+# Seconds between two signs of life of an engine without work.
+IDLE = 0.5
+# Requests of late that throughput is taken of, and bounds of what is told of it, in seconds.
+RECENT = 64
+SOONEST, LATEST = 0.1, 60.0
+# Seconds that a step may take when all else has ended.
+STEP = 5.0
 
 
 @dataclass
@@ -45,14 +72,48 @@ class EngineState:
 class Engine:
     """Answers requests; every method may be called from any thread.
 
+    A prompt is read in pieces that depend on it alone, and then one step decodes a token of every request
+    that has a slot. Requests are in the first slots, so that a step has few more rows than there are
+    requests.
+
     Args:
         trained: model, tokenizer and options.
         slots: requests decoded at a time.
         queue: requests that may wait.
+        on_step: told of each step the seconds that it took and its requests, in the engine's thread.
+
+    Raises:
+        ConfigError: the model has no tokenizer, or is of a kind that cannot be served.
     """
 
-    def __init__(self, trained: Trained, slots: int = 32, queue: int = 256) -> None:
-        raise NotImplementedError
+    def __init__(
+        self,
+        trained: Trained,
+        slots: int = 32,
+        queue: int = 256,
+        on_step: Callable[[float, int], None] | None = None,
+    ) -> None:
+        if trained.tokenizer is None:
+            raise ConfigError("the model has no tokenizer, without which there is no text to serve")
+        self._tokenizer, self._window = trained.tokenizer, trained.config.model.seq_len
+        self._decoder = SlotDecoder(trained.model, slots, self._window)
+        self._slots, self._queue, self._on_step = slots, queue, on_step
+        self._numbers = itertools.count()
+        # Held to change what is waiting, running, cancelled or draining.
+        self._changed = threading.Condition()
+        self._waiting: deque[Work] = deque()
+        # In the order of their slots.
+        self._running: list[Work] = []
+        self._cancelled: set[int] = set()
+        self._deadline: float | None = None
+        self._ends: deque[float] = deque(maxlen=RECENT)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._started = threading.Event()
+        self._error: BaseException | None = None
+        self._over = False
+        self._heartbeat = time.monotonic()
+        self._invariant = False
+        self._steps = self._rows = self._prompt_tokens = self._generated_tokens = self._nonfinite = 0
 
     def start(self) -> None:
         """Start the thread, warm up and run the self-test; returns when requests can come.
@@ -60,7 +121,10 @@ class Engine:
         Raises:
             RunError: the self-test found logits that are no numbers.
         """
-        raise NotImplementedError
+        self._thread.start()
+        self._started.wait()
+        if self._error is not None:
+            raise self._error
 
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> int:
         """Ask for an answer; its number. ``deliver`` is called in the engine's thread and must not wait.
@@ -68,16 +132,183 @@ class Engine:
         Raises:
             QueueFull, Draining: it is not taken.
         """
-        raise NotImplementedError
+        assert request.ids, "no prompt"
+        assert len(request.ids) + request.max_tokens <= self._window, "beyond the window"
+        assert all(0 <= token < self._decoder.vocabulary for token in request.ids), "no token"
+        work = Work(next(self._numbers), request, deliver, self._tokenizer)
+        with self._changed:
+            if self._over or self._deadline is not None:
+                raise Draining
+            if len(self._waiting) + len(self._running) >= self._slots + self._queue:
+                raise QueueFull(self._retry_after())
+            self._waiting.append(work)
+            self._changed.notify_all()
+        return work.number
 
     def cancel(self, number: int) -> None:
         """End a request: its slot is free in the next step. One that has ended is left alone."""
-        raise NotImplementedError
+        with self._changed:
+            self._cancelled.add(number)
+            self._changed.notify_all()
 
     def state(self) -> EngineState:
         """What it does now."""
-        raise NotImplementedError
+        return EngineState(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            slots=self._slots,
+            heartbeat=self._heartbeat,
+            alive=self._thread.is_alive() and not self._over,
+            draining=self._deadline is not None,
+            invariant=self._invariant,
+            steps=self._steps,
+            rows=self._rows,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            nonfinite=self._nonfinite,
+        )
 
     def drain(self, seconds: float) -> None:
         """Take no more requests, end those that run, within a limit; what is left ends as ``draining``."""
-        raise NotImplementedError
+        with self._changed:
+            self._deadline = time.monotonic() + seconds
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(seconds + STEP)
+
+    def _retry_after(self) -> float:
+        ends = list(self._ends)
+        each = (time.monotonic() - ends[0]) / len(ends) if ends else 1.0
+        return min(LATEST, max(SOONEST, each))
+
+    def _run(self) -> None:
+        # Counts for this thread alone. More would sum in an order of their own.
+        torch.set_num_threads(1)
+        reason = "failed"
+        try:
+            with torch.inference_mode():
+                self._invariant = settle(self._decoder)
+                self._started.set()
+                while self._wait_for_work():
+                    self._take_requests()
+                    self._read_prompts()
+                    self._step()
+            reason = "draining"
+        except Exception as error:  # noqa: BLE001 - all that wait must hear of it
+            self._tell_of(error)
+        finally:
+            with self._changed:
+                self._over = True
+                left = [*self._running, *self._waiting]
+                self._running, self._waiting = [], deque()
+            for work in left:
+                work.finish(reason)
+            self._started.set()
+
+    def _tell_of(self, error: Exception) -> None:
+        if not self._started.is_set():
+            self._error = error
+            return
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        # Not the message, which could have a prompt in it.
+        log.error("the engine ended: %s in %s, line %s", type(error).__name__, where.filename, where.lineno)
+
+    def _wait_for_work(self) -> bool:
+        """Wait until there is something to do; whether there ever will be."""
+        with self._changed:
+            while True:
+                self._heartbeat = time.monotonic()
+                some = bool(self._waiting or self._running)
+                if self._deadline is not None and (not some or self._heartbeat >= self._deadline):
+                    return False
+                if some or self._cancelled:
+                    return True
+                self._changed.wait(IDLE)
+
+    def _take_requests(self) -> None:
+        """Leave out what was cancelled, and give free slots to what waits."""
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, set()
+            ended = [work for work in self._waiting if work.number in cancelled]
+            for work in ended:
+                self._waiting.remove(work)
+        for work in ended:
+            work.finish("cancelled")
+        self._release(
+            {
+                slot: "cancelled"
+                for slot, work in enumerate(self._running)
+                if work.deaf or work.number in cancelled
+            }
+        )
+        with self._changed:
+            while self._waiting and len(self._running) < self._slots:
+                work = self._waiting.popleft()
+                work.admitted = time.monotonic()
+                self._running.append(work)
+
+    def _release(self, reasons: dict[int, str]) -> None:
+        """End the requests in slots; those behind them move up."""
+        for slot in sorted(reasons, reverse=True):
+            work, last = self._running[slot], len(self._running) - 1
+            # One more, of a step whose token was none.
+            self._decoder.clear(slot, work.kept + 1)
+            with self._changed:
+                behind = self._running.pop()
+                if slot != last:
+                    self._running[slot] = behind
+            if slot != last:
+                self._decoder.move(last, slot, behind.kept)
+            self._ends.append(time.monotonic())
+            work.finish(reasons[slot])
+
+    def _read_prompts(self) -> None:
+        left, ended = READ, {}
+        for slot, work in sorted(enumerate(self._running), key=lambda pair: pair[1].number):
+            while not work.decoding and left > 0:
+                tokens = work.request.ids[work.read : work.read + PIECE]
+                logits = self._decoder.read(slot, work.read, tokens, work.scores_prompt).cpu()
+                self._heartbeat = time.monotonic()
+                self._prompt_tokens += len(tokens)
+                left -= len(tokens)
+                if not logits.isfinite().all():
+                    work.read += len(tokens)
+                    ended[slot] = "nonfinite"
+                    break
+                work.take_prompt(tokens, logits)
+                if work.decoding and (reason := self._answer(work, logits[-1], int(logits[-1].argmax()))):
+                    ended[slot] = reason
+        self._finish(ended)
+
+    def _step(self) -> None:
+        """Decode a token of every request whose prompt is read."""
+        decoding = [work.decoding for work in self._running]
+        if not any(decoding):
+            return
+        began = time.perf_counter()
+        lengths = [work.kept if work.decoding else -1 for work in self._running]
+        logits = self._decoder.step([work.seen[-1] for work in self._running], lengths).cpu()
+        # One pass: a sum of finite logits is finite.
+        finite, likeliest = logits.sum(1).isfinite().tolist(), logits.numpy().argmax(1).tolist()
+        ended = {}
+        for slot, work in enumerate(self._running):
+            if not decoding[slot]:
+                continue
+            reason = self._answer(work, logits[slot], likeliest[slot]) if finite[slot] else "nonfinite"
+            if reason is not None:
+                ended[slot] = reason
+        self._steps += 1
+        self._rows += sum(decoding)
+        if self._on_step is not None:
+            self._on_step(time.perf_counter() - began, sum(decoding))
+        self._finish(ended)
+
+    def _answer(self, work: Work, logits: Tensor, likeliest: int) -> str | None:
+        made = work.made
+        reason = work.take(logits, likeliest)
+        self._generated_tokens += work.made - made
+        return reason
+
+    def _finish(self, ended: dict[int, str]) -> None:
+        self._nonfinite += sum(reason == "nonfinite" for reason in ended.values())
+        self._release(ended)

@@ -151,7 +151,8 @@ class Attention:
         self.width = len(projection) // every
         self.scale = (self.width / (2 if isinstance(module, ComplexAttention) else 1)) ** -0.5
         self.projection, self.output = _float(norm.folded(projection)), _float(output)
-        self.biases = [None if part.bias is None else _float(part.bias) for part in _linear_maps(module)]
+        biases = (module.projection.bias, module.output.bias)
+        self.biases = [None if bias is None else _float(bias) for bias in biases]
 
     def new_kept(self, slots: int, window: int) -> KeysAndValues:
         return KeysAndValues(slots, window, self.kv_heads, self.width, self.projection.device)
@@ -359,10 +360,6 @@ class Koopman:
         into.addmm_(torch.cat((gated.real, gated.imag), 1), self.output.t(), alpha=factor)
 
 
-def _linear_maps(module: ComplexAttention | RealAttention | TransformerAttention) -> list[nn.Module]:
-    return [module.projection, module.output]
-
-
 def _wider(weight: Tensor, axis: int, parts: int) -> Tensor:
     """With zeros behind each of so many parts of an axis, so that it is a multiple of LANES."""
     missing = -(weight.shape[axis] // parts) % LANES
@@ -384,7 +381,8 @@ def _float(parameter: Tensor) -> Tensor:
 
 
 def _unknown(module: nn.Module) -> ConfigError:
-    return ConfigError(f"a model with {type(module).__name__} cannot be served: nothing is known of its states")
+    name = type(module).__name__
+    return ConfigError(f"a model with a {name} cannot be served: nothing is known of its states")
 
 
 def mask_of(positions: Tensor, keys: int) -> Tensor:

@@ -38,7 +38,8 @@ class Token:
     Attributes:
         id: of the vocabulary.
         text: what is new in the text by it; empty where it ends no character, or could begin a stop.
-        logprob: of the model's distribution at temperature 1; None where it was not asked for, or is the first.
+        logprob: of the model's distribution at temperature 1; None where it was not asked for, or is the
+            first.
         likeliest: ids and log-probabilities of the likeliest tokens in its place, likeliest first.
         echoed: whether it is of the prompt.
     """

@@ -50,11 +50,8 @@ class Pass:
 class Kept(Protocol):
     """What one mixer keeps of all slots."""
 
-    def clear(self, slot: int, length: int) -> None:
-        """Forget a sequence of so many tokens."""
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy a sequence of so many tokens to another slot."""
+    def of(self, slot: int, length: int) -> list[Tensor]:
+        """Of the sequence of a slot, which has so many tokens; views of the memory."""
 
 
 def places_of(slots: Tensor, positions: Tensor, heads: int, window: int) -> Tensor:
@@ -89,12 +86,8 @@ class KeysAndValues:
         seen = self.memory[tokens.slots, :, : tokens.keys]
         return seen[:, : self.heads], seen[:, self.heads :]
 
-    def clear(self, slot: int, length: int) -> None:
-        """What is not a number would be none behind a mask, too."""
-        self.memory[slot, :, :length] = 0
-
-    def move(self, source: int, target: int, length: int) -> None:
-        self.memory[target, :, :length] = self.memory[source, :, :length]
+    def of(self, slot: int, length: int) -> list[Tensor]:
+        return [self.memory[slot, :, :length]]
 
 
 class Observables:
@@ -118,10 +111,5 @@ class Observables:
         live = tokens.live.unsqueeze(-1)
         self.recent[tokens.slots] = torch.where(live, recent, self.recent[tokens.slots])
 
-    def clear(self, slot: int, length: int) -> None:
-        self.state[slot] = 0
-        self.recent[slot] = 0
-
-    def move(self, source: int, target: int, length: int) -> None:
-        self.state[target] = self.state[source]
-        self.recent[target] = self.recent[source]
+    def of(self, slot: int, length: int) -> list[Tensor]:
+        return [self.state[slot], self.recent[slot]]
