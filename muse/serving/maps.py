@@ -101,8 +101,8 @@ def norm_of(norm: nn.Module) -> Norm:
 
 def _root_mean_square(channels: int, eps: float) -> Callable[[Tensor], Tensor]:
     def of(x: Tensor) -> Tensor:
-        square = torch.linalg.vector_norm(x, dim=1, keepdim=True).square_()
-        return x * square.mul_(1 / channels).add_(eps).rsqrt_()
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return x * (length * length).mul_(1 / channels).add_(eps).rsqrt_()
 
     return of
 
@@ -150,7 +150,7 @@ class Attention:
             output = output.unflatten(1, (self.heads, 2, -1)).transpose(2, 3).flatten(1)
         self.width = len(projection) // every
         self.scale = (self.width / (2 if isinstance(module, ComplexAttention) else 1)) ** -0.5
-        self.projection, self.output = _float(norm.folded(projection)), _float(output)
+        self.projection, self.output = _float(norm.folded(projection)), _float(output).t()
         biases = (module.projection.bias, module.output.bias)
         self.biases = [None if bias is None else _float(bias) for bias in biases]
 
@@ -173,7 +173,7 @@ class Attention:
             )
         else:
             out = self._by_complex_scores(q, k, v, tokens.mask)
-        into.addmm_(out.transpose(1, 2).reshape(len(into), -1), self.output.t(), alpha=factor)
+        into.addmm_(out.transpose(1, 2).reshape(len(into), -1), self.output, alpha=factor)
         if after is not None:
             into.add_(after, alpha=factor)
 
@@ -204,7 +204,7 @@ class FeedForward:
         activate: Callable[[Tensor], Tensor],
         biases: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> None:
-        self.up, self.down, self.activate, self.biases = _float(up), _float(down), activate, biases
+        self.up, self.down, self.activate, self.biases = _float(up), _float(down).t(), activate, biases
 
     @classmethod
     def of_complex(cls, module: ComplexFFN, norm: Norm) -> FeedForward:
@@ -241,7 +241,7 @@ class FeedForward:
 
     def add(self, into: Tensor, normal: Tensor, tokens: Pass, kept: Kept | None, factor: float) -> None:
         before, after = self.biases
-        into.addmm_(self.activate(F.linear(normal, self.up, before)), self.down.t(), alpha=factor)
+        into.addmm_(self.activate(F.linear(normal, self.up, before)), self.down, alpha=factor)
         if after is not None:
             into.add_(after, alpha=factor)
 
@@ -299,14 +299,14 @@ def _kick_of(potential: nn.Module) -> Callable[[Tensor, Tensor], Kick]:
         raise _unknown(potential)
     w1, b1, w2 = (_wider(_precise(x), 0, 1) for x in (potential.w1, potential.b1, potential.w2))
     outward = _float(-w2.abs().unsqueeze(1) * w1)
-    inward, bias = _float(w1), _float(b1)
+    inward, bias = _float(w1).t(), _float(b1)
     context = _float(_wider(_precise(potential.context_weight), 0, 1)) if potential.with_context else None
 
     def start(q: Tensor, p: Tensor) -> Kick:
         shift = bias if context is None else F.linear(torch.cat((q, p), 1), context, bias)
 
         def kick(q: Tensor, p: Tensor, strength: float) -> None:
-            slope = slope_of(torch.addmm(shift, q, inward.t()), potential.phi)
+            slope = slope_of(torch.addmm(shift, q, inward), potential.phi)
             p.addmm_(slope, outward, alpha=strength)
             if potential.confinement:
                 p.add_(q, alpha=-strength * potential.confinement)
@@ -333,7 +333,7 @@ class Koopman:
         self.turn = torch.polar(torch.ones_like(self.angle), self.angle)
         # Of [re | im], a row for each tap.
         self.taps = _float(module.taps).t().repeat(1, 2)
-        self.output = _float(real_form(_precise(module.output.weight)))
+        self.output = _float(real_form(_precise(module.output.weight))).t()
 
     def new_kept(self, slots: int, window: int) -> Observables:
         return Observables(slots, self.channels, TAPS - 1, self.projection.device)
@@ -357,7 +357,7 @@ class Koopman:
             g, after = (torch.complex(x.select(-2, 0), x.select(-2, 1)) for x in (moved, last))
         kept.write(tokens, after, padded[:, tokens.length :])
         gated = g.flatten(0, -2) * torch.complex(*F.gelu(gate).chunk(2, 1))
-        into.addmm_(torch.cat((gated.real, gated.imag), 1), self.output.t(), alpha=factor)
+        into.addmm_(torch.cat((gated.real, gated.imag), 1), self.output, alpha=factor)
 
 
 def _wider(weight: Tensor, axis: int, parts: int) -> Tensor:
