@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import threading
@@ -121,6 +122,8 @@ class Engine:
         Raises:
             RunError: the self-test found logits that are no numbers.
         """
+        # A thread that is cut off in the middle of a product takes the process with it.
+        atexit.register(self.drain, 0)
         self._thread.start()
         self._started.wait()
         if self._error is not None:
@@ -204,6 +207,7 @@ class Engine:
             for work in left:
                 work.finish(reason)
             self._started.set()
+            atexit.unregister(self.drain)
 
     def _tell_of(self, error: Exception) -> None:
         if not self._started.is_set():

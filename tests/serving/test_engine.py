@@ -392,6 +392,23 @@ def test_logits_that_are_no_numbers_end_one_request(stage, tmp_path, start):
     assert (state.nonfinite, state.alive) == (3, True)
 
 
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_a_slot_is_clean_after_what_was_no_number(stage, tmp_path, start):
+    """Also what a step wrote there before its logits were seen to be none."""
+    trained = muse.load(make_trained(tmp_path, stage, seq_len=WINDOW, tied=False)[0])
+    sound = start(trained, 1)
+    long, short = (Request(prompt(length, 70), 12, SAMPLED, seed=1) for length in (20, 3))
+    answered, wanted = answer_of(sound, long), answer_of(sound, short)
+    # A token of the first answer that nothing else has.
+    others = {*long.ids, *short.ids, *wanted.ids, *range(9)}
+    at, token = next((at, token) for at, token in enumerate(answered.ids[:-1]) if token not in others)
+    engine = start(poisoned(trained, token), 1)
+    broken = answer_of(engine, long)
+    assert broken.finished.reason == "nonfinite"
+    assert broken.tokens == answered.tokens[: at + 1]
+    assert answer_of(engine, short).told == wanted.told
+
+
 def test_damaged_weights_are_told_at_the_start(one, tmp_path, start):
     trained = muse.load(make_trained(tmp_path, "1", seq_len=WINDOW)[0])
     with torch.no_grad():
