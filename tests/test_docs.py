@@ -7,6 +7,8 @@ import functools
 import json
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from support.configs import write_text
 from support.pictures import save_blank
 from support.processes import ROOT, be_command, environment_apart
 from support.ranks import Ranks
+from support.serving import server_process
 from torch.distributed.run import get_args_parser
 
 import muse
@@ -38,6 +41,8 @@ from muse.launch.composition import prepare_hydra
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = ("python ", "torchrun ", "wandb ", "pip ")
+# Where a server is, in commands that ask one.
+SERVER = "http://127.0.0.1:8000"
 # Commands that start the processes of another one, and what they are here.
 TORCHRUNS = {"torchrun": "torch.distributed.run", "python -m muse.torchrun": "muse.torchrun"}
 # Only these are not run, and why.
@@ -166,14 +171,14 @@ def python_of(page: Path) -> list[Command]:
     ]
 
 
-def commands_of(page: Path) -> list[Command]:
+def commands_of(page: Path, commands: tuple[str, ...] = COMMANDS) -> list[Command]:
     found = []
     text = page.read_text(encoding="utf-8")
 
     def add(start: int, piece: str) -> None:
         piece = piece.strip().replace(".venv/bin/", "").replace("python3 ", "python ")
         command = re.sub(r"^(\w+=\S+ )+", "", piece)
-        if command.startswith(COMMANDS):
+        if command.startswith(commands):
             line = text.count("\n", 0, start) + 1
             found.append(Command(f"{page.name}:{line}", piece))
 
@@ -195,6 +200,7 @@ def commands_of(page: Path) -> list[Command]:
 
 ALL = [command for page in PAGES for command in commands_of(page)]
 UNIQUE = list({command.text: command for command in reversed(ALL)}.values())[::-1]
+CURL = [command for page in PAGES for command in commands_of(page, ("curl ",))]
 PYTHON = [block for page in PAGES for block in python_of(page)]
 RUN = [c for c in UNIQUE if not any(part in c.text for part in NOT_RUN)]
 
@@ -357,6 +363,11 @@ def finished_run(place) -> Callable[[str], Path]:
     return run
 
 
+def in_window(text: str) -> str:
+    """A request with a number of tokens that a small model has room for."""
+    return re.sub(r"(max_tokens\W+)\d+", r"\g<1>2", text)
+
+
 def stands_on_its_own(text: str, arguments: list[str]) -> bool:
     """Whether a command needs processes of its own, which others run in this one without."""
     several = {"hydra/launcher=submitit_local", "hydra.launcher.n_jobs=2"}
@@ -378,6 +389,20 @@ def run_apart(text: str, script: str, arguments: list[str], place: Path, output:
         [sys.executable, str(ROOT / script), *arguments], cwd=place, env=environment_apart(), check=False
     )
     return done.returncode
+
+
+def environment_of(text: str) -> dict[str, str]:
+    """What a command sets before it."""
+    given = re.match(r"(\w+=\S+ )*", text)
+    assert given is not None
+    return dict(word.split("=", 1) for word in given[0].split())
+
+
+def assert_serves(text: str, arguments: list[str], folder: Path) -> None:
+    """A server begins, and ends when it is told to."""
+    with server_process(folder, *arguments, environment=environment_of(text)) as server:
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
 
 
 def assert_left(script: str, arguments: list[str], folder: Path) -> None:
@@ -423,6 +448,10 @@ def test_a_command_runs(command, place, tmp_path, finished_run, monkeypatch, cap
     stage = "2" if any(words in command.text for words in of_flows) else "1"
     run = finished_run(stage) if "run folder" in command.text or "outputs/" in command.text else None
     _, script, arguments = split(filled_in(command.text, run=run, corpus=place / "corpus", place=place))
+    if script == "muse.serve":
+        export_run(finished_run(stage), place / "weights.safetensors")
+        assert_serves(command.text, arguments, tmp_path)
+        return
     composed = script in ("train.py", "bench.py")
     if composed:
         arguments = in_small(script, arguments, place)
@@ -452,7 +481,23 @@ def test_python_runs(block, tmp_path, finished_run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for weights in re.findall(r"\w+\.safetensors", block.text):
         export_run(finished_run("2"), tmp_path / weights)
-    exec(compile(block.text, block.where, "exec"), {"__name__": "__main__"})
+    if SERVER not in block.text:
+        exec(compile(block.text, block.where, "exec"), {"__name__": "__main__"})
+        return
+    with server_process(tmp_path, finished_run("2")) as server:
+        text = in_window(block.text.replace(SERVER, server.address))
+        exec(compile(text, block.where, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_curl_is_answered(tmp_path, finished_run):
+    with server_process(tmp_path, finished_run("1")) as server:
+        for command in CURL:
+            words = shlex.split(in_window(command.text.replace(SERVER, server.address)))
+            answer = subprocess.run([*words, "--silent", "--fail"], capture_output=True, text=True)
+            assert answer.returncode == 0, f"{command.where}: {answer.stdout}"
+            assert answer.stdout
 
 
 @pytest.mark.slow
