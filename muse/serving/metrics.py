@@ -19,7 +19,7 @@ from muse.serving.answers import Answer
 from muse.serving.engine import Engine, EngineState
 
 # They would be a second series for each one, of when it was made.
-disable_created_metrics()  # type: ignore[no-untyped-call]
+disable_created_metrics()
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 # The path of a request that no route has.
