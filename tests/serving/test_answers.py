@@ -68,8 +68,8 @@ def test_infer_answers_each_prompt_in_order(server, wait, model):
         (COMPLETIONS, {"stop": ["x", "yz"], "max_tokens": 63}, Request((5,), 63, EVEN, None, ("x", "yz"))),
         (
             COMPLETIONS,
-            {"best_of": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "suffix": None,
-             "user": "a", "model": "small", "stream": False, "stream_options": None},
+            {"stop": [], "best_of": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {},
+             "suffix": None, "user": "a", "model": "small", "stream": False, "stream_options": None},
             Request((5,), 16, EVEN),
         ),
     ],
@@ -186,6 +186,10 @@ def test_a_character_split_between_tokens_is_sent_whole(server, wait, model):
     told = asked_of(there, wait, COMPLETIONS, prompt="Line", max_tokens=30, logprobs=1)
     names = told["choices"][0]["logprobs"]["tokens"]
     assert "bytes:\\xc3" in names
+    # What has no text yet has a log-probability.
+    body = {"prompt": "Line", "max_tokens": 30, "logprobs": 1, "stream": True}
+    pieces = [event["choices"][0] for event in events_of(wait(there.post(COMPLETIONS, body)).text)]
+    assert [name for piece in pieces for name in piece["logprobs"]["tokens"]] == names
 
 
 def test_a_stop_across_tokens_ends_the_text_and_is_not_in_it(server, wait, model):

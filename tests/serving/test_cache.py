@@ -14,6 +14,11 @@ COMPLETIONS = "/v1/completions"
 BODY = {"prompt": "Line", "temperature": 0, "max_tokens": 6}
 
 
+def readers(there):
+    """Requests that wait for an answer that others may share."""
+    return sum(answer.readers for answer in there.service._shared.values())
+
+
 def test_a_deterministic_answer_is_given_again(server, wait):
     there = server()
     first, again = (wait(there.post(COMPLETIONS, BODY)) for _ in range(2))
@@ -79,7 +84,7 @@ def test_one_key_learns_nothing_of_what_another_asked(server, wait):
             asyncio.create_task(there.post(COMPLETIONS, BODY, authorization=f"Bearer {key}"))
             for key in ("one", "two", "one")
         ]
-        await until(lambda: len(there.engine.work) == 2)
+        await until(lambda: readers(there) == 3)
         there.engine.go()
         return await asyncio.gather(*asked)
 
@@ -96,7 +101,7 @@ def test_equal_requests_at_a_time_are_one_and_a_leader_that_leaves_ends_nothing(
         clients.append(Client(there.app, COMPLETIONS, {**BODY, "stream": True}))
         await until(lambda: there.engine.work)
         # All of them have come before the first one leaves.
-        await until(lambda: sum(answer.readers for answer in there.service._shared.values()) == 4)
+        await until(lambda: readers(there) == 4)
         clients[0].gone.set()
         await clients[0].task
         there.engine.go()
@@ -114,7 +119,7 @@ def test_the_last_one_that_leaves_ends_the_work(server, wait):
     async def ask():
         there = server(held=True)
         clients = [Client(there.app, COMPLETIONS, BODY) for _ in range(3)]
-        await until(lambda: sum(answer.readers for answer in there.service._shared.values()) == 3)
+        await until(lambda: readers(there) == 3)
         for client in clients:
             client.gone.set()
             await client.task
