@@ -74,11 +74,13 @@ class SlotDecoder:
         if isinstance(model.read_out, RealPart):
             head = torch.cat((head, torch.zeros_like(head)), 1)
         self._head = self._norm.folded(head).float().contiguous()
+        self._argue = _argument_of(model, self._norm)
         self._bias = None if bias is None else bias.detach().float()
         self._logits = torch.empty(self._room, len(head), device=self.device)
         attentions = [part for layer in self._layers for part in layer.maps if isinstance(part, Attention)]
-        # All attentions of a model have as many heads of one width.
+        # All attentions of a model have as many heads of one width, and see as many tokens.
         self._kv_heads = attentions[0].kv_heads if attentions else 0
+        self._attended = attentions[0].window if attentions else None
         self._turns = None
         if attentions and not isinstance(model.embedding, TransformerEmbedding):
             self._turns = _turns(attentions[0].width // 2, self._longest, self.device)
@@ -104,7 +106,7 @@ class SlotDecoder:
         count = len(tokens)
         assert 0 < count <= self.window - start, "the sequence is longer than the window"
         positions = torch.arange(start, start + count, device=self.device)
-        mask = mask_of(positions, self._keys(start + count))[None, None]
+        mask = mask_of(positions, self._keys(start + count), self._attended)[None, None]
         places = self._places(torch.full_like(positions, slot), positions)
         live = torch.ones(1, 1, dtype=torch.bool, device=self.device)
         given = Pass(slot, 1, count, places, mask, self._turned(positions), live)
@@ -128,7 +130,7 @@ class SlotDecoder:
         row = torch.arange(rows, device=self.device)
         # What is no sequence writes where nothing is read.
         places = self._places(row.masked_fill(~live, self._room), positions)
-        mask = mask_of(positions, self._keys(max(lengths) + 1)).view(rows, 1, 1, -1)
+        mask = mask_of(positions, self._keys(max(lengths) + 1), self._attended).view(rows, 1, 1, -1)
         passed = Pass(0, rows, 1, places, mask, self._turned(positions), live[:, None])
         ids = torch.tensor([*tokens, *[0] * (rows - count)], device=self.device)
         state = self._through(ids, positions, passed)
@@ -182,10 +184,13 @@ class SlotDecoder:
     def _scores(self, state: Tensor, out: Tensor | None = None) -> Tensor:
         normal = self._norm.of(state)
         if out is None:
-            return F.linear(normal, self._head, self._bias)
-        # Memory of its own would be asked of the system each time.
-        torch.mm(normal, self._head.t(), out=out)
-        return out if self._bias is None else out.add_(self._bias)
+            logits = F.linear(normal, self._head, self._bias)
+        else:
+            # Memory of its own would be asked of the system each time.
+            logits = torch.mm(normal, self._head.t(), out=out)
+            if self._bias is not None:
+                logits.add_(self._bias)
+        return logits if self._argue is None else self._argue(normal, logits)
 
 
 def _add(
@@ -211,6 +216,17 @@ def _sublayers_of(block: nn.Module) -> list[Sublayer]:
         norm = norm_of(part.norm)
         layers.append(Sublayer(norm, maps_of(part.map, norm)))
     return layers
+
+
+def _argument_of(model: LanguageModel, norm: Norm) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Logits of the synthesis, of normalised rows and logits of the thesis; None without an antithesis."""
+    if model.antithesis is None:
+        return None
+    antithesis, read_out = copy.deepcopy(model.antithesis).float(), model.read_out
+    matrix = model.head_parameters()[0].detach().float().flatten(1)
+    return lambda normal, logits: antithesis(
+        read_out(norm.applied(normal).unflatten(1, (2, -1))), logits, matrix
+    )
 
 
 def _embedding_of(model: LanguageModel, longest: int) -> Callable[[Tensor, Tensor], Tensor]:

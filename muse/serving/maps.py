@@ -27,7 +27,7 @@ from muse.errors import ConfigError
 from muse.layers import ComplexAttention, ComplexFFN, ComplexLayerNorm, ComplexRMSNorm, KoopmanOperator
 from muse.layers.koopman import TAPS
 from muse.models.hamiltonian import HamiltonianFlow
-from muse.models.integrated import AttentionAndKoopman
+from muse.models.integrated import MixerSum
 from muse.models.real import RealAttention, RealFFN
 from muse.models.transformer import TransformerAttention
 from muse.serving.slots import Kept, KeysAndValues, Observables, Pass
@@ -119,8 +119,8 @@ def maps_of(module: nn.Module, norm: Norm) -> list[Map]:
     """
     if isinstance(module, ComplexAttention | RealAttention | TransformerAttention):
         return [Attention(module, norm)]
-    if isinstance(module, AttentionAndKoopman):
-        return [Attention(module.attention, norm), Koopman(module.koopman, norm)]
+    if isinstance(module, MixerSum):
+        return [one for mixer in module.children() for one in maps_of(mixer, norm)]
     if isinstance(module, KoopmanOperator):
         return [Koopman(module, norm)]
     if isinstance(module, ComplexFFN):
@@ -138,11 +138,11 @@ class Attention:
 
     def __init__(self, module: ComplexAttention | RealAttention | TransformerAttention, norm: Norm) -> None:
         projection, output = _precise(module.projection.weight), _precise(module.output.weight)
-        self.heads, self.score = module.heads, "real"
+        self.heads, self.score, self.window = module.heads, "real", None
         self.kv_heads = module.heads if isinstance(module, TransformerAttention) else module.kv_heads
         every = self.heads + 2 * self.kv_heads
         if isinstance(module, ComplexAttention):
-            self.score = module.score
+            self.score, self.window = module.score, module.window
             projection = real_form(projection).unflatten(0, (2, every, -1)).permute(1, 2, 0, 3).flatten(0, 2)
             output = real_form(output).unflatten(1, (2, self.heads, -1)).permute(0, 2, 3, 1).flatten(1)
         elif isinstance(module, RealAttention):
@@ -326,8 +326,10 @@ class Koopman:
         projection = projection.unflatten(0, (2, 2, channels)).transpose(0, 1).flatten(0, 2)
         self.channels = channels
         self.projection = _float(norm.folded(projection))
-        self.rate = _float(norm.folded(_precise(module.rate.weight)))
-        self.rate_bias = _float(module.rate.bias)
+        self.rate, self.rate_bias = None, None
+        if module.rate is not None:
+            self.rate = _float(norm.folded(_precise(module.rate.weight)))
+            self.rate_bias = _float(module.rate.bias)
         self.fastest = module.eigenvalues(1.0)[0].detach().float()
         self.angle = _float(module.theta)
         self.turn = torch.polar(torch.ones_like(self.angle), self.angle)
@@ -345,8 +347,7 @@ class Koopman:
         padded = torch.cat((kept.recent[tokens.slots], u.unflatten(0, shape)), 1)
         u = sum(tap * padded[:, at : at + tokens.length] for at, tap in enumerate(self.taps))
         assert isinstance(u, Tensor)
-        rate = torch.sigmoid(F.linear(normal, self.rate, self.rate_bias)).unflatten(0, shape)
-        log_decay = self.fastest * rate
+        log_decay = self._log_decay(normal).unflatten(0, shape)
         before = kept.state[tokens.slots]
         if tokens.length == 1:
             decay, scale = log_decay[:, 0].exp(), torch.expm1(2 * log_decay[:, 0]).neg_().sqrt_()
@@ -358,6 +359,11 @@ class Koopman:
         kept.write(tokens, after, padded[:, tokens.length :])
         gated = g.flatten(0, -2) * torch.complex(*F.gelu(gate).chunk(2, 1))
         into.addmm_(torch.cat((gated.real, gated.imag), 1), self.output, alpha=factor)
+
+    def _log_decay(self, normal: Tensor) -> Tensor:
+        if self.rate is None:
+            return (0.5 * self.fastest).expand(len(normal), -1)
+        return self.fastest * torch.sigmoid(F.linear(normal, self.rate, self.rate_bias))
 
 
 def _wider(weight: Tensor, axis: int, parts: int) -> Tensor:
@@ -385,7 +391,10 @@ def _unknown(module: nn.Module) -> ConfigError:
     return ConfigError(f"a model with a {name} cannot be served: nothing is known of its states")
 
 
-def mask_of(positions: Tensor, keys: int) -> Tensor:
-    """0 for keys up to each position, -inf behind it: float32 (positions, keys)."""
-    seen = torch.arange(keys, device=positions.device) <= positions[:, None]
+def mask_of(positions: Tensor, keys: int, window: int | None = None) -> Tensor:
+    """0 for the keys that each position sees, itself the last of ``window``, else -inf: (positions, keys)."""
+    key, own = torch.arange(keys, device=positions.device), positions[:, None]
+    seen = key <= own
+    if window is not None:
+        seen &= key > own - window
     return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -math.inf)

@@ -29,6 +29,9 @@ MODELS = [
     {"number": "3"},
     {"number": "3", "koopman": "add", "loops": 2},
     {"number": "3", "koopman": "replace", "koopman_every": 2},
+    {"number": "3", "koopman": "add", "koopman_angles": False, "attention_window": 9},
+    {"number": "3", "koopman_selective": False, "dialectic": "mlp", "dialectic_candidates": 5},
+    {"number": "3", "dialectic": "hamiltonian", "dialectic_candidates": 4, "trunk": "reversible"},
     {"number": "3a"},
 ]
 
