@@ -37,6 +37,7 @@ class Answer:
         # Whether one of them wants each token.
         self._followed = False
         self._waking = False
+        self._told = False
 
     @property
     def readers(self) -> int:
@@ -71,7 +72,9 @@ class Answer:
 
     def _wake(self) -> None:
         self._waking = False
-        if self.finished is not None:
+        # The end may come in the middle of this, and wakes once more then.
+        if self.finished is not None and not self._told:
+            self._told = True
             self._ended(self)
         for news in self._readers:
             news.set()

@@ -12,7 +12,8 @@ from support.waiting import PATIENCE
 
 from muse.generation import Sampling
 from muse.serving import transport
-from muse.serving.requests import Request
+from muse.serving.answers import Answer
+from muse.serving.requests import Finished, Request, Token
 from muse.serving.service import Exchange
 
 INFER, COMPLETIONS = "/infer", "/v1/completions"
@@ -271,3 +272,21 @@ def test_text_offsets_are_those_of_the_text(server, wait, model):
     assert offsets == sorted(offsets)
     assert offsets[-1] == len(LETTERS) - 1
     assert not any(math.isnan(offset) for offset in offsets)
+
+
+def test_an_end_that_comes_while_the_loop_wakes_is_one_end(monkeypatch):
+    """It is seen by the waking that it comes in the middle of, and asks for another."""
+    ended, wakings = [], []
+
+    async def deliver():
+        answer = Answer(Request((5,), 1), ended.append)
+        answer.read(asyncio.Event(), each=True)
+        monkeypatch.setattr(answer._loop, "call_soon_threadsafe", wakings.append)
+        answer.deliver(Token(6, "a"))
+        answer._waking = False
+        answer.deliver(Finished("length"))
+        for wake in wakings:
+            wake()
+
+    asyncio.run(deliver())
+    assert (len(wakings), len(ended)) == (2, 1)
