@@ -530,8 +530,8 @@ class BenchmarkConfig:
     name: str = option(
         "all",
         "which benchmark; all runs every one that is about the stage, so not kernels and not adjoint, "
-        "which compares with torchdiffeq, and not price and ablation, which train for hours. Stage 3a has "
-        "speedup only.",
+        "which compares with torchdiffeq, not price and ablation, which train for hours, and not serving, "
+        "which starts a server. Stage 3a has speedup and serving only.",
         choices=BENCHMARKS,
         given_as="benchmark",
     )
@@ -619,6 +619,14 @@ class BenchmarkConfig:
         "steps are worth.",
         above=0,
     )
+    clients: list[int] = option(
+        [1, 4, 8, 16, 32],
+        "that ask at the same time, beside one alone (this and what follows are of serving).",
+        at_least=1,
+        at_most=256,
+    )
+    seconds: float = option(10.0, "of each load.", above=0, at_most=3600)
+    minutes: float = option(1.0, "of the load that lasts.", above=0, at_most=60)
 
     def __post_init__(self) -> None:
         check_options(self, "benchmark")

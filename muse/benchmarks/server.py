@@ -11,13 +11,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
 from muse.benchmarks.model import benchmark_model
-from muse.config import BenchConfig
+from muse.config import BenchConfig, RunConfig
 from muse.data import load_tokens
 from muse.errors import RunError
 from muse.export import write_exported
@@ -42,7 +42,9 @@ def model_to_serve(config: BenchConfig, folder: Path) -> Path:
     assert tokenizer is not None
     config = changed(config, model={"vocab_size": tokenizer.vocab_size})
     model = benchmark_model(config, torch.device("cpu"))
-    options = {name: value for name, value in asdict(config).items() if name != "benchmark"}
+    # Those of a run that could have trained it.
+    known = {field.name for field in fields(RunConfig)}
+    options = {name: value for name, value in asdict(config).items() if name in known}
     file = folder / "untrained.safetensors"
     write_exported(file, model, options, 0, tokenizer)
     return file

@@ -20,6 +20,7 @@ from muse.benchmarks import (
     mera,
     perplexity,
     price,
+    serving,
     speedup,
     stability,
     throughput,
@@ -51,6 +52,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "adjoint": adjoint.BENCHMARK,
     "price": price.BENCHMARK,
     "ablation": ablation.BENCHMARK,
+    "serving": serving.BENCHMARK,
 }
 # What benchmark=all runs, in this order, where it goes with the stage.
 ALL = (
