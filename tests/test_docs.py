@@ -94,6 +94,9 @@ BENCH_DEFAULTS = {
     "benchmark.learning_rates": "[1]",
     "benchmark.loops": "[]",
     "benchmark.flow_steps": "[]",
+    "benchmark.clients": "[2]",
+    "benchmark.seconds": "0.1",
+    "benchmark.minutes": "0.005",
     # The interpreter of Triton and the compiler of torch take longer than all the rest.
     "benchmark.compile": "false",
     "stack.level": "2",
@@ -109,6 +112,7 @@ DEFAULTS_WITH = {
     # Whose flow is that of the stage.
     "benchmark=price": "benchmark.ode_steps=null",
     "benchmark=ablation": "benchmark.ode_steps=null",
+    "benchmark=serving": "benchmark.ode_steps=null",
     "hydra/sweeper=search": "hydra.sweeper.n_trials=1",
     "hydra/launcher=submitit_local": "hydra.launcher.timeout_min=9",
     # One at a time stays in this process; tests/launch/test_sweep_cli.py has the cells of a sweep side by
@@ -126,6 +130,7 @@ LARGEST = {
     "benchmark.ode_steps": (4, (2, 4)),
     "benchmark.train_steps": (2, (1, 2)),
     "benchmark.repeats": (1, (1, 2)),
+    "benchmark.minutes": (0.005, ()),
     "benchmark.inputs": (2, (1, 2)),
     "benchmark.hidden": (32, (16, 32)),
     "model.seq_len": (16, (8, 16)),

@@ -70,12 +70,14 @@ def measure_serving(config: BenchConfig, device: torch.device) -> dict[str, Any]
         }
         where = ("--device", device.type)
         try:
+            print("  starting the server ...", flush=True)
             with running_server(place, Path(folder), *where, "--cache-mb", 0) as server:
                 found |= asyncio.run(loads.of_answers(server, trained))
                 if found["answers_right"]:
                     found |= asyncio.run(loads.of_server(server))
                 server.end()
             if found["answers_right"]:
+                print("  starting one that stores answers and lets few requests wait ...", flush=True)
                 with running_server(place, Path(folder), *where, "--queue", QUEUE) as server:
                     found |= asyncio.run(loads.beyond(server))
                     server.end()

@@ -69,8 +69,13 @@ def panels(found: Mapping[str, Any]) -> list[tuple[str, str, str, dict[str, list
         rows = [row for row in found["clients"] if row["form"] == form]
         return {key.replace("_", " "): [(row["clients"], row[f"{key}_ms"]) for row in rows] for key in keys}
 
-    def over_time(samples: str, *keys: str) -> dict[str, list[tuple[float, float]]]:
-        return {key: [(sample["seconds"], sample[key]) for sample in found[samples]] for key in keys}
+    def over_time(samples: str, **keys: str) -> dict[str, list[tuple[float, float]]]:
+        return {
+            name: [(sample["seconds"], sample[key]) for sample in found[samples]]
+            for name, key in keys.items()
+        }
+
+    requests = {"running": "running", "waiting": "waiting"}
 
     throughput = {
         form: [(row["clients"], row["tokens_per_second"]) for row in found["clients"] if row["form"] == form]
@@ -86,14 +91,14 @@ def panels(found: Mapping[str, Any]) -> list[tuple[str, str, str, dict[str, list
         ("whole requests", "clients", "whole request [ms]", over_clients(WHOLE, *keys)),
         ("tokens", "clients", "first token, between tokens [ms]", tokens),
         ("latency", "questions a second, open loop", "whole request [ms]", rates),
-        ("memory", "seconds, sustained", "memory [MB]", over_time("samples", "memory_mb")),
-        ("processors", "seconds, sustained", "processors of the server", over_time("samples", "cores")),
-        ("queue", "seconds, sustained", "requests", over_time("samples", "running", "waiting")),
+        ("memory", "seconds, sustained", "memory [MB]", over_time("samples", server="memory_mb")),
+        ("processors", "seconds, sustained", "processors", over_time("samples", server="cores")),
+        ("queue", "seconds, sustained", "requests", over_time("samples", **requests)),
         (
             "overload",
             "seconds, twice the capacity",
             "requests",
-            over_time("overload_samples", "running", "waiting"),
+            over_time("overload_samples", **requests),
         ),
     ]
 
