@@ -81,24 +81,22 @@ class Engine:
         trained: model, tokenizer and options.
         slots: requests decoded at a time.
         queue: requests that may wait.
-        on_step: told of each step the seconds that it took and its requests, in the engine's thread.
+
+    Attributes:
+        on_step: told of each step the seconds that it took and its rows, in the engine's thread; set before
+            the first request.
 
     Raises:
         ConfigError: the model has no tokenizer, or is of a kind that cannot be served.
     """
 
-    def __init__(
-        self,
-        trained: Trained,
-        slots: int = 32,
-        queue: int = 256,
-        on_step: Callable[[float, int], None] | None = None,
-    ) -> None:
+    def __init__(self, trained: Trained, slots: int = 32, queue: int = 256) -> None:
         if trained.tokenizer is None:
             raise ConfigError("the model has no tokenizer, without which there is no text to serve")
         self._tokenizer, self._window = trained.tokenizer, trained.config.model.seq_len
         self._decoder = SlotDecoder(trained.model, slots, self._window)
-        self._slots, self._queue, self._on_step = slots, queue, on_step
+        self._slots, self._queue = slots, queue
+        self.on_step: Callable[[float, int], None] = lambda seconds, rows: None
         self._numbers = itertools.count()
         # Held to change what is waiting, running, cancelled or draining.
         self._changed = threading.Condition()
@@ -303,8 +301,7 @@ class Engine:
                 ended[slot] = reason
         self._steps += 1
         self._rows += sum(decoding)
-        if self._on_step is not None:
-            self._on_step(time.perf_counter() - began, sum(decoding))
+        self.on_step(time.perf_counter() - began, sum(decoding))
         self._finish(ended)
 
     def _answer(self, work: Work, logits: Tensor, likeliest: int) -> str | None:

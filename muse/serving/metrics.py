@@ -22,6 +22,7 @@ from muse.serving.engine import Engine, EngineState
 disable_created_metrics()
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # The path of a request that no route has.
 UNMATCHED = "unmatched"
 # What the engine says of itself: name, kind, meaning.
@@ -52,7 +53,11 @@ class _OfEngine(Collector):
 
 
 class Metrics:
-    """Counters and histograms of one server."""
+    """Counters and histograms of one server.
+
+    Args:
+        engine: whose state and steps they tell.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
@@ -64,6 +69,10 @@ class Metrics:
         def histogram(name: str, meaning: str, *labels: str) -> Histogram:
             return Histogram(f"muse_{name}_seconds", meaning, labels, buckets=SECONDS, registry=self.registry)
 
+        def count_step(seconds: float, rows: int) -> None:
+            self.step.observe(seconds)
+            self.step_rows.observe(rows)
+
         self.responses = counter("responses", "responses of HTTP", "route", "status")
         self.answers = counter("answers", "answers of the engine by how they finished", "reason")
         self.rejected = counter("rejected", "requests refused, by the code of the error", "reason")
@@ -74,6 +83,11 @@ class Metrics:
         self.first_token = histogram("first_token", "from admission to the first generated token")
         self.between_tokens = histogram("between_tokens", "from one generated token to the next")
         self.queue = histogram("queue", "from admission to a slot")
+        self.step = histogram("step", "a step of the engine")
+        self.step_rows = Histogram(
+            "muse_step_rows", "tokens decoded in a step", buckets=ROWS, registry=self.registry
+        )
+        engine.on_step = count_step
 
     def count(self, answer: Answer) -> None:
         """Count an answer that has finished."""

@@ -421,7 +421,8 @@ def test_the_end_of_the_thread_is_told_to_all(one, start, caplog):
     def fail(seconds, rows):
         raise OSError(f"secret {rows}")
 
-    engine = start(one, 1, 9, on_step=fail)
+    engine = start(one, 1, 9)
+    engine.on_step = fail
     answers = ask(engine, *[Request(prompt(4), 5, GREEDY)] * 3)
     assert [answer.wait().finished.reason for answer in answers] == ["failed"] * 3
     wait_until(lambda: not engine.state().alive)
@@ -434,7 +435,8 @@ def test_the_end_of_the_thread_is_told_to_all(one, start, caplog):
 
 def test_what_it_tells_of_itself(one, start):
     steps: list[int] = []
-    engine = start(one, 4, on_step=lambda seconds, rows: steps.append(rows))
+    engine = start(one, 4)
+    engine.on_step = lambda seconds, rows: steps.append(rows)
     before = engine.state()
     wait_until(lambda: engine.state().heartbeat > before.heartbeat)
     assert (before.alive, before.draining, before.running, before.waiting) == (True, False, 0, 0)

@@ -94,6 +94,7 @@ def test_metrics_say_what_happened(server, wait):
         "muse_generated_tokens_total": 5, "muse_cache_hits_total": 1, "muse_cache_misses_total": 1,
         "muse_nonfinite_total": 1, "muse_first_token_seconds_count": 1,
         "muse_between_tokens_seconds_count": 4, "muse_queue_seconds_count": 2, "muse_aborted_total": 0,
+        "muse_step_seconds_count": 5, "muse_step_rows_count": 5, "muse_step_rows_sum": 5,
     }  # fmt: skip
     assert {name: value_of(there, name) for name in wanted} == wanted
     assert value_of(there, "muse_answers_total", reason="length") == 1

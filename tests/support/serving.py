@@ -79,6 +79,7 @@ class FakeEngine:
         self.draws = itertools.count()
         self.draining = self.ended = False
         self.steps = self.rows = self.prompt_tokens = self.generated_tokens = self.nonfinite = 0
+        self.on_step: Callable[[float, int], None] = lambda seconds, rows: None
         self.thread = threading.Thread(target=self.run, daemon=True)
 
     def start(self) -> None:
@@ -180,9 +181,12 @@ class FakeEngine:
                 if self.held or self.dead:
                     continue
                 self.steps += 1
+                before = self.rows
                 for number in list(self.work)[: self.slots]:
                     if not self.held:
                         self.step(number)
+                if self.rows > before:
+                    self.on_step(0.001, self.rows - before)
                 self.condition.wait_for(self.must_go, self.pause)
 
     def may_go(self) -> bool:
