@@ -78,7 +78,9 @@ def test_what_depends_on_the_others_length_is_computed_with_all(monkeypatch):
     monkeypatch.setattr(
         decoder_module,
         "mask_of",
-        lambda positions, keys: found(positions, keys) + (0.5 * torch.arange(keys) * (keys > 32)),
+        lambda positions, keys, window: (
+            found(positions, keys, window) + 0.5 * torch.arange(keys) * (keys > 32)
+        ),
     )
     tested = decoder()
     assert settle(tested)
