@@ -80,10 +80,26 @@ def newest(position: Tensor, level: Tensor) -> Tensor:
     return ((position + 2) >> level) - 2
 
 
+def nodes_of(length: int, level: int) -> int:
+    """Nodes of a level that so many tokens have."""
+    return max(0, ((length + 1) >> level) - 1)
+
+
+def deepest(length: int) -> int:
+    """The last level of which a token after so many others ends a node; -1 if there are -1."""
+    place = length + 2
+    return min((place & -place).bit_length() - 1, place.bit_length() - 2)
+
+
+def reached(length: int, levels: int) -> int:
+    """The last of so many levels that has a node once there are ``length`` tokens."""
+    return min(levels, (length + 1).bit_length() - 2)
+
+
 def read_shape(length: int, levels: int) -> tuple[int, int]:
     """Of ``length`` tokens, two or more: blocks that read, and nodes that each of them may read."""
-    reached = min(levels, (length + 1).bit_length() - 2)
-    return (length + 1) // BLOCK + 1, sum(_nodes(level, BLOCK) for level in range(reached + 1))
+    there = range(reached(length, levels) + 1)
+    return (length + 1) // BLOCK + 1, sum(_nodes(level, BLOCK) for level in there)
 
 
 def _nodes(level: int, block: int) -> int:
@@ -159,10 +175,12 @@ class MeraRouter(nn.Module):
         leaves, gate = self.projection(z).chunk(2, dim=-1)
         start = 0 if cache is None else cache.length
         levels = self.tree(upcast(leaves.unflatten(-1, (self.heads, -1)).permute(0, 3, 1, 2, 4)), cache)
-        weights = self._weights(z, start, len(levels))
+        logits = linear(z.flatten(-2), self.router.weight, self.router.bias)
+        positions = torch.arange(start, start + z.shape[1], device=z.device)
+        weights = weights_of(logits.unflatten(-1, (self.heads, -1)), positions, len(levels))
         if not self.training:
             self.level_weights = weights.detach().unflatten(-1, (-1, READ)).sum(-1).mean((0, 1, 2))
-        read = _read(levels, weights.to(leaves.dtype), start)
+        read = read_nodes(levels, weights.to(leaves.dtype), start)
         if cache is not None:
             cache.length += z.shape[1]
         return self.output(multiply(read.permute(0, 2, 3, 1, 4).flatten(-2), self.activation(gate)))
@@ -216,14 +234,19 @@ class MeraRouter(nn.Module):
         ]
         return torch.stack(pairs, 1).unflatten(-1, (self.heads, -1)).transpose(2, 3).unsqueeze(3)
 
-    def _weights(self, z: Tensor, start: int, levels: int) -> Tensor:
-        """(B, H, S, READ * levels), at least in float32: of each level the newest node first."""
-        logits = linear(z.flatten(-2), self.router.weight, self.router.bias)
-        logits = logits.unflatten(-1, (self.heads, -1))[..., : READ * levels].transpose(1, 2)
-        positions = torch.arange(start, start + z.shape[1], device=z.device)
-        level, before = _slots(levels, z.device)
-        missing = newest(positions[:, None], level) < before
-        return upcast(logits).masked_fill(missing, -math.inf).softmax(-1)
+
+def weights_of(logits: Tensor, positions: Tensor, levels: int) -> Tensor:
+    """What tokens weigh nodes by: (B, H, S, READ * levels), at least in float32, a level's newest node first.
+
+    Args:
+        logits: of the router, (B, S, H, READ * levels or more).
+        positions: of the tokens, (S,) or (B, 1, S).
+        levels: that are read.
+    """
+    level, before = _slots(levels, logits.device)
+    missing = newest(positions[..., None], level) < before
+    logits = upcast(logits[..., : READ * levels].transpose(1, 2))
+    return logits.masked_fill(missing, -math.inf).softmax(-1)
 
 
 def _slots(levels: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -258,7 +281,7 @@ def disentangled(left: Tensor, right: Tensor, turn: Tensor) -> tuple[Tensor, Ten
     )
 
 
-def _read(levels: list[tuple[Tensor, int]], weights: Tensor, start: int) -> Tensor:
+def read_nodes(levels: list[tuple[Tensor, int]], weights: Tensor, start: int) -> Tensor:
     """The weighted sum of what each token reads, planar (B, H, S, 2, d), by a product for each block.
 
     Args:

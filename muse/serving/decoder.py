@@ -109,7 +109,7 @@ class SlotDecoder:
         mask = mask_of(positions, self._keys(start + count), self._attended)[None, None]
         places = self._places(torch.full_like(positions, slot), positions)
         live = torch.ones(1, 1, dtype=torch.bool, device=self.device)
-        given = Pass(slot, 1, count, places, mask, self._turned(positions), live)
+        given = Pass(slot, 1, count, [start], positions, places, mask, self._turned(positions), live)
         state = self._through(torch.tensor(tokens, device=self.device), positions, given)
         return self._scores(state if every else state[-1:])
 
@@ -125,13 +125,14 @@ class SlotDecoder:
         count = len(tokens)
         rows = self._room if self.whole else count + -count % ROWS
         assert max(lengths) < self.window, "the sequence is longer than the window"
-        given = torch.tensor([*lengths, *[-1] * (rows - count)], device=self.device)
+        starts = [*lengths, *[-1] * (rows - count)]
+        given = torch.tensor(starts, device=self.device)
         positions, live = given.clamp(min=0), given >= 0
         row = torch.arange(rows, device=self.device)
         # What is no sequence writes where nothing is read.
         places = self._places(row.masked_fill(~live, self._room), positions)
         mask = mask_of(positions, self._keys(max(lengths) + 1), self._attended).view(rows, 1, 1, -1)
-        passed = Pass(0, rows, 1, places, mask, self._turned(positions), live[:, None])
+        passed = Pass(0, rows, 1, starts, positions, places, mask, self._turned(positions), live[:, None])
         ids = torch.tensor([*tokens, *[0] * (rows - count)], device=self.device)
         state = self._through(ids, positions, passed)
         return self._scores(state, self._logits[:rows])[:count]

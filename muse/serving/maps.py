@@ -10,7 +10,7 @@ others, and a row had other bits where it is last.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,16 +21,26 @@ from torch import Tensor, nn
 from kernels.complex_activation import complex_activation
 from kernels.complex_linear.plain import real_form
 from kernels.complex_scan import complex_scan
+from kernels.planar import conjugate, multiply
 from kernels.symplectic.plain import slope_of
 from muse.dynamics import DuffingPotential, HamiltonianNeuralODE, MLPPotential
 from muse.errors import ConfigError
-from muse.layers import ComplexAttention, ComplexFFN, ComplexLayerNorm, ComplexRMSNorm, KoopmanOperator
+from muse.layers import (
+    ComplexAttention,
+    ComplexFFN,
+    ComplexLayerNorm,
+    ComplexRMSNorm,
+    KoopmanOperator,
+    MeraRouter,
+    MeraState,
+)
 from muse.layers.koopman import TAPS
+from muse.layers.mera import LevelState, deepest, newest, nodes_of, reached, read_nodes, weights_of
 from muse.models.hamiltonian import HamiltonianFlow
 from muse.models.integrated import MixerSum
 from muse.models.real import RealAttention, RealFFN
 from muse.models.transformer import TransformerAttention
-from muse.serving.slots import Kept, KeysAndValues, Observables, Pass
+from muse.serving.slots import Kept, KeysAndValues, Observables, Pass, Trees
 
 LANES = 16
 
@@ -123,6 +133,8 @@ def maps_of(module: nn.Module, norm: Norm) -> list[Map]:
         return [one for mixer in module.children() for one in maps_of(mixer, norm)]
     if isinstance(module, KoopmanOperator):
         return [Koopman(module, norm)]
+    if isinstance(module, MeraRouter):
+        return [Mera(module, norm)]
     if isinstance(module, ComplexFFN):
         return [FeedForward.of_complex(module, norm)]
     if isinstance(module, RealFFN):
@@ -321,11 +333,8 @@ class Koopman:
 
     def __init__(self, module: KoopmanOperator, norm: Norm) -> None:
         channels = module.observables
-        # Of [u | gate] in each plane to [u | gate] of both planes.
-        projection = real_form(_precise(module.projection.weight))
-        projection = projection.unflatten(0, (2, 2, channels)).transpose(0, 1).flatten(0, 2)
         self.channels = channels
-        self.projection = _float(norm.folded(projection))
+        self.projection = _float(norm.folded(_gated(module.projection.weight)))
         self.rate, self.rate_bias = None, None
         if module.rate is not None:
             self.rate = _float(norm.folded(_precise(module.rate.weight)))
@@ -357,13 +366,123 @@ class Koopman:
             moved, last = complex_scan(u.unflatten(2, (2, -1)), log_decay, self.angle, state)
             g, after = (torch.complex(x.select(-2, 0), x.select(-2, 1)) for x in (moved, last))
         kept.write(tokens, after, padded[:, tokens.length :])
-        gated = g.flatten(0, -2) * torch.complex(*F.gelu(gate).chunk(2, 1))
-        into.addmm_(torch.cat((gated.real, gated.imag), 1), self.output, alpha=factor)
+        _add_gated(into, g.flatten(0, -2), gate, self.output, factor)
 
     def _log_decay(self, normal: Tensor) -> Tensor:
         if self.rate is None:
             return (0.5 * self.fastest).expand(len(normal), -1)
         return self.fastest * torch.sigmoid(F.linear(normal, self.rate, self.rate_bias))
+
+
+class Mera:
+    """A router's tree, grown by one token at a time, or by a piece of a prompt, and what is read of it."""
+
+    def __init__(self, module: MeraRouter, norm: Norm) -> None:
+        self.module, self.heads = module, module.heads
+        self.channels = module.output.weight.shape[-1]
+        self.projection = _float(norm.folded(_gated(module.projection.weight)))
+        self.router = _float(norm.folded(_precise(module.router.weight)))
+        self.router_bias = _float(module.router.bias)
+        self.output = _float(real_form(_precise(module.output.weight))).t()
+        (one, two), (along, across) = (
+            _precise(pair).transpose(0, 1).squeeze(3).transpose(2, 3).flatten(3)
+            for pair in (module.halves(), module.turns())
+        )
+        made = one, multiply(two, along), multiply(two, across)
+        first = torch.zeros_like(one), -conjugate(across), along
+        # Of a level's first, the node after it and the newest one to the node that they make and to the next
+        # first, all [re | im]: (levels, 4, 6, channels).
+        self.coarser = _float(torch.cat([_real_rows(made), _real_rows(first)], 1))
+
+    def new_kept(self, slots: int, window: int) -> Trees:
+        levels = reached(window, self.module.levels) + 1
+        return Trees(slots, levels, self.channels, self.projection.device)
+
+    def add(self, into: Tensor, normal: Tensor, tokens: Pass, kept: Kept | None, factor: float) -> None:
+        assert isinstance(kept, Trees)
+        leaves, gate = F.linear(normal, self.projection).chunk(2, 1)
+        logits = F.linear(normal, self.router, self.router_bias).unflatten(1, (self.heads, -1))
+        read = self._read_one if tokens.length == 1 else self._read_piece
+        rows = read(leaves, logits, tokens, kept)
+        _add_gated(into, torch.complex(*rows.chunk(2, 1)), gate, self.output, factor)
+
+    def _read_one(self, leaves: Tensor, logits: Tensor, tokens: Pass, kept: Trees) -> Tensor:
+        """What one token of each sequence reads, rows."""
+        self._grow(leaves, tokens, kept)
+        recent = kept.recent[tokens.slots]
+        weights = weights_of(logits[:, None], tokens.positions[:, None, None], recent.shape[1])
+        nodes = recent.view(tokens.count, -1, 2, self.heads, self.channels // self.heads)
+        return (weights.permute(0, 3, 2, 1).unsqueeze(4) * nodes).sum(1).flatten(1)
+
+    def _grow(self, leaves: Tensor, tokens: Pass, kept: Trees) -> None:
+        """Take in a token of each sequence, and the nodes of other levels that it ends."""
+        recent, first = kept.recent[tokens.slots], kept.first[tokens.slots]
+        levels = min(max(0, *map(deepest, tokens.starts)) + 1, recent.shape[1])
+        nodes, firsts = [leaves], []
+        for level in range(levels - 1):
+            three = torch.cat((first[:, level], recent[:, level, 0], nodes[level]), 1)
+            coarser = self.coarser[level] * three.view(tokens.count, 1, 6, self.channels)
+            made, after = coarser.sum(2).flatten(1).chunk(2, 1)
+            nodes.append(made)
+            firsts.append(after)
+        # Where a node of the last level ends a pair, nothing is made of it.
+        firsts.append(nodes[-1])
+        every = torch.arange(levels, device=leaves.device)
+        position = tokens.positions[:, None]
+        count = newest(position - 1, every).add_(1).clamp_(min=0).unsqueeze(2)
+        ended = tokens.live.unsqueeze(2) & (newest(position, every).unsqueeze(2) == count)
+        new, recent, first = torch.stack(nodes, 1), recent[:, :levels], first[:, :levels]
+        after = torch.where(count == 0, new, torch.stack(firsts, 1))
+        first.copy_(torch.where(ended & (count % 2 == 0), after, first))
+        moved = torch.cat((new.unsqueeze(2), recent[:, :, :-1]), 2)
+        recent.copy_(torch.where(ended.unsqueeze(3), moved, recent))
+
+    def _read_piece(self, leaves: Tensor, logits: Tensor, tokens: Pass, kept: Trees) -> Tensor:
+        """What neighbouring tokens of one sequence read, rows."""
+        (start,) = tokens.starts
+        recent, first = kept.recent[tokens.first], kept.first[tokens.first]
+        state = MeraState(length=start)
+        for level in range(len(recent)):
+            if not (there := nodes_of(start, level)):
+                break
+            known, pending = self._nodes_of(recent[level].flip(0)), self._nodes_of(first[level, None])
+            if there % 2 == 0:
+                pending = torch.cat((pending, known[:, :, -1:]), 2)
+            state.levels.append(LevelState(pending, known, there))
+        levels = self.module.tree(self._nodes_of(leaves), state)
+        for level, own in enumerate(state.levels):
+            recent[level] = self._rows_of(own.recent).flip(0)
+            # None where nothing is made of them.
+            first[level, None][: own.pending.shape[2]] = self._rows_of(own.pending[:, :, :1])
+        weights = weights_of(logits[None], tokens.positions, len(levels))
+        return self._rows_of(read_nodes(levels, weights, start))
+
+    def _nodes_of(self, rows: Tensor) -> Tensor:
+        """Planar (1, heads, nodes, 2, channels of a head)."""
+        return rows.unflatten(1, (2, self.heads, -1)).permute(2, 0, 1, 3).unsqueeze(0)
+
+    def _rows_of(self, nodes: Tensor) -> Tensor:
+        return nodes[0].permute(1, 2, 0, 3).flatten(1)
+
+
+def _real_rows(factors: Sequence[Tensor]) -> Tensor:
+    """Of planar factors (levels, 2, channels), what sums of products with them are as real ones.
+
+    Rows (levels, [re | im], [re | im] of each, channels).
+    """
+    return torch.cat([torch.stack((conjugate(factor), factor.flip(1)), 1) for factor in factors], 2)
+
+
+def _gated(weight: Tensor) -> Tensor:
+    """A planar complex weight to [u | gate] as a real one to [u re | u im | gate re | gate im]."""
+    rows = real_form(_precise(weight))
+    return rows.unflatten(0, (2, 2, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def _add_gated(into: Tensor, z: Tensor, gate: Tensor, output: Tensor, factor: float) -> None:
+    """Add the map of complex z, by GELU on each plane of rows of a gate."""
+    gated = z * torch.complex(*F.gelu(gate).chunk(2, 1))
+    into.addmm_(torch.cat((gated.real, gated.imag), 1), output, alpha=factor)
 
 
 def _wider(weight: Tensor, axis: int, parts: int) -> Tensor:

@@ -46,9 +46,8 @@ def settle(decoder: SlotDecoder) -> bool:
 
 
 def _same_in_any_company(decoder: SlotDecoder) -> bool:
-    longest = decoder.window - 1
     # Fewer keys than others have, and many.
-    lengths = {0, min(TILE // 2, longest), longest // 2, longest}
+    lengths = {0, min(TILE // 2, decoder.window - 1), _half(decoder), decoder.window - 1}
     return _reads_alike(decoder) and all(_decodes_alike(decoder, length) for length in sorted(lengths))
 
 
@@ -89,7 +88,12 @@ def _companies(decoder: SlotDecoder) -> Iterator[tuple[int, list[int], list[int]
     for count in sorted(count for count in counts if 1 < count <= slots):
         for slot in sorted({0, count // 2, count - 1}):
             tokens = [place % _tokens(decoder) for place in range(count)]
-            yield slot, tokens, [(-1, 0, longest // 2, longest)[place % 4] for place in range(count)]
+            yield slot, tokens, [(-1, 0, _half(decoder), longest)[place % 4] for place in range(count)]
+
+
+def _half(decoder: SlotDecoder) -> int:
+    """Tokens, about half of the window, of which the next one ends nodes of all levels of a tree."""
+    return max(0, (1 << (decoder.window - 1).bit_length() >> 1) - 2)
 
 
 def _tokens(decoder: SlotDecoder) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from muse.layers.mera import READ
 
 # Keys that attention reads are a multiple of it: sums over zeros behind the last one then change no bit.
 TILE = 32
@@ -20,6 +23,8 @@ class Pass:
         first: slot of the first sequence.
         count: sequences.
         length: tokens of each.
+        starts: tokens that each has already; -1 for what is no sequence.
+        positions: of the tokens, int64 (count * length,).
         places: of their keys and values, each head's, among the rows of ``KeysAndValues``; (tokens * heads,).
         mask: 0 where a token sees a key, else -inf; float32 (count, 1, length, keys).
         turns: e^{i n omega} of their positions, complex64 (count * length, 1, channels of a head); None
@@ -31,6 +36,8 @@ class Pass:
     first: int
     count: int
     length: int
+    starts: Sequence[int]
+    positions: Tensor
     places: Tensor
     mask: Tensor
     turns: Tensor | None
@@ -113,3 +120,23 @@ class Observables:
 
     def of(self, slot: int, length: int) -> list[Tensor]:
         return [self.state[slot], self.recent[slot]]
+
+
+class Trees:
+    """Of one MERA router.
+
+    Args:
+        slots: sequences.
+        levels: of nodes.
+        channels: complex ones of a node.
+        device: of the memory.
+    """
+
+    def __init__(self, slots: int, levels: int, channels: int, device: torch.device) -> None:
+        # Nodes [re | im]: of each level the last ones, the newest first.
+        self.recent = torch.zeros(slots, levels, READ, 2 * channels, device=device)
+        # And the first of a pair that no node of the next level holds, as disentanglers leave it.
+        self.first = torch.zeros(slots, levels, 2 * channels, device=device)
+
+    def of(self, slot: int, length: int) -> list[Tensor]:
+        return [self.recent[slot], self.first[slot]]

@@ -32,6 +32,9 @@ MODELS = [
     {"number": "3", "koopman": "add", "koopman_angles": False, "attention_window": 9},
     {"number": "3", "koopman_selective": False, "dialectic": "mlp", "dialectic_candidates": 5},
     {"number": "3", "dialectic": "hamiltonian", "dialectic_candidates": 4, "trunk": "reversible"},
+    {"number": "3", "mera": "add", "loops": 2},
+    {"number": "3", "mera": "replace", "mera_every": 1, "mera_levels": 2},
+    {"number": "3", "mera": "replace", "koopman": "none", "trunk": "reversible", "norm": "layer"},
     {"number": "3a"},
 ]
 

@@ -90,9 +90,10 @@ def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(torch.randint(1, 250, (length,), generator=generator).tolist())
 
 
-@pytest.fixture(scope="module", params=["1", "2", "3"])
+@pytest.fixture(scope="module", params=[("1", "none"), ("2", "none"), ("3", "none"), ("3", "add")])
 def trained(request, tmp_path_factory):
-    folder, *_ = make_trained(tmp_path_factory.mktemp("run"), request.param, seq_len=WINDOW)
+    stage, mera = request.param
+    folder, *_ = make_trained(tmp_path_factory.mktemp("run"), stage, seq_len=WINDOW, mera=mera)
     return muse.load(folder)
 
 
@@ -171,9 +172,13 @@ def test_neighbours_that_go_change_no_bit(trained, alone, start):
     assert [answer.wait().told for answer in answers] == alone
 
 
-@pytest.mark.parametrize("stage", ["0", "1", "2", "3", "3a"])
-def test_greedy_answers_are_those_of_the_model_itself(stage, tmp_path, start):
-    trained = muse.load(make_trained(tmp_path, stage, seq_len=WINDOW)[0])
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [("0", {}), ("1", {}), ("2", {}), ("3", {}), ("3", {"mera": "replace"}), ("3a", {})],
+    ids=lambda part: part if isinstance(part, str) else "-".join(part.values()),
+)
+def test_greedy_answers_are_those_of_the_model_itself(stage, options, tmp_path, start):
+    trained = muse.load(make_trained(tmp_path, stage, seq_len=WINDOW, **options)[0])
     engine = start(trained, 4)
     assert engine.state().invariant
     requests = [Request(prompt(length, length), 60, GREEDY) for length in (1, 3, PIECE, PIECE + 20, 25)]
@@ -392,10 +397,10 @@ def test_logits_that_are_no_numbers_end_one_request(stage, tmp_path, start):
     assert (state.nonfinite, state.alive) == (3, True)
 
 
-@pytest.mark.parametrize("stage", ["1", "3"])
-def test_a_slot_is_clean_after_what_was_no_number(stage, tmp_path, start):
+@pytest.mark.parametrize(("stage", "mera"), [("1", "none"), ("3", "none"), ("3", "add")])
+def test_a_slot_is_clean_after_what_was_no_number(stage, mera, tmp_path, start):
     """Also what a step wrote there before its logits were seen to be none."""
-    trained = muse.load(make_trained(tmp_path, stage, seq_len=WINDOW, tied=False)[0])
+    trained = muse.load(make_trained(tmp_path, stage, seq_len=WINDOW, tied=False, mera=mera)[0])
     sound = start(trained, 1)
     long, short = (Request(prompt(length, 70), 12, SAMPLED, seed=1) for length in (20, 3))
     answered, wanted = answer_of(sound, long), answer_of(sound, short)

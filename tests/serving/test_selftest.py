@@ -21,10 +21,18 @@ def decoder(stage="1", slots=9, window=100, width=None, **options):
     return SlotDecoder(model, slots, window)
 
 
+STAGES = [{"stage": stage} for stage in ("0", "1", "2", "3")]
+MERA = [{"stage": "3", "mera": mera} for mera in ("add", "replace")]
+
+
+def named(options):
+    return "-".join(options.values())
+
+
 @pytest.mark.parametrize("slots", [1, 2, 32])
-@pytest.mark.parametrize("stage", ["0", "1", "2", "3", "3a"])
-def test_company_does_not_matter(stage, slots):
-    tested = decoder(stage, slots)
+@pytest.mark.parametrize("options", [*STAGES, *MERA, {"stage": "3a"}], ids=named)
+def test_company_does_not_matter(options, slots):
+    tested = decoder(slots=slots, **options)
     assert settle(tested)
     assert not tested.whole
     for slot in range(slots):
@@ -40,9 +48,9 @@ def test_company_does_not_matter(stage, slots):
     ],
     ids=lambda width: str(width["d_model"]),
 )
-@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
-def test_nor_does_it_with_odd_widths(stage, width):
-    assert settle(decoder(stage, 32, 70, width))
+@pytest.mark.parametrize("options", [*STAGES, *MERA], ids=named)
+def test_nor_does_it_with_odd_widths(options, width):
+    assert settle(decoder(slots=32, window=70, width=width, **options))
 
 
 def with_rows(change):
