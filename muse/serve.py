@@ -24,6 +24,7 @@ SIZES = (
     ("--port", int, 8000, 0, 65535, "to listen at; 0 takes a free one"),
     ("--slots", int, 32, 1, 1024, "requests decoded at a time"),
     ("--queue", int, 256, 1, 100_000, "requests that may wait; more are refused"),
+    ("--speculate", int, 3, 0, 1023, "tokens of greedy texts that a step guesses, while few run; 0 for none"),
     ("--time-limit", float, 30.0, 0.001, 86_400, "seconds of a request"),
     ("--drain", float, 10.0, 0, 86_400, "seconds in which requests end when the server does"),
     ("--cache-mb", int, 64, 0, 1_000_000, "memory for answers that are given again; 0 for none"),
@@ -87,7 +88,7 @@ def serve(arguments: argparse.Namespace) -> None:
     with bound_socket(arguments.host, arguments.port) as bound:
         trained = load(arguments.model, arguments.which, device_of(arguments.device))
         model = served(trained, arguments.name)
-        engine = Engine(trained, limits.slots, limits.queue)
+        engine = Engine(trained, limits.slots, limits.queue, arguments.speculate)
         engine.start()
         service = Service(engine, model, limits, keys)
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from muse.models.language_model import LanguageModel, model_device
 from muse.models.real import RealEmbedding
 from muse.models.transformer import TransformerBlock, TransformerEmbedding, sinusoids
 from muse.serving.maps import Attention, FeedForward, Map, Norm, maps_of, mask_of, norm_of
-from muse.serving.slots import TILE, Kept, Pass, places_of
+from muse.serving.slots import TILE, Kept, KeysAndValues, Pass, places_of
 
 # Rows of a step are a multiple of it: products of fewer than four rows are computed by other code.
 ROWS = 4
@@ -109,33 +109,57 @@ class SlotDecoder:
         mask = mask_of(positions, self._keys(start + count), self._attended)[None, None]
         places = self._places(torch.full_like(positions, slot), positions)
         live = torch.ones(1, 1, dtype=torch.bool, device=self.device)
-        given = Pass(slot, 1, count, [start], positions, places, mask, self._turned(positions), live)
+        own = slice(slot, slot + 1)
+        given = Pass(own, 1, count, [start], positions, places, mask, self._turned(positions), live)
         state = self._through(torch.tensor(tokens, device=self.device), positions, given)
         return self._scores(state if every else state[-1:])
 
-    def step(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Logits (sequences, V) of what follows one more token of sequences, those in the first slots.
+    def step(
+        self, tokens: Sequence[int], lengths: Sequence[int], slots: Sequence[int] | None = None
+    ) -> Tensor:
+        """Logits (tokens, V) of what follows one more token of sequences.
 
-        They are overwritten by the next step.
+        They are overwritten by the next step. Where tokens can be taken back, a sequence may have several.
 
         Args:
-            tokens: one for each sequence.
-            lengths: tokens that it has already; -1 leaves a slot as it is, and its logits mean nothing.
+            tokens: one for each sequence, or more in turn.
+            lengths: tokens that it has before each; -1 leaves a slot as it is, and its logits mean nothing.
+            slots: of the sequences; by default the first ones.
         """
         count = len(tokens)
         rows = self._room if self.whole else count + -count % ROWS
+        assert rows <= self._room, "there are not so many rows"
         assert max(lengths) < self.window, "the sequence is longer than the window"
         starts = [*lengths, *[-1] * (rows - count)]
         given = torch.tensor(starts, device=self.device)
         positions, live = given.clamp(min=0), given >= 0
+        own: slice | Tensor = slice(0, rows)
         row = torch.arange(rows, device=self.device)
+        if slots is not None:
+            own = row = torch.tensor([*slots, *[0] * (rows - count)], device=self.device)
         # What is no sequence writes where nothing is read.
         places = self._places(row.masked_fill(~live, self._room), positions)
         mask = mask_of(positions, self._keys(max(lengths) + 1), self._attended).view(rows, 1, 1, -1)
-        passed = Pass(0, rows, 1, starts, positions, places, mask, self._turned(positions), live[:, None])
+        passed = Pass(own, rows, 1, starts, positions, places, mask, self._turned(positions), live[:, None])
         ids = torch.tensor([*tokens, *[0] * (rows - count)], device=self.device)
         state = self._through(ids, positions, passed)
         return self._scores(state, self._logits[:rows])[:count]
+
+    @property
+    def rows(self) -> int:
+        """Tokens that a step may have, at most."""
+        return self._room
+
+    @property
+    def takes_back(self) -> bool:
+        """Whether tokens can be taken back: all that is kept of them is apart for each."""
+        return all(isinstance(kept, KeysAndValues) for kept in self._memories())
+
+    def take_back(self, slot: int, start: int, stop: int) -> None:
+        """Have no more than ``start`` tokens in a slot that has ``stop``."""
+        for kept in self._memories():
+            assert isinstance(kept, KeysAndValues)
+            kept.take_back(slot, start, stop)
 
     def clear(self, slot: int, length: int) -> None:
         """Forget the sequence of a slot, of so many tokens: behind a mask, too, what is no number spreads."""
@@ -150,8 +174,10 @@ class SlotDecoder:
 
     def kept(self, slot: int, length: int) -> list[Tensor]:
         """All that is kept of the sequence of a slot, which has so many tokens; views of the memory."""
-        memories = (kept for loop in self._kept for layer in loop for kept in layer if kept is not None)
-        return [part for kept in memories for part in kept.of(slot, length)]
+        return [part for kept in self._memories() for part in kept.of(slot, length)]
+
+    def _memories(self) -> Iterator[Kept]:
+        return (kept for loop in self._kept for layer in loop for kept in layer if kept is not None)
 
     def _places(self, slots: Tensor, positions: Tensor) -> Tensor:
         return places_of(slots, positions, self._kv_heads, self._longest)

@@ -51,6 +51,8 @@ class EngineState:
         invariant: whether the self-test found answers equal to the last bit in any company.
         steps: taken.
         rows: decoded tokens over all steps.
+        guessed: tokens that steps were given before they were known.
+        guessed_right: those of them that were decoded.
         prompt_tokens: read.
         generated_tokens: made.
         nonfinite: requests that ended by a logit that is no number.
@@ -65,6 +67,8 @@ class EngineState:
     invariant: bool
     steps: int
     rows: int
+    guessed: int
+    guessed_right: int
     prompt_tokens: int
     generated_tokens: int
     nonfinite: int
@@ -77,10 +81,15 @@ class Engine:
     that has a slot. Requests are in the first slots, so that a step has few more rows than there are
     requests.
 
+    Where a greedy request's text repeats itself, a step has rows for tokens that may come next. Each is
+    computed as if it were known, and counts where it is what the model says, so a guess changes no bit.
+
     Args:
         trained: model, tokenizer and options.
         slots: requests decoded at a time.
         queue: requests that may wait.
+        guesses: tokens that a step guesses, at most; it has no more rows than one beyond them, then, so that
+            guesses end where many requests are decoded. 0 for none.
 
     Attributes:
         on_step: told of each step the seconds that it took and its rows, in the engine's thread; set before
@@ -90,12 +99,14 @@ class Engine:
         ConfigError: the model has no tokenizer, or is of a kind that cannot be served.
     """
 
-    def __init__(self, trained: Trained, slots: int = 32, queue: int = 256) -> None:
+    def __init__(self, trained: Trained, slots: int = 32, queue: int = 256, guesses: int = 3) -> None:
         if trained.tokenizer is None:
             raise ConfigError("the model has no tokenizer, without which there is no text to serve")
         self._tokenizer, self._window = trained.tokenizer, trained.config.model.seq_len
         self._decoder = SlotDecoder(trained.model, slots, self._window)
         self._slots, self._queue = slots, queue
+        # A step of one request has three to spare.
+        self._most_rows = min(guesses + 1, self._decoder.rows) if self._decoder.takes_back else 0
         self.on_step: Callable[[float, int], None] = lambda seconds, rows: None
         self._numbers = itertools.count()
         # Held to change what is waiting, running, cancelled or draining.
@@ -112,6 +123,7 @@ class Engine:
         self._over = False
         self._heartbeat = time.monotonic()
         self._invariant = False
+        self._guessed = self._guessed_right = 0
         self._steps = self._rows = self._prompt_tokens = self._generated_tokens = self._nonfinite = 0
 
     def start(self) -> None:
@@ -164,6 +176,8 @@ class Engine:
             invariant=self._invariant,
             steps=self._steps,
             rows=self._rows,
+            guessed=self._guessed,
+            guessed_right=self._guessed_right,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             nonfinite=self._nonfinite,
@@ -289,20 +303,59 @@ class Engine:
             return
         began = time.perf_counter()
         lengths = [work.kept if work.decoding else -1 for work in self._running]
-        logits = self._decoder.step([work.seen[-1] for work in self._running], lengths).cpu()
+        tokens = [work.seen[-1] for work in self._running]
+        guesses = self._guesses(decoding)
+        slots = list(range(len(tokens)))
+        # Of each slot its row, and those of what is guessed to come next.
+        rows = [[slot] for slot in slots]
+        for slot, guess in guesses:
+            lengths.append(lengths[slot] + len(rows[slot]))
+            rows[slot].append(len(tokens))
+            tokens.append(guess)
+            slots.append(slot)
+        logits = self._decoder.step(tokens, lengths, slots if guesses else None).cpu()
+        if guesses and not logits.isfinite().all():
+            # Behind a mask, too, what is no number spreads, here from a guess.
+            for own in rows:
+                self._decoder.take_back(slots[own[0]], lengths[own[0]] + 1, lengths[own[-1]] + 1)
+            guesses, count = [], len(rows)
+            rows, tokens, lengths = [[slot] for slot in range(count)], tokens[:count], lengths[:count]
+            logits = self._decoder.step(tokens, lengths).cpu()
         # One pass: a sum of finite logits is finite.
         finite, likeliest = logits.sum(1).isfinite().tolist(), logits.numpy().argmax(1).tolist()
-        ended = {}
+        ended, decoded = {}, 0
         for slot, work in enumerate(self._running):
             if not decoding[slot]:
                 continue
-            reason = self._answer(work, logits[slot], likeliest[slot]) if finite[slot] else "nonfinite"
+            reason = None
+            for number, row in enumerate(rows[slot]):
+                if number and (reason is not None or work.seen[-1] != tokens[row]):
+                    break
+                reason = self._answer(work, logits[row], likeliest[row]) if finite[row] else "nonfinite"
+                decoded += 1
+                self._guessed_right += number > 0
+            if len(rows[slot]) > 1:
+                self._decoder.take_back(slot, work.kept, lengths[rows[slot][-1]] + 1)
             if reason is not None:
                 ended[slot] = reason
         self._steps += 1
-        self._rows += sum(decoding)
-        self.on_step(time.perf_counter() - began, sum(decoding))
+        self._rows += decoded
+        self._guessed += len(guesses)
+        self.on_step(time.perf_counter() - began, decoded)
         self._finish(ended)
+
+    def _guesses(self, decoding: list[bool]) -> list[tuple[int, int]]:
+        """Slots and tokens that may come next there, in turn, for the rows that are free."""
+        free = self._most_rows - len(decoding)
+        if free <= 0:
+            return []
+        each = {
+            slot: work.guesses.next(min(free, work.left - 1))
+            for slot, work in enumerate(self._running)
+            if decoding[slot] and work.likeliest
+        }
+        turns = itertools.zip_longest(*([(slot, token) for token in found] for slot, found in each.items()))
+        return [guess for turn in turns for guess in turn if guess is not None][:free]
 
     def _answer(self, work: Work, logits: Tensor, likeliest: int) -> str | None:
         made = work.made

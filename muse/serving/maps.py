@@ -440,7 +440,7 @@ class Mera:
     def _read_piece(self, leaves: Tensor, logits: Tensor, tokens: Pass, kept: Trees) -> Tensor:
         """What neighbouring tokens of one sequence read, rows."""
         (start,) = tokens.starts
-        recent, first = kept.recent[tokens.first], kept.first[tokens.first]
+        recent, first = kept.recent[tokens.slots][0], kept.first[tokens.slots][0]
         state = MeraState(length=start)
         for level in range(len(recent)):
             if not (there := nodes_of(start, level)):

@@ -32,6 +32,8 @@ ENGINE = (
     ("slots", GaugeMetricFamily, "requests decoded at a time, at most"),
     ("steps", CounterMetricFamily, "steps of the engine"),
     ("rows", CounterMetricFamily, "tokens decoded over all steps"),
+    ("guessed", CounterMetricFamily, "tokens guessed in steps"),
+    ("guessed_right", CounterMetricFamily, "guessed tokens that were decoded"),
     ("prompt_tokens", CounterMetricFamily, "tokens of prompts read"),
     ("generated_tokens", CounterMetricFamily, "tokens generated"),
     ("nonfinite", CounterMetricFamily, "requests ended by a logit that is no number"),

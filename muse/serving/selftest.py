@@ -74,11 +74,30 @@ def _decodes_alike(decoder: SlotDecoder, length: int) -> bool:
         return [logits, *(part.clone() for part in decoder.kept(slot, length + 1))]
 
     alone = decoded(0, [0], [0])
-    return all(
+    return _guesses_alike(decoder, length, template) and all(
         torch.equal(a, b)
         for slot, tokens, lengths in _companies(decoder)
         for a, b in zip(alone, decoded(slot, tokens, lengths), strict=True)
     )
+
+
+def _guesses_alike(decoder: SlotDecoder, length: int, template: list[Tensor]) -> bool:
+    """Whether tokens of one sequence have the same logits in one step as in a step for each."""
+    count = min(ROWS, decoder.window - length)
+    if not decoder.takes_back or count == 1:
+        return True
+    tokens, lengths = [place % _tokens(decoder) for place in range(count)], range(length, length + count)
+
+    def begun() -> None:
+        for part, noise in zip(decoder.kept(0, decoder.window), template, strict=True):
+            part.copy_(noise)
+
+    begun()
+    apart = [
+        decoder.step([token], [before])[0].clone() for token, before in zip(tokens, lengths, strict=True)
+    ]
+    begun()
+    return torch.equal(torch.stack(apart), decoder.step(tokens, lengths, [0] * count))
 
 
 def _companies(decoder: SlotDecoder) -> Iterator[tuple[int, list[int], list[int]]]:

@@ -17,11 +17,11 @@ TILE = 32
 
 @dataclass
 class Pass:
-    """Tokens that go through the network together: of ``count`` neighbouring slots ``length`` each.
+    """Tokens that go through the network together: of ``count`` sequences ``length`` each.
 
     Attributes:
-        first: slot of the first sequence.
-        count: sequences.
+        slots: of the sequences, neighbours or any.
+        count: of them; one that is there more than once has its tokens in turn.
         length: tokens of each.
         starts: tokens that each has already; -1 for what is no sequence.
         positions: of the tokens, int64 (count * length,).
@@ -33,7 +33,7 @@ class Pass:
             they leave behind is never read.
     """
 
-    first: int
+    slots: slice | Tensor
     count: int
     length: int
     starts: Sequence[int]
@@ -42,11 +42,6 @@ class Pass:
     mask: Tensor
     turns: Tensor | None
     live: Tensor
-
-    @property
-    def slots(self) -> slice:
-        """Of the sequences."""
-        return slice(self.first, self.first + self.count)
 
     @property
     def keys(self) -> int:
@@ -90,11 +85,15 @@ class KeysAndValues:
 
     def read(self, tokens: Pass) -> tuple[Tensor, Tensor]:
         """All keys and values that the mask of a pass has a column for, each (count, heads, keys, width)."""
-        seen = self.memory[tokens.slots, :, : tokens.keys]
+        seen = self.memory[:, :, : tokens.keys][tokens.slots]
         return seen[:, : self.heads], seen[:, self.heads :]
 
     def of(self, slot: int, length: int) -> list[Tensor]:
         return [self.memory[slot, :, :length]]
+
+    def take_back(self, slot: int, start: int, stop: int) -> None:
+        """Forget the tokens of a sequence from one on."""
+        self.memory[slot, :, start:stop].zero_()
 
 
 class Observables:

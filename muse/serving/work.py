@@ -11,6 +11,7 @@ from torch import Tensor
 from muse.data import Tokenizer
 from muse.generation import TextStream, next_token
 from muse.generation.text_stream import LINE
+from muse.serving.guesses import Guesses
 from muse.serving.requests import Event, Finished, Request, Token
 
 
@@ -35,6 +36,7 @@ class Work:
         self.submitted = time.monotonic()
         self.admitted: float | None = None
         self.answered: float | None = None
+        self.guesses = Guesses(self.seen)
         self._deliver, self._tokenizer = deliver, tokenizer
         self._generator = torch.Generator()
         if request.seed is None:
@@ -50,6 +52,11 @@ class Work:
     def made(self) -> int:
         """Tokens of the answer."""
         return len(self.seen) - len(self.request.ids)
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still have."""
+        return self.request.max_tokens - self.made
 
     @property
     def decoding(self) -> bool:

@@ -172,6 +172,33 @@ def test_neighbours_that_go_change_no_bit(trained, alone, start):
     assert [answer.wait().told for answer in answers] == alone
 
 
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3", "3a"])
+def test_guesses_change_no_bit(stage, tmp_path, start):
+    trained = muse.load(make_trained(tmp_path, stage, seq_len=WINDOW)[0])
+    plain, guessing = start(trained, 4, guesses=0), start(trained, 4, guesses=7)
+    requests = [Request((9, 8, 7) * n, 3 + 40 * n, GREEDY, logprobs=2) for n in (1, 2, 3)]
+    wanted = [answer_of(plain, request).told for request in requests]
+    assert [answer_of(guessing, request).told for request in requests] == wanted
+    assert [answer.wait().told for answer in ask(guessing, *requests)] == wanted
+    assert plain.state().guessed == 0
+    state = guessing.state()
+    # Random weights repeat themselves: what was guessed right took no step of its own.
+    assert (0 < state.guessed_right <= state.guessed) == (stage != "3")
+    assert state.rows == 2 * plain.state().rows
+    if stage != "3":
+        assert state.steps <= state.rows - state.guessed_right
+
+
+def test_a_guess_that_is_no_number_harms_nobody(tmp_path, start, monkeypatch):
+    trained = muse.load(make_trained(tmp_path, "1", seq_len=WINDOW, tied=False)[0])
+    wanted = answer_of(start(trained, 1, guesses=0), Request(prompt(3), 60, GREEDY, logprobs=1))
+    unused = next(token for token in range(250, 290) if token not in (*prompt(3), *wanted.ids))
+    engine = start(poisoned(trained, unused), 1, guesses=3)
+    monkeypatch.setattr(engine, "_guesses", lambda decoding: [(0, unused)])
+    answer = answer_of(engine, Request(prompt(3), 60, GREEDY, logprobs=1))
+    assert answer.told == wanted.told
+
+
 @pytest.mark.parametrize(
     ("stage", "options"),
     [("0", {}), ("1", {}), ("2", {}), ("3", {}), ("3", {"mera": "replace"}), ("3a", {})],

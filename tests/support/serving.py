@@ -119,6 +119,8 @@ class FakeEngine:
             invariant=self.invariant,
             steps=self.steps,
             rows=self.rows,
+            guessed=0,
+            guessed_right=0,
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated_tokens,
             nonfinite=self.nonfinite,
@@ -359,7 +361,7 @@ def be_server(arguments: list[str], engine: dict[str, Any] | None) -> None:
     """Become the command, with a ``FakeEngine`` where its fields are given."""
     if engine is not None:
 
-        def fake(trained: Any, slots: int, queue: int) -> FakeEngine:
+        def fake(trained: Any, slots: int, queue: int, guesses: int) -> FakeEngine:
             return FakeEngine(trained.tokenizer, slots, queue, **engine)
 
         real.Engine = fake  # type: ignore[assignment, misc]
