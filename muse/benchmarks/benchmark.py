@@ -34,6 +34,7 @@ class Benchmark:
         tables: of the models, for W&B; by default all single values of each.
         text: of the models, for the terminal; by default likewise.
         curves: metrics by step, for the log.
+        strict: whether a criterion that does not pass is a failure of the command.
     """
 
     measure: Mapping[str, Measure]
@@ -47,3 +48,4 @@ class Benchmark:
     tables: Callable[[Models], list[ResultTable]] | None = None
     text: Callable[[Models], list[str]] | None = None
     curves: Callable[[Models], list[tuple[int, dict[str, float]]]] | None = None
+    strict: bool = False
