@@ -115,7 +115,7 @@ def check_benchmark(config: BenchConfig, given: Collection[str]) -> None:
             raise ConfigError(f"benchmark={options.name} is about what stage 3 adds; it needs stage=3")
         raise ConfigError(
             f"benchmark={options.name} does not go with stage={number}; stage=3a has "
-            "benchmark=speedup, which only stage=3a has, and benchmark=deployment"
+            "benchmark=speedup, which only stage=3a has, benchmark=deployment and benchmark=serving"
         )
     if options.checkpoint is not None and not any(one.trained for one in benchmarks.values()):
         raise ConfigError(
