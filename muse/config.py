@@ -530,8 +530,8 @@ class BenchmarkConfig:
     name: str = option(
         "all",
         "which benchmark; all runs every one that is about the stage, so not kernels and not adjoint, "
-        "which compares with torchdiffeq, not price and ablation, which train for hours, and not deployment and "
-        "serving, which start servers. Stage 3a has speedup, deployment and serving only.",
+        "which compares with torchdiffeq, not price and ablation, which train for hours, and not deployment "
+        "and serving, which start servers. Stage 3a has speedup, deployment and serving only.",
         choices=BENCHMARKS,
         given_as="benchmark",
     )
