@@ -162,7 +162,8 @@ class KoopmanOperator(nn.Module):
             recent = u.new_zeros(u.shape[0], TAPS - 1, *u.shape[2:])
         padded = torch.cat((recent, u), 1)
         if cache is not None:
-            cache.recent = padded[:, -(TAPS - 1) :]
+            # A view would keep all tokens of a prefill alive.
+            cache.recent = padded[:, -(TAPS - 1) :].clone()
         weight = self.taps.repeat(2, 1).unsqueeze(1).to(u.dtype)
         out = F.conv1d(padded.flatten(-2).transpose(1, 2), weight, groups=weight.shape[0])
         return out.transpose(1, 2).unflatten(-1, (2, -1))
