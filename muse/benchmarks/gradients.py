@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from muse.benchmarks.benchmark import Benchmark
@@ -13,8 +15,12 @@ from muse.hardware import autocast_dtype
 from muse.report.sweep_plot import Metric
 
 
-def measure_gradients(config: BenchConfig, device: torch.device) -> dict[str, float | str]:
-    """Smallest and largest gradient norm of a parameter after one backward pass on random tokens."""
+def measure_gradients(config: BenchConfig, device: torch.device) -> dict[str, Any]:
+    """Smallest and largest gradient norm of a parameter after one backward pass on random tokens.
+
+    Of an antithesis that has not learned yet only the read-out has a gradient, as its zeros let nothing
+    through to what is before it; ``left_out`` names that.
+    """
     model = benchmark_model(config, device).train()
     inputs, targets = random_tokens(config, device, config.seed)
     cast = autocast_dtype(config.stage.precision)
@@ -25,12 +31,17 @@ def measure_gradients(config: BenchConfig, device: torch.device) -> dict[str, fl
         name: 0.0 if p.grad is None else torch.linalg.vector_norm(p.grad, dtype=torch.float32).item()
         for name, p in model.named_parameters()
     }
+    unreached = set() if model.antithesis is None else set(model.antithesis.unreached())
+    left_out = [name for name, p in model.named_parameters() if p in unreached]
+    for name in left_out:
+        del norms[name]
     smallest, largest = min(norms, key=norms.__getitem__), max(norms, key=norms.__getitem__)
     return {
         "grad_norm_min": norms[smallest],
         "grad_norm_max": norms[largest],
         "grad_norm_min_parameter": smallest,
         "grad_norm_max_parameter": largest,
+        "left_out": left_out,
     }
 
 

@@ -69,6 +69,10 @@ class Antithesis(nn.Module):
         """The parameters, in the order in which ``energies`` takes them."""
         return tuple(self.parameters())
 
+    def unreached(self) -> tuple[Tensor, ...]:
+        """The parameters that no gradient reaches as long as the read-out is 0; none after that."""
+        return () if self.readout.any() else tuple(w for w in self.weights() if w is not self.readout)
+
     def energies(self, x: Tensor, thesis: Tensor, rows: Tensor, *weights: Tensor) -> Tensor:
         """Energies (N, k), at least float32.
 
