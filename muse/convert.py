@@ -28,7 +28,7 @@ from muse.layers.mera import MeraRouter
 from muse.models import build_model
 from muse.models.hamiltonian import HamiltonianBlock
 from muse.models.integrated import IntegratedBlock
-from muse.runs.checkpoints import find_weights, load_state
+from muse.runs.checkpoints import find_weights, finished_steps
 from muse.runs.folder import run_of
 from muse.runs.options import stored_options
 from muse.trained import EXPORTED, Trained, load
@@ -72,7 +72,6 @@ def _command(arguments: argparse.Namespace) -> None:
     if output.resolve() == arguments.model.resolve():
         raise ConfigError(f"--output {output} is the file of stage 2; give another one")
     options = {**stored_options(arguments.model), "stage": dataclasses.asdict(made.config.stage)}
-    step = 0 if weights.suffix == EXPORTED else load_state(weights).step
     try:
         tokens, counts = tokens_of_split(trained, "valid")
     except ConfigError as error:
@@ -81,7 +80,7 @@ def _command(arguments: argparse.Namespace) -> None:
         limit = trained.config.train.eval_tokens
         losses = [evaluate_tokens(one, tokens, counts, limit=limit).loss for one in (trained, made)]
         print(f"validation loss before the first step: stage 2 {losses[0]:.4f}, stage 3 {losses[1]:.4f}")
-    write_exported(output, made.model, options, step, made.tokenizer)
+    write_exported(output, made.model, options, finished_steps(weights), made.tokenizer)
     data = trained.config.data
     told = [f"train.init={output}", f"data={data.name}", *([f"data.path={data.path}"] if data.path else [])]
     print(f"stage 3 is in {output}; go on with python train.py {shlex.join(told)}")

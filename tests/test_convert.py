@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from support.commands import run_here
 from support.trained import make_trained
 
@@ -128,10 +129,16 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(run, command, argu
     assert sorted(run.iterdir()) == before
 
 
-def test_a_file_of_stage_2_is_not_replaced_by_its_stage_3(run, command, tmp_path):
+def test_a_file_of_stage_2_says_how_long_it_was_trained_and_is_not_replaced(run, command, tmp_path):
     file = tmp_path / "weights.safetensors"
     export_run(run, file)
     before = file.read_bytes()
+    told = {}
+    for source in (run, file):
+        assert command(source, "stage=3", "--output", tmp_path / "stage3.safetensors")[0] == 0
+        with safe_open(tmp_path / "stage3.safetensors", "pt") as opened:
+            told[source] = opened.metadata()["step"]
+    assert told == {run: "3", file: "3"}
     status, _, err = command(file, "stage=3", "--output", f"{tmp_path}/../{tmp_path.name}/{file.name}")
     assert status == 1
     assert "is the file of stage 2; give another one" in err

@@ -112,6 +112,14 @@ def find_weights(place: Path, which: str = "best") -> Path | None:
     return find_checkpoint(place, which) or find_checkpoint(place)
 
 
+def finished_steps(weights: Path) -> int:
+    """Steps that a checkpoint, or an exported file, has been trained for; both are sound."""
+    if weights.suffix != ".safetensors":
+        return load_state(weights).step
+    with safe_open(weights, "pt") as opened:
+        return int((opened.metadata() or {}).get("step", 0))
+
+
 def find_sound_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run folder whose files are what was written; None if there is none at all.
 
