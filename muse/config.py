@@ -414,6 +414,11 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_options(self, "optim")
 
+    @property
+    def kept_share(self) -> float:
+        """Share of the tokens that a step learns from, once a selection has begun."""
+        return 1.0 if self.selection == "none" else self.selection_share
+
 
 @dataclass
 class HardwareConfig:

@@ -1,8 +1,7 @@
 """``benchmark=ablation``: what each part of stage 3 is worth, alone and left out, beside stage 2.
 
 Every variant is trained on as many tokens as the others, from several seeds, with the learning rate of the
-command; what its step takes in FLOPs and time stands beside its loss, for these differ. They are those of a
-step that learns from all tokens.
+command; what its step takes in FLOPs and time stands beside its loss, for these differ.
 """
 
 from __future__ import annotations

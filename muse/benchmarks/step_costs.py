@@ -78,7 +78,9 @@ def step_costs(configs: Mapping[str, BenchConfig], results: Results) -> dict[str
                 "step_ms": measured["step_ms"][number],
                 "ratio": measured["ratio"][number],
                 "parameters": parameters(config.stage, model, model.vocab_size),
-                "flops_per_token": step_flops(config.stage, model, model.vocab_size, length).total,
+                "flops_per_token": step_flops(
+                    config.stage, model, model.vocab_size, length, config.optim.kept_share
+                ).total,
                 "peak_gb": results.run("vram", config, model_name)["peak"],
             }
         if not results.failures:

@@ -3,7 +3,8 @@
 MFU is the time that the step's model FLOPs would take at the peak rate of their dtype, divided by the time
 that the step took (Chowdhery et al., "PaLM", 2022, appendix B). Model FLOPs are the multiplications and
 additions of the matrix products of the forward pass, and twice as many for the backward pass, whatever
-is computed again in it: a flow that rebuilds its states is not credited for that.
+is computed again in it: a flow that rebuilds its states is not credited for that, nor a selection of tokens
+for its scores.
 """
 
 from __future__ import annotations
@@ -106,13 +107,15 @@ def model_flops(config: RunConfig, vocab_size: int, device: torch.device) -> dic
     model = build_model(config.stage, config.model, vocab_size, config.seed).to(device).eval()
     tokens = torch.zeros(1, config.model.seq_len, dtype=torch.int64, device=device)
     cast = autocast_dtype(config.stage.precision)
+    # As many as a selection keeps.
+    kept = max(1, round(config.optim.kept_share * tokens.numel()))
     with (
         torch.no_grad(),
         torch.autocast(device.type, cast, enabled=cast is not None),
         ProductRecorder() as recorder,
         InsideOperations(closed=COMPLEX_ATTENTION),
     ):
-        model.loss(tokens, tokens)
+        model.loss(tokens, tokens, select=lambda *_: torch.arange(kept, device=device))
     windows = config.train.batch_size * config.optim.accumulation // ranks()
     flops: Counter[torch.dtype] = Counter()
     for product, count in (recorder.products + recorder.attention_products).items():

@@ -75,6 +75,7 @@ def report(arguments: argparse.Namespace) -> str:
             ranks,
             machine,
             arguments.device,
+            config.optim.kept_share,
         )
         for ranks in counts
     ]
@@ -94,7 +95,7 @@ def report(arguments: argparse.Namespace) -> str:
 def _what(config: RunConfig, parallel: str) -> str:
     stage, model = config.stage, config.model
     forward = forward_flops(stage, model, model.vocab_size, model.seq_len)
-    step = step_flops(stage, model, model.vocab_size, model.seq_len)
+    step = step_flops(stage, model, model.vocab_size, model.seq_len, config.optim.kept_share)
     flows = f", of these {step.forces:.4g} in {stage.force_precision} forces" if step.forces else ""
     return (
         f"stage {stage.number}, {model.name}, {stage.precision}, windows of {model.seq_len} tokens, "

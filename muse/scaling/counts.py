@@ -269,7 +269,9 @@ def skips_first_kick(stage: StageConfig) -> bool:
     return stage.gradient == "exact" and not stage.verify
 
 
-def step_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_len: int) -> Flops:
+def step_flops(
+    stage: StageConfig, model: ModelConfig, vocab_size: int, seq_len: int, kept: float = 1.0
+) -> Flops:
     """FLOPs of a token in a training step, as the code executes them.
 
     Maps and head: three times the forward pass; what is computed again is the activation, no product.
@@ -288,6 +290,10 @@ def step_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_len:
 
     ``trunk=reversible`` takes one more forward pass of all blocks, with every gradient of the flow as much as
     it takes without, and so does ``recompute=block``, but for what ``_left_out`` says.
+
+    Where a step learns from a share ``kept`` < 1 of the tokens, all else is computed for every token, and the
+    head takes 1 + 3 ``kept`` forward passes, the first one for the scores. The forward pass of a reference,
+    whose size is another model's, is left out.
     """
     forward = forward_flops(stage, model, vocab_size, seq_len)
     of_scores, of_weights = PARTS[stage.score] if stage.number != "0" else (1, 1)
@@ -307,7 +313,7 @@ def step_flops(stage: StageConfig, model: ModelConfig, vocab_size: int, seq_len:
         maps=(3 + again) * forward.maps - maps_left_out,
         attention=forward.attention * (both + 2 * both + of_scores + again * both) / both,
         forces=flow + again * forward.forces - forces_left_out,
-        head=3 * forward.head,
+        head=(3 if kept == 1 else 1 + 3 * kept) * forward.head,
     )
 
 

@@ -94,18 +94,20 @@ def predict(
     ranks: int,
     machine: Machine,
     device: str = "cuda",
+    kept: float = 1.0,
 ) -> Prediction:
     """A training step of ``accumulation`` micro-batches of ``batch_size`` windows, shared by the ranks.
 
     Compute: FLOPs of the products in each precision / (its peak x utilisation). Communication: bytes / the
-    slowest link of a ring, and its messages x latency. All that is no product is in the utilisation.
+    slowest link of a ring, and its messages x latency. All that is no product is in the utilisation. A step
+    learns from a share ``kept`` of the tokens.
     """
     vocab, length = model.vocab_size, model.seq_len
     parallel = parallel if ranks > 1 else "none"
     windows = batch_size / ranks
     shared = batch_size % ranks == 0
     held = memory(stage, model, vocab, length, max(1, round(windows)), device, parallel, ranks, accumulation)
-    flops = step_flops(stage, model, vocab, length)
+    flops = step_flops(stage, model, vocab, length, kept)
     tokens = windows * length * accumulation
     of_forces = machine.peak_fp32 / TF32_PRODUCTS if stage.force_precision == "fp32" else machine.peak
     others = machine.peak_fp32 if stage.precision == "fp32" else machine.peak

@@ -58,6 +58,14 @@ def test_what_a_flow_computes_again_is_not_counted():
     assert set(counts[0]) == {torch.bfloat16, torch.float32}
 
 
+def test_the_head_of_a_selection_counts_for_the_tokens_that_it_keeps():
+    whole = count(run_config(1, "fp32"))[torch.float32]
+    kept = count(run_config(1, "fp32", {"selection": "high", "selection_share": 0.25}))[torch.float32]
+    head = 3 * 2 * TOKENS * 2 * 8 * VOCAB
+    assert kept == whole - 3 * head // 4
+    assert count(run_config(1, "fp32", {"selection_share": 0.25})) == {torch.float32: whole}
+
+
 def test_counting_leaves_the_random_numbers_alone():
     before = torch.get_rng_state()
     count(run_config(2, "bf16"))

@@ -18,6 +18,7 @@ from muse.measure.matrix_products import COMPLEX_ATTENTION, ProductRecorder
 from muse.measure.operations import InsideOperations
 from muse.measure.peak_memory import peak_memory
 from muse.models import build_model, count_parameters
+from muse.options import changed
 from muse.processes.ranks import local
 from muse.scaling.__main__ import main
 from muse.scaling.counts import forward_flops, parameters, shapes, step_flops
@@ -130,6 +131,17 @@ def test_flops_of_a_step_are_those_of_the_products_in_it(options):
     expected = step_flops(config.stage, config.model, 512, 320)
     assert counted(recorder.attention_products) == pytest.approx(expected.attention)
     assert counted(recorder.products) == pytest.approx(expected.maps + expected.forces + expected.head)
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_selection_takes_the_head_for_all_tokens_and_thrice_for_those_it_keeps(share):
+    config = changed(build("1", windows=1), optim={"selection": "high", "selection_share": share})
+    _, step = random_training_step(config, benchmark_model(config, CPU), CPU)
+    with ProductRecorder() as recorder, InsideOperations(closed=COMPLEX_ATTENTION):
+        step()
+    counted = sum(product.flops() * count for product, count in recorder.products.items()) / 320
+    expected = step_flops(config.stage, config.model, 512, 320, config.optim.kept_share)
+    assert counted == pytest.approx(expected.maps + expected.head)
 
 
 @pytest.mark.parametrize("number", ["0", "1", "2"])
@@ -369,6 +381,11 @@ def test_the_command_prints_what_it_assumes_and_a_row_for_each_number_of_ranks(c
     rows = {line.split()[0]: line for line in out.splitlines() if line[:1].isdigit()}
     assert rows["1"].endswith("none")
     assert "batch" in rows["1,000"]
+
+
+def test_the_command_counts_a_selection(command):
+    tables = [command(f"optim.selection={kind}", *PLACE)[1] for kind in ("none", "random")]
+    assert tables[0] != tables[1]
 
 
 @pytest.mark.parametrize("number", ["1", "2"])
