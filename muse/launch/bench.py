@@ -20,6 +20,7 @@ from muse.errors import ConfigError
 from muse.files import find_files, write_json
 from muse.hardware import machine, restored_threads, use_hardware
 from muse.launch.composition import Loader
+from muse.launch.presets import tell_what_gave_way
 from muse.launch.sweep import given_options, record, sweep_folder
 from muse.processes.torchrun import launched_ranks
 from muse.report.metrics import MetricsLog, require_trackers
@@ -42,7 +43,8 @@ def run_benchmark(config: BenchConfig, run: Path) -> int:
             "torchrun starts the processes of hardware.parallel=ddp or fsdp, which are options of train.py; "
             "bench.py measures in one process, so start it with python"
         )
-    config = with_checkpoint_options(config, given_options())
+    composed, config = config, with_checkpoint_options(config, given_options())
+    tell_what_gave_way(composed, config, f"benchmark.checkpoint={config.benchmark.checkpoint}")
     if config.benchmark.checkpoint is not None:
         print(
             f"stage {config.stage.number}, {config.model.name}, {config.stage.precision} of "

@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from muse.config import RunConfig
 from muse.files import disk_full_as_run_error
+from muse.launch.presets import tell_what_gave_way
 from muse.launch.sweep import given_options, record, sweep_folder
 from muse.options import changed
 from muse.processes.isolated import run_isolated
@@ -26,7 +27,9 @@ def run_train(config: RunConfig, run: Path) -> int:
     With ``resume=<run folder>`` every option that the command does not give is that run's; with
     ``train.init`` stage, model and tokenizer are those of the weights.
     """
-    config = _with_options_of_weights(_with_options_of_run(config))
+    composed, config = config, _with_options_of_weights(_with_options_of_run(config))
+    named = f"resume={config.resume}" if _is_named(config.resume) else f"train.init={config.train.init}"
+    tell_what_gave_way(composed, config, named)
     # submitit starts a process for each cell, and Slurm's signals reach all processes of a job by themselves.
     sweep = sweep_folder()
     if sweep is not None and config.logger.group is None:
@@ -43,9 +46,8 @@ def run_train(config: RunConfig, run: Path) -> int:
 
 
 def _with_options_of_run(config: RunConfig) -> RunConfig:
-    named = config.resume not in ("never", "auto")
     # A folder without the file is refused where the run would begin.
-    if not named or not (Path(config.resume) / RUN_FILE).exists():
+    if not _is_named(config.resume) or not (Path(config.resume) / RUN_FILE).exists():
         return config
     groups = {field.name for field in dataclasses.fields(RunConfig)} - {*UNIDENTIFYING}
     return with_options_of(config, "resume", Path(config.resume), given_options(), groups, may_change)
@@ -53,7 +55,7 @@ def _with_options_of_run(config: RunConfig) -> RunConfig:
 
 def _with_options_of_weights(config: RunConfig) -> RunConfig:
     # A run that is named has been given them when it began.
-    if config.train.init is None or config.resume not in ("never", "auto"):
+    if config.train.init is None or _is_named(config.resume):
         return config
     groups = ("stage", "model", "tokenizer")
     return with_options_of(
@@ -64,6 +66,10 @@ def _with_options_of_weights(config: RunConfig) -> RunConfig:
         groups,
         lambda name, value: name in RETRAINABLE or is_missing_path(name, value),
     )
+
+
+def _is_named(resume: str) -> bool:
+    return resume not in ("never", "auto")
 
 
 def validation_loss() -> float:

@@ -55,7 +55,7 @@ FREE = tuple(
 RETRAINABLE = (
     *FREE,
     *(f"stage.{name}" for name in ("recompute", "recompute_blocks")),
-    *(f"model.{name}" for name in ("name", "seq_len", "lr")),
+    *(f"model.{name}" for name in ("seq_len", "lr")),
 )
 # Most options that a message names.
 MOST_NAMED = 10
@@ -185,14 +185,14 @@ def stage_and_model(stage: str, model: str, resume: str, weights: str | None) ->
     return f"stage{stage}-{model}"
 
 
-def format_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
+def format_changes(changes: Mapping[str, tuple[Any, Any]], most: int = MOST_NAMED) -> str:
     """The changes as ``train.steps: 8 → 12, seed: 0 → 1``, of many the first ones and how many there are."""
     parts = [
         f"{name_as_given(name)}: {format_value(old)} → {format_value(new)}"
         for name, (old, new) in changes.items()
     ]
-    more = len(parts) - MOST_NAMED
-    return ", ".join(parts[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(parts) - most
+    return ", ".join(parts[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def is_among(name: str, names: Collection[str]) -> bool:

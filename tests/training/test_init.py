@@ -91,6 +91,7 @@ def test_such_a_training_goes_on_with_the_same_bits_also_where_the_weights_are_g
     [
         (["stage=1"], "stage: 2 → 1"),
         (["stage.flows=1"], "stage.flows: 2 → 1"),
+        (["model=seed"], "model: small → seed"),
         (["model.complex.layers=3"], "model.complex.layers: 2 → 3"),
         (["tokenizer=word"], "tokenizer: bpe → word"),
     ],
@@ -100,6 +101,26 @@ def test_what_does_not_fit_the_weights_is_refused_by_name(trained, command, opti
     assert (status, run) == (1, None)
     assert told in said
     assert "Traceback" not in said
+
+
+def test_what_a_preset_says_otherwise_than_the_weights_is_named(trained, command):
+    preset = ("experiment=stage3_training", "train.steps=2", "train.test=false")
+    status, told, run = command(f"train.init={trained[0]}", *preset)
+    assert status == 0, told
+    assert muse.load(run).config.stage == trained[1].stage
+    (line,) = (line for line in told.splitlines() if line.startswith("experiment=stage3_training"))
+    lost = line.partition(" in ")[2].split(", ")
+    assert f"experiment=stage3_training gives way to train.init={trained[0]} in " in line
+    assert {"stage: 3 → 2", "stage.trunk: reversible → residual", "model.complex.layers: 6 → 2"} <= {*lost}
+    # Neither what the preset leaves alone, nor what it has its way in, nor what the command says.
+    names = {change.partition(":")[0] for change in lost}
+    assert not names & {"stage.dropout", "stage.flows", "train.early_stop", "train.steps", "tokenizer.name"}
+    # And on the way on.
+    status, told, run = command(f"resume={run}", "experiment=stage3_diagnostics", "train.steps=3")
+    assert status == 0, told
+    assert "stage.verify: true → false" in told
+    status, told, run = command(f"train.init={trained[0]}")
+    assert "gives way" not in told
 
 
 def test_another_window_and_another_dropout_may_be_given(trained, command):
