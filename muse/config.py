@@ -48,6 +48,13 @@ ACTIVATIONS = {
     "3": COMPLEX_ACTIVATIONS,
     "3a": ("gelu",),
 }
+# Options of the parts that stage 3 may have, and what all other stages have in their place.
+STAGE_3_PARTS: dict[str, str | None] = {
+    "koopman": "none",
+    "mera": "none",
+    "attention_window": None,
+    "dialectic": "none",
+}
 # Stages whose blocks end in Hamiltonian flows.
 FLOWING = ("2", "3")
 
@@ -245,14 +252,9 @@ class StageConfig:
             )
         if self.flowing and self.mixer == "none":
             raise ConfigError("stage.mixer=none is the block of the seeds; it goes with stage=1")
-        if self.koopman != "none" and self.number != "3":
-            raise ConfigError(f"stage.koopman={self.koopman} is of stage=3; it must be none")
-        if self.mera != "none" and self.number != "3":
-            raise ConfigError(f"stage.mera={self.mera} is of stage=3; it must be none")
-        if self.attention_window is not None and self.number != "3":
-            raise ConfigError(f"stage.attention_window={self.attention_window} is of stage=3; leave it out")
-        if self.dialectic != "none" and self.number != "3":
-            raise ConfigError(f"stage.dialectic={self.dialectic} is of stage=3; it must be none")
+        for part, without in STAGE_3_PARTS.items():
+            if self.number != "3" and (value := getattr(self, part)) != without:
+                raise ConfigError(f"stage.{part}={value} is of stage=3; it must be {without or 'null'}")
 
     @property
     def flowing(self) -> bool:

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from muse.commands import Parser, device_of, run_command
-from muse.config import StageConfig
+from muse.config import STAGE_3_PARTS, StageConfig
 from muse.errors import ConfigError
 from muse.evaluate import evaluate_tokens, tokens_of_split
 from muse.export import write_exported
@@ -34,8 +34,6 @@ from muse.runs.options import stored_options
 from muse.trained import EXPORTED, Trained, load
 
 FILE = f"stage3{EXPORTED}"
-# Options of stage 3 that stage 2 has no use for, by their beginnings; all others stay those of the run.
-ADDED = ("koopman", "mera", "dialectic", "attention_window")
 
 
 def main() -> None:
@@ -101,7 +99,8 @@ def stage_3(stage: StageConfig, options: list[str]) -> StageConfig:
     given = dict(option.partition("=")[::2] for option in options)
     if given.pop("stage", None) != "3":
         raise ConfigError("muse.convert makes stage 3 of stage 2; give stage=3")
-    added = [name for name in OmegaConf.structured(StageConfig) if name.startswith(ADDED)]
+    # The parts and options of theirs; all others stay those of the run.
+    added = [name for name in OmegaConf.structured(StageConfig) if name.startswith(tuple(STAGE_3_PARTS))]
     file = composed_stage("3")
     values: dict[str, Any] = {name: getattr(file, name) for name in added}
     for name, value in given.items():

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from kernels.symplectic import POTENTIALS
 from muse import config
 from muse.config import (
+    STAGE_3_PARTS,
     BenchConfig,
     BenchmarkConfig,
     DataConfig,
@@ -179,8 +180,7 @@ def test_the_allowed_values_are_listed_and_work(group, name):
         others["stage", number] = {"activation": "gelu"}
     for value in allowed:
         own: Any = [value] if is_list else int(value) if declared.type is int else value
-        of_stage_3 = name in ("koopman", "mera", "dialectic")
-        also = {"number": "3"} if of_stage_3 else others.get((declared.given_as, value), {})
+        also = {"number": "3"} if name in STAGE_3_PARTS else others.get((declared.given_as, value), {})
         assert getattr(dataclasses.replace(group, **{name: own, **also}), name) == own
 
 
@@ -191,7 +191,7 @@ def test_a_bound_is_told_and_holds(group, name, declared):
     is_list, whole = isinstance(getattr(group, name), list), declared.type in (int, int | None)
 
     # What goes with it.
-    also = {"number": "3"} if name == "attention_window" else {}
+    also = {"number": "3"} if name in STAGE_3_PARTS else {}
 
     def given(value: float) -> Any:
         return dataclasses.replace(

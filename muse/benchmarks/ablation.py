@@ -15,12 +15,11 @@ from tqdm import tqdm
 
 from muse.benchmarks.baseline import baseline_of
 from muse.benchmarks.benchmark import Benchmark, Models
-from muse.benchmarks.criteria import at_most
 from muse.benchmarks.results import Results
 from muse.benchmarks.step_costs import measure_costs, step_costs
 from muse.benchmarks.trainings import Trainings, measure_training, training_of
 from muse.benchmarks.workload import Workload, refuse_flow
-from muse.config import BenchConfig
+from muse.config import STAGE_3_PARTS, BenchConfig
 from muse.errors import ConfigError
 from muse.measure.bootstrap import mean_interval, resampled
 from muse.options import changed
@@ -33,9 +32,10 @@ from muse.report.wandb_tables import ResultTable, model_tables
 Options = Mapping[str, Mapping[str, Any]]
 # Of each part what leaves it out and what has it, where the command does not say how.
 PARTS: dict[str, tuple[Options, Options]] = {
-    "koopman": ({"stage": {"koopman": "none"}}, {"stage": {"koopman": "replace"}}),
-    "mera": ({"stage": {"mera": "none"}}, {"stage": {"mera": "add"}}),
-    "dialectic": ({"stage": {"dialectic": "none"}}, {"stage": {"dialectic": "mlp"}}),
+    **{
+        part: ({"stage": {part: STAGE_3_PARTS[part]}}, {"stage": {part: value}})
+        for part, value in (("koopman", "replace"), ("mera", "add"), ("dialectic", "mlp"))
+    },
     "selection": (
         {"optim": {"selection": "none"}, "train": {"reference": None}},
         {"optim": {"selection": "entropy"}, "train": {"reference": None}},
@@ -159,7 +159,7 @@ def _report(
                 f"the ratio lies between {low:.3g} and {high:.3g}: more seeds would tell"
             )
         else:
-            passed = at_most(high, TARGET)
+            passed = high <= TARGET
     results.values |= {"ablation_ratio": stage["ratio"], "ablation_pass": passed}
     results.criteria.append(
         (f"perplexity / {BASELINE}, equal tokens", stage["ratio"], f"<= {TARGET:g}", passed)

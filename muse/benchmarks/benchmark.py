@@ -9,6 +9,8 @@ from typing import Any
 from muse.benchmarks.results import Results
 from muse.benchmarks.workload import Workload
 from muse.config import BenchConfig
+from muse.errors import ConfigError
+from muse.options import allowed_values
 from muse.report.sweep_plot import Metric
 from muse.report.wandb_tables import ResultTable
 
@@ -49,3 +51,15 @@ class Benchmark:
     text: Callable[[Models], list[str]] | None = None
     curves: Callable[[Models], list[tuple[int, dict[str, float]]]] | None = None
     strict: bool = False
+
+
+def require_part(config: BenchConfig) -> None:
+    """See that stage 3 has the part that a benchmark is called after.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    part = config.benchmark.name
+    if getattr(config.stage, part, "") == "none":
+        _, *kinds = (f"stage.{part}={kind}" for kind in allowed_values(config.stage, part))
+        raise ConfigError(f"benchmark={part} needs {' or '.join(kinds)}")

@@ -22,16 +22,6 @@ def percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def at_most(value: float | None, target: float) -> bool | None:
-    """Whether value <= target; None where it is missing."""
-    return None if value is None else value <= target
-
-
-def at_least(value: float | None, target: float) -> bool | None:
-    """Whether value >= target; None where it is missing."""
-    return None if value is None else value >= target
-
-
 def all_of(passes: list[bool | None]) -> bool | None:
     """False as soon as one is, else None as long as one is."""
     return False if False in passes else None if None in passes or not passes else True

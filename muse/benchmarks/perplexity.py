@@ -13,7 +13,7 @@ import torch
 from muse.benchmarks.baseline import baseline_of
 from muse.benchmarks.benchmark import Benchmark, Models
 from muse.benchmarks.checkpoint import tokens_seen
-from muse.benchmarks.criteria import at_most, ratio
+from muse.benchmarks.criteria import ratio
 from muse.benchmarks.model import benchmark_model, train_briefly
 from muse.benchmarks.results import Results, Unmeasured, name_of
 from muse.benchmarks.workload import Workload, batch_shape, flow_of, refuse_flow
@@ -107,13 +107,10 @@ def _judge_decoder(config: BenchConfig, results: Results) -> None:
     share = None if "ppl_pass" in results.unjudged else ratio(measured["ppl"], other["ppl"])
     values |= {
         "ppl_ratio": share,
-        "ppl_pass": at_most(share, DECODER_TARGET),
+        "ppl_pass": results.at_most(f"perplexity / stage 0 ({measured['trained']})", share, DECODER_TARGET),
         "ppl_baseline": other["ppl"],
         "ppl_baseline_trained": other["trained"],
     }
-    results.criteria.append(
-        (f"perplexity / stage 0 ({measured['trained']})", share, f"<= {DECODER_TARGET}", values["ppl_pass"])
-    )
 
 
 def _judge_flow(config: BenchConfig, results: Results) -> None:
@@ -141,13 +138,11 @@ def _judge_flow(config: BenchConfig, results: Results) -> None:
         "ppl_ratio": share,
         "ppl_diff_pct": None if share is None else 100 * (share - 1),
         "ppl_target": target,
-        "ppl_pass": at_most(share, target),
+        "ppl_pass": results.at_most(f"perplexity / stage {before} ({own['trained']})", share, target),
         "ppl_trained": own["trained"],
         "ppl_baseline_trained": one["trained"],
         "parameters_apart": excess,
     }
-    title = f"perplexity / stage {before} ({own['trained']})"
-    results.criteria.append((title, share, f"<= {target}", values["ppl_pass"]))
     equal = None if excess is None else abs(excess) <= PARAMETERS_APART
     results.criteria.append((f"parameters / stage {before} - 1", excess, f"within {PARAMETERS_APART}", equal))
 

@@ -65,6 +65,18 @@ class Results:
             self.details.setdefault(shown_as or measurement, {})[model] = values
         return values
 
+    def at_most(self, criterion: str, value: float | None, target: float, sign: str = "<=") -> bool | None:
+        """Whether value <= target, a row of the table now; None where it is missing."""
+        passed = None if value is None else value <= target
+        self.criteria.append((criterion, value, f"{sign} {target:g}", passed))
+        return passed
+
+    def at_least(self, criterion: str, value: float | None, target: float) -> bool | None:
+        """Whether value >= target, likewise."""
+        passed = None if value is None else value >= target
+        self.criteria.append((criterion, value, f">= {target:g}", passed))
+        return passed
+
     def judge(self) -> None:
         """Set ``all_pass``: None as long as a criterion is, or a measurement failed."""
         passes = [passed for *_, passed in self.criteria]

@@ -20,7 +20,7 @@ from muse.acceleration import Execution, InferenceScalingEngine, greedy_decode
 from muse.acceleration.plan import MB, Plan, countable, find_plan, memory_of_update
 from muse.acceleration.training import StackTraining
 from muse.benchmarks.benchmark import Benchmark, Models
-from muse.benchmarks.criteria import GRADIENT_RANGE, all_of, at_least, at_most, percent, ratio, saved
+from muse.benchmarks.criteria import GRADIENT_RANGE, all_of, percent, ratio, saved
 from muse.benchmarks.decoding import PROMPT, measure_decoding
 from muse.benchmarks.results import Results, Unmeasured
 from muse.benchmarks.workload import Workload, batch_shape
@@ -352,8 +352,7 @@ def judge(config: BenchConfig, results: Results) -> None:
     small = None if peak is None else peak < STACK_MB
     counted = "the stack without compilation" if memory["uncompiled"] else "the stack"
     criteria.append((f"peak memory with {counted} [MB]", peak, f"< {STACK_MB}", small))
-    title = "compressed / float32 activations"
-    criteria.append((title, held, f"<= {config.stack.ratio}", at_most(held, config.stack.ratio)))
+    results.at_most("compressed / float32 activations", held, config.stack.ratio)
     if config.benchmark.ablation:
         _ablation(config, results)
 
@@ -424,26 +423,14 @@ def _judge_accumulation(config: BenchConfig, results: Results, asked: bool) -> N
                 "1 batch an update goes on until it is there"
             )
     results.values |= {_key(key, config, asked): value for key, value in found.items()}
-    results.criteria += [
-        (f"time saved, whole run, {label}", less, f">= {SAVED_TARGET}", at_least(less, SAVED_TARGET)),
-        (
-            f"time saved, in turns, {label}",
-            pairs["saved"],
-            f">= {SAVED_TARGET}",
-            at_least(pairs["saved"], SAVED_TARGET),
-        ),
-        (f"throughput gained, {label}", faster, f">= {TOKENS_TARGET}", at_least(faster, TOKENS_TARGET)),
-        (
-            f"final losses apart, {label}",
-            difference,
-            f"<= {LOSS_DIFFERENCE}",
-            at_most(difference, LOSS_DIFFERENCE),
-        ),
-        (f"NaN and Inf, {label}", not_finite, "= 0", at_most(not_finite, 0)),
-        (f"smallest gradient norm, {label}", smallest, f">= {low:g}", at_least(smallest, low)),
-        (f"largest gradient norm, {label}", largest, f"<= {high:g}", at_most(largest, high)),
-        (f"checkpoints load, {label}", loads, "yes", loads),
-    ]
+    results.at_least(f"time saved, whole run, {label}", less, SAVED_TARGET)
+    results.at_least(f"time saved, in turns, {label}", pairs["saved"], SAVED_TARGET)
+    results.at_least(f"throughput gained, {label}", faster, TOKENS_TARGET)
+    results.at_most(f"final losses apart, {label}", difference, LOSS_DIFFERENCE)
+    results.at_most(f"NaN and Inf, {label}", not_finite, 0, "=")
+    results.at_least(f"smallest gradient norm, {label}", smallest, low)
+    results.at_most(f"largest gradient norm, {label}", largest, high)
+    results.criteria.append((f"checkpoints load, {label}", loads, "yes", loads))
     if config.stack.speculation:
         title = f"texts that decode to the tokens of plain greedy decoding, {label}"
         same = f"{ours['decode_texts_equal']} of {ours['decode_texts']}" if ours else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from muse.benchmarks.benchmark import Benchmark
-from muse.benchmarks.criteria import at_most
 from muse.benchmarks.model import benchmark_model
 from muse.benchmarks.results import Results, name_of
 from muse.benchmarks.workload import batch_shape
@@ -37,14 +36,13 @@ def judge(config: BenchConfig, results: Results) -> None:
     measured = results.measure("stability", name_of(config), config)
     counts = measured["nan_count"], measured["inf_count"]
     count = None if None in counts else sum(counts)
-    passed = at_most(count, 0)
     results.values |= {
         "nan_count": measured["nan_count"],
         "inf_count": measured["inf_count"],
-        "stability_pass": passed,
+        "stability_pass": results.at_most(
+            f"NaN and Inf in {config.benchmark.inputs} random inputs", count, 0, "="
+        ),
     }
-    title = f"NaN and Inf in {config.benchmark.inputs} random inputs"
-    results.criteria.append((title, count, "= 0", passed))
 
 
 BENCHMARK = Benchmark(
