@@ -64,6 +64,19 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
+def told_by(capsys):
+    """Runs a command of muse in this process: its status, standard output and standard error."""
+    from support.commands import run_here
+
+    def run(module, *arguments):
+        status = run_here(module, list(map(str, arguments)))
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
 def timed_calls(monkeypatch):
     """Functions that take given seconds, call after call, on a clock of their own; and the order of calls."""
 

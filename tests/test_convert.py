@@ -1,4 +1,5 @@
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -27,15 +28,8 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def command(capsys):
-    """Status, standard output and standard error of the command."""
-
-    def convert(*arguments):
-        status = run_here("muse.convert", list(map(str, arguments)))
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return convert
+def command(told_by):
+    return partial(told_by, "muse.convert")
 
 
 @pytest.mark.parametrize(("options", "kept"), KEPT.items(), ids=str)

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 from datasets import load_dataset
-from support.commands import run_here
 from support.processes import ROOT
 from support.trained import make_trained
 
@@ -32,15 +32,8 @@ def run(request, tmp_path_factory):
 
 
 @pytest.fixture
-def command(capsys):
-    """Status, standard output and standard error of the command."""
-
-    def measure(*arguments):
-        status = run_here("muse.evaluate", list(map(str, arguments)))
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return measure
+def command(told_by):
+    return partial(told_by, "muse.evaluate")
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 from matplotlib.figure import Figure
-from support.commands import run_here
 from support.trained import make_trained
 
 import muse
@@ -27,14 +26,10 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def command(capsys, monkeypatch):
-    """Status, standard output and standard error of the command."""
-
+def command(told_by, monkeypatch):
     def generate(*arguments, stdin=io.StringIO):
         monkeypatch.setattr("sys.stdin", stdin())
-        status = run_here("muse.generate", list(map(str, arguments)))
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return told_by("muse.generate", *arguments)
 
     return generate
 
