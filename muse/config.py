@@ -305,9 +305,10 @@ class DataConfig:
 
     name: str = option(
         "stdlib",
-        "stdlib (the standard library of the running Python), wikitext2, text (any files) or synthetic "
-        "(random tokens, for the memory and speed benchmarks).",
-        choices=("stdlib", "wikitext2", "text", "synthetic"),
+        "stdlib (the standard library of the running Python), wikitext2, text (plain text), files (text and "
+        "records in any format, larger than the memory; docs/data.md) or synthetic (random tokens, for the "
+        "memory and speed benchmarks).",
+        choices=("stdlib", "wikitext2", "text", "files", "synthetic"),
         given_as="data",
     )
     path: str | None = option(
@@ -317,7 +318,19 @@ class DataConfig:
         "extension but a program's (train.txt, wiki.valid.tokens, train-00000-of-00002.txt, and "
         "stories-train.txt where there is stories-valid.txt); what is beside them is left out, and 5 % of "
         "the training text is held out for each one missing. Without such names all of it is split about "
-        "90 / 5 / 5: files by a hash of their names, a single file at its end.",
+        "90 / 5 / 5: files by a hash of their names, a single file at its end. For files a file, folder or "
+        "pattern of text, jsonl, json, csv, parquet or arrow, packed (gz, zst, bz2, xz) or not, split by the "
+        "same names or by a hash of each document.",
+    )
+    column: str | None = option(
+        None,
+        "of records, which holds the text; null for text or content, or else the only one with text (this "
+        "and the next three are of files).",
+    )
+    valid: str | None = option(None, "file, folder or pattern of the validation split.")
+    test: str | None = option(None, "file, folder or pattern of the test split.")
+    skip_bad: bool = option(
+        False, "whether rows and files that are broken are counted and left out in place of an error."
     )
     variant: str = option(
         "wikitext-2-v1",
@@ -332,6 +345,11 @@ class DataConfig:
         check_options(self, "data")
         if self.name == "text" and not self.path:
             raise ConfigError("data=text needs data.path=<a file or a folder of text files>")
+        if self.name == "files" and not self.path:
+            raise ConfigError("data=files needs data.path=<a file, a folder or a pattern>")
+        for name in ("column", "valid", "test", "skip_bad"):
+            if getattr(self, name) and self.name != "files":
+                raise ConfigError(f"data.{name} is of data=files; leave it out of data={self.name}")
 
 
 @dataclass

@@ -80,6 +80,9 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (DataConfig, {"variant": "wikitext-103"}, "data.variant"),
     (DataConfig, {"name": "text"}, "data.path"),
     (DataConfig, {"name": "text", "path": ""}, "data.path"),
+    (DataConfig, {"name": "files"}, "data.path"),
+    (DataConfig, {"name": "text", "path": "x", "skip_bad": True}, "data.skip_bad"),
+    (DataConfig, {"valid": "x"}, "data.valid"),
     (TokenizerConfig, {"name": "char"}, "tokenizer=char"),
     (TokenizerConfig, {"vocab_size": 256}, "tokenizer.vocab_size"),
     (OptimConfig, {"name": "sgd"}, "optim=sgd"),
@@ -175,7 +178,7 @@ def test_the_allowed_values_are_listed_and_work(group, name):
         dataclasses.replace(group, **{name: ["x"] if is_list else "x"})
     assert str(caught.value).endswith(f"=x is not known; choose one of {', '.join(allowed)}")
     # What goes with some of them.
-    others = {("data", "text"): {"path": "somewhere"}}
+    others = {("data", name): {"path": "somewhere"} for name in ("text", "files")}
     for number in ("0", "3a"):
         others["stage", number] = {"activation": "gelu"}
     for value in allowed:
@@ -252,7 +255,7 @@ def test_every_file_of_conf_gives_a_checked_configuration(path):
     entries = ["bench"] if group == "benchmark" else ["train", "bench"]
     for entry in entries:
         overrides = [f"{group}={name}"]
-        if (group, name) == ("data", "text"):
+        if group == "data" and name in ("text", "files"):
             overrides.append("data.path=somewhere")
         built = build_config(composed(entry, overrides))
         if group == "experiment":

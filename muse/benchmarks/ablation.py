@@ -176,7 +176,7 @@ def check(config: BenchConfig) -> None:
     if options.name != "ablation":
         return
     if config.data.name == "synthetic":
-        raise ConfigError("benchmark=ablation needs text; choose data=stdlib, wikitext2 or text")
+        raise ConfigError("benchmark=ablation needs text; choose data=stdlib, wikitext2, text or files")
     if not options.train_steps:
         raise ConfigError("benchmark.train_steps=0 trains nothing; benchmark=ablation needs at least 1")
     refuse_flow(config, "benchmark=ablation, which trains the flow of the stage", "give stage.{}")

@@ -15,7 +15,10 @@ from muse.options import changed
 from muse.runs.options import FREE, differences, format_changes, stored_options
 
 # What two models must have in common to be compared.
-TEXT = ("data.name", "data.path", "data.variant", "tokenizer.name", "tokenizer.vocab_size", "tokenizer.path")
+TEXT = (
+    *(f"data.{name}" for name in ("name", "path", "column", "valid", "test", "skip_bad", "variant")),
+    *(f"tokenizer.{name}" for name in ("name", "vocab_size", "path")),
+)
 
 
 def baseline_of(config: BenchConfig, stage: StageConfig, precision: str | None = None) -> BenchConfig:

@@ -72,7 +72,7 @@ def is_contradiction(line: dict[str, Any]) -> bool:
 
 def _trained(config: BenchConfig, device: torch.device) -> list[tuple[int, dict[str, Any]]]:
     if config.data.name == "synthetic":
-        raise ConfigError("benchmark=dialectic needs text; choose data=stdlib, wikitext2 or text")
+        raise ConfigError("benchmark=dialectic needs text; choose data=stdlib, wikitext2, text or files")
     data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
     config = changed(config, model={"vocab_size": data.vocab_size})
     lines: list[tuple[int, dict[str, Any]]] = []

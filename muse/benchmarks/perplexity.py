@@ -50,7 +50,7 @@ def measure_perplexity(config: BenchConfig, device: torch.device) -> dict[str, A
         ConfigError: for data without text.
     """
     if config.data.name == "synthetic":
-        raise ConfigError("benchmark=perplexity needs text; choose data=stdlib, wikitext2 or text")
+        raise ConfigError("benchmark=perplexity needs text; choose data=stdlib, wikitext2, text or files")
     data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
     config = changed(config, model={"vocab_size": data.vocab_size})
     curve: list[tuple[int, float]] = []

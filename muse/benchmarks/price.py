@@ -280,7 +280,7 @@ def check(config: BenchConfig) -> None:
     """
     options = config.benchmark
     if config.data.name == "synthetic":
-        raise ConfigError("benchmark=price needs text; choose data=stdlib, wikitext2 or text")
+        raise ConfigError("benchmark=price needs text; choose data=stdlib, wikitext2, text or files")
     if not options.train_steps:
         raise ConfigError("benchmark.train_steps=0 trains nothing; benchmark=price needs at least 1")
     if not options.learning_rates:

@@ -21,18 +21,30 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises:
         ConfigError: naming ``data.cache``, when the folder cannot be written or the disk is full.
     """
-    try:
-        _remove_stale(path.parent)
+    with write_errors(path.parent):
+        remove_stale(path.parent)
         with replacement(path) as temporary, open(temporary, "xb") as file:
             yield file
+
+
+@contextmanager
+def write_errors(folder: Path) -> Iterator[None]:
+    """Around what writes to the cache ``folder``.
+
+    Raises:
+        ConfigError: naming ``data.cache``, when the folder cannot be written or the disk is full.
+    """
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
-            f"data.cache={path.parent} cannot be written ({error.strerror or error}); "
+            f"data.cache={folder} cannot be written ({error.strerror or error}); "
             "free some space there or choose another folder"
         ) from error
 
 
-def _remove_stale(folder: Path) -> None:
+def remove_stale(folder: Path) -> None:
+    """Remove what killed processes left unfinished in a folder a day ago."""
     for temporary in folder.glob("*.tmp"):
         # Another process may be writing a younger one, or be removing this one.
         with suppress(OSError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,10 @@ class Corpus:
     def split(self, name: str) -> list[str]:
         """The documents of ``train``, ``valid`` or ``test``."""
         return {"train": self.train, "valid": self.valid, "test": self.test}[name]
+
+    def sample(self) -> list[str]:
+        """What a tokenizer is trained on: all of the training split."""
+        return self.train
 
     def digest(self, name: str) -> str:
         """SHA-256 (hexadecimal) of a split's documents and of the boundaries between them."""
@@ -231,6 +235,11 @@ def _log_left_out(root: Path, named: dict[str, list[Path]], read: dict[str, Fold
         beside = sorted(path.name for path in root.iterdir() if visible(path.name) and path.name not in taken)
         if beside:
             left_out["beside the splits"] = beside
+    log_left_out(source, left_out)
+
+
+def log_left_out(source: str, left_out: Mapping[str, list[str]]) -> None:
+    """Warn of files that are not read, which are given by what they are."""
     for reason, names in left_out.items():
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         log.warning("%s: %d left out, %s: %s", source, len(names), reason, shown)

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -47,7 +47,12 @@ MIN_CHARACTERS = 100
 
 
 def find_splits(root: Path, source: str) -> dict[str, list[Path]]:
-    """The files or the folder of each split of the folder ``root``; empty where none is named after a split.
+    """The files or the folder of each split of the folder ``root``; see ``splits_by_name``."""
+    return splits_by_name(sorted(root.iterdir()), source)
+
+
+def splits_by_name(paths: Iterable[Path], source: str) -> dict[str, list[Path]]:
+    """The files or folders of each split among sorted ones; empty where none is named after a split.
 
     A file or folder is a split's when a part of its name between dots is train, training, valid,
     validation, val, dev, test or testing in any case, perhaps followed by the number of a shard
@@ -55,7 +60,7 @@ def find_splits(root: Path, source: str) -> dict[str, list[Path]]:
     count where train and another split have the same name but for that word. Programs never count.
 
     Args:
-        root: the folder.
+        paths: the files and folders.
         source: what messages call it.
 
     Raises:
@@ -64,7 +69,7 @@ def find_splits(root: Path, source: str) -> dict[str, list[Path]]:
     """
     named: dict[str, list[Path]] = defaultdict(list)
     alike: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted(root.iterdir()):
+    for path in paths:
         if not visible(path.name) or (path.is_file() and path.suffix.lower() in PROGRAMS):
             continue
         plain = [match for part in path.name.split(".") if (match := _PLAIN.fullmatch(part))]
@@ -100,6 +105,11 @@ def _without_numbers(name: str) -> str:
     return re.sub(r"\d+", "0", name)
 
 
+def position(name: str) -> float:
+    """A place between 0 and 1 that depends on nothing but a name or a text."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little") / 2**48
+
+
 def hold_out(files: Mapping[str, str], count: int) -> list[list[str]] | None:
     """Split documents into training documents and ``count`` parts of about 5 % each.
 
@@ -117,9 +127,6 @@ def hold_out(files: Mapping[str, str], count: int) -> list[list[str]] | None:
         return [list(files.values())]
     if len(files) < MIN_FILES:
         return _cut_ends(list(files.values()), count)
-
-    def position(name: str) -> float:
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little") / 2**48
 
     names = sorted(files, key=position)
     positions = [position(name) for name in names]

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +25,7 @@ from muse.config import TokenizerConfig
 from muse.data import hub
 from muse.data.cache import atomic_write
 from muse.data.corpus import Corpus
+from muse.data.files import SAMPLE_CHARACTERS, Documents, FileCorpus
 from muse.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -107,21 +108,31 @@ class Tokenizer:
         done = 0
         with (
             tqdm(total=total, desc="tokenising", unit="char", unit_scale=True, disable=None) as progress,
-            _progress_lines(lambda: f"tokenising: {done:,} of {total:,} characters"),
+            progress_lines(lambda: f"tokenising: {done:,} of {total:,} characters"),
         ):
-            pieces = (piece for document in documents for piece in _pieces(document, self.cuts_runs))
-            while batch := list(islice(pieces, CHUNKS_PER_BATCH)):
-                encodings = self.model.encode_batch_fast(
-                    [self._prepare(text) for text, _ in batch], add_special_tokens=False
-                )
-                ids: list[int] = []
-                for (text, last), encoding in zip(batch, encodings, strict=True):
-                    ids += encoding.ids
-                    if last and not (self.of_words and text.endswith("\n")):
-                        ids.append(self.end_id)
-                    done += len(text)
-                    progress.update(len(text))
-                yield np.array(ids, dtype=np.uint32)
+            for ids, characters in self._encoded(documents):
+                done += characters
+                progress.update(characters)
+                yield ids
+
+    def encode_pieces(self, documents: Iterable[str]) -> Iterator[np.ndarray]:
+        """What ``encode_documents`` yields, of documents that need not be in memory; nothing is told."""
+        for ids, _ in self._encoded(documents):
+            yield ids
+
+    def _encoded(self, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
+        """Pieces of the stream of tokens, and the number of characters in each."""
+        pieces = (piece for document in documents for piece in _pieces(document, self.cuts_runs))
+        while batch := list(islice(pieces, CHUNKS_PER_BATCH)):
+            encodings = self.model.encode_batch_fast(
+                [self._prepare(text) for text, _ in batch], add_special_tokens=False
+            )
+            ids: list[int] = []
+            for (text, last), encoding in zip(batch, encodings, strict=True):
+                ids += encoding.ids
+                if last and not (self.of_words and text.endswith("\n")):
+                    ids.append(self.end_id)
+            yield np.array(ids, dtype=np.uint32), sum(len(text) for text, _ in batch)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids; the inverse of ``encode`` except for words, which lose their spacing."""
@@ -179,11 +190,12 @@ def tokenizer_of(text: str) -> Tokenizer:
     return Tokenizer(model, END_OF_LINE)
 
 
-def build_tokenizer(config: TokenizerConfig, corpus: Corpus, cache: Path) -> Tokenizer:
+def build_tokenizer(config: TokenizerConfig, corpus: Corpus | FileCorpus, cache: Path) -> Tokenizer:
     """Train or load the tokenizer that ``tokenizer`` names.
 
     - ``bpe``: byte-level BPE with ``tokenizer.vocab_size`` entries (fewer where the text has fewer
-      pairs to merge), trained on the training split and kept in ``cache`` under a content hash.
+      pairs to merge), trained on the training split, or on ``SAMPLE_CHARACTERS`` of it where that
+      is ``data=files``, and kept in ``cache`` under a content hash.
     - ``gpt2``: 50257 entries, from the folder ``tokenizer.path`` or from the hub.
     - ``word``: every word of the training split, ``<unk>`` and ``<eos>``.
 
@@ -194,10 +206,10 @@ def build_tokenizer(config: TokenizerConfig, corpus: Corpus, cache: Path) -> Tok
         return _cached_bpe(config.vocab_size, corpus, cache)
     if config.name == "gpt2":
         return _load_gpt2(config.path)
-    return _word_tokenizer(corpus.train)
+    return _word_tokenizer(corpus.split("train"))
 
 
-def _cached_bpe(vocab_size: int, corpus: Corpus, cache: Path) -> Tokenizer:
+def _cached_bpe(vocab_size: int, corpus: Corpus | FileCorpus, cache: Path) -> Tokenizer:
     state = f"bpe {_RUN} {corpus.digest('train')} {vocab_size} {tokenizers.__version__}"
     path = cache / f"bpe-{vocab_size}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.json"
     if path.is_file():
@@ -207,14 +219,16 @@ def _cached_bpe(vocab_size: int, corpus: Corpus, cache: Path) -> Tokenizer:
         # The library raises nothing more specific.
         except Exception as error:  # noqa: BLE001
             log.warning("%s is damaged (%s); training the tokenizer again", path, error)
-    model = _train_bpe(vocab_size, corpus.train)
+    model = _train_bpe(vocab_size, corpus.sample())
     with atomic_write(path) as file:
         file.write(model.to_str().encode())
     return _byte_level(model, cuts_runs=True)
 
 
-def _train_bpe(vocab_size: int, documents: Sequence[str]) -> tokenizers.Tokenizer:
-    log.info("training a BPE with %d entries on %d characters", vocab_size, sum(map(len, documents)))
+def _train_bpe(vocab_size: int, documents: Sequence[str] | Documents) -> tokenizers.Tokenizer:
+    streamed = isinstance(documents, Documents)
+    told = f"up to {SAMPLE_CHARACTERS}" if streamed else str(sum(map(len, documents)))
+    log.info("training a BPE with %d entries on %s characters", vocab_size, told)
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -231,7 +245,7 @@ def _train_bpe(vocab_size: int, documents: Sequence[str]) -> tokenizers.Tokenize
     )
     pieces = (text for document in documents for text, _ in _pieces(document, cuts_runs=True))
     began = time.monotonic()
-    with _progress_lines(lambda: f"training the tokenizer: {time.monotonic() - began:.0f} s"):
+    with progress_lines(lambda: f"training the tokenizer: {time.monotonic() - began:.0f} s"):
         model.train_from_iterator(pieces, trainer)
     return model
 
@@ -282,7 +296,7 @@ def _gpt2_files(path: str | None) -> tuple[Path, Path]:
     return vocab, merges
 
 
-def _word_tokenizer(documents: Sequence[str]) -> Tokenizer:
+def _word_tokenizer(documents: Iterable[str]) -> Tokenizer:
     counts = Counter(word for document in documents for word in document.split())
     words = sorted({*counts, UNKNOWN, END_OF_LINE}, key=lambda word: (-counts[word], word))
     model = tokenizers.Tokenizer(
@@ -323,7 +337,7 @@ def _next_cut(document: str, start: int, cuts_runs: bool) -> int | None:
 
 
 @contextmanager
-def _progress_lines(line: Callable[[], str]) -> Iterator[None]:
+def progress_lines(line: Callable[[], str]) -> Iterator[None]:
     """Print what ``line`` returns every ``PROGRESS_SECONDS`` where standard error shows no progress bar."""
     if sys.stderr.isatty():
         yield

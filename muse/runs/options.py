@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
@@ -68,8 +69,10 @@ def may_change(name: str, trained_with: Any) -> bool:
 
 def is_missing_path(name: str, trained_with: Any) -> bool:
     """Whether an option is a path to the text or the tokenizer, which is not where it was."""
-    is_path = name in ("data.path", "tokenizer.path")
-    return is_path and (trained_with is None or not Path(trained_with).exists())
+    if name not in ("data.path", "data.valid", "data.test", "tokenizer.path"):
+        return False
+    # data=files may have a pattern.
+    return trained_with is None or not (Path(trained_with).exists() or glob.glob(trained_with))
 
 
 def stored_options(place: Path) -> dict[str, Any]:

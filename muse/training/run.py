@@ -72,7 +72,8 @@ def run_training(config: RunConfig, run: Path, in_sweep: bool = False) -> int:
 def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: bool) -> int:
     if config.data.name == "synthetic":
         raise ConfigError(
-            "data=synthetic has nothing to learn, it is for benchmarks; choose data=stdlib, wikitext2 or text"
+            "data=synthetic has nothing to learn, it is for benchmarks; choose data=stdlib, wikitext2, text "
+            "or files"
         )
     found, checkpoint = on_first_rank(lambda: _found_to_resume(config, in_sweep))
     if found is not None and found.is_finished:

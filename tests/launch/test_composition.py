@@ -349,7 +349,7 @@ def test_each_preset_is_an_experiment_of_both_commands(compose, name, command):
         ("stage=1.5", "stage=1.5 is not known; choose one of 0, 1, 2, 3, 3a"),
         ("stage=[1,2]", "stage=[1,2] is not known; choose one of 0, 1, 2, 3, 3a"),
         ("model=huge", "model=huge is not known; choose one of deep, scaled, seed, simple, small, tiny"),
-        ("data=foo", "data=foo is not known; choose one of stdlib, synthetic, text, wikitext2"),
+        ("data=foo", "data=foo is not known; choose one of files, stdlib, synthetic, text, wikitext2"),
         ("logger=null", "logger=null is not known; choose one of csv, none, tensorboard, wandb"),
         ("logger=[csv,foo]", "logger=foo is not known; choose one of csv, none, tensorboard, wandb"),
         ("logger=[]", "logger=[] is not known; choose one of csv, none, tensorboard, wandb"),
