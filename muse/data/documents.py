@@ -314,7 +314,9 @@ def _column_of(columns: Mapping[str, bool], wanted: str | None) -> str:
         if wanted in columns:
             return wanted
         alike = nearest(wanted, columns) or list(columns)
-        raise Broken(f"it has no column {wanted}; nearest are {', '.join(alike)}" if alike else "it is empty")
+        raise Broken(
+            f"it has no column {wanted} (the nearest: {', '.join(alike)})" if alike else "it is empty"
+        )
     for name in TEXT_COLUMNS:
         if columns.get(name):
             return name

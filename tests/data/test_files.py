@@ -251,7 +251,7 @@ def test_null_is_no_text(tmp_path):
 def test_a_column_that_is_not_there_is_named_with_the_nearest(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(FORMATS[suffix]())
-    with pytest.raises(ConfigError, match=r"row 1: it has no column texts; nearest are text"):
+    with pytest.raises(ConfigError, match=r"row 1: it has no column texts \(the nearest: text"):
         read(path, column="texts")
     if suffix in (".parquet", ".arrow"):
         with pytest.raises(ConfigError, match="row 1: its column id holds int64, not text"):

@@ -390,7 +390,7 @@ def test_each_preset_is_an_experiment_of_both_commands(compose, name, command):
         ("~logger", "~logger is not possible, since every run needs it; choose one of logger=csv,"),
         ("~logger=wandb", "~logger=wandb is not possible, since every run needs it"),
         ("~train", "~train is not possible, since every run needs it; without it the default holds"),
-        ("~data", "~data is not possible, since every run needs it; choose one of data=stdlib"),
+        ("~data", "~data is not possible, since every run needs it; choose one of data=files"),
         ("~optim.lr", "~optim.lr is not possible, since every run needs it; without it the default holds"),
         ("~seed", "~seed is not possible"),
         ("~foo", "Could not delete from config. 'foo' does not exist."),
