@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from muse.benchmarks.benchmark import Benchmark
-from muse.benchmarks.criteria import all_of, at_least, at_most
+from muse.benchmarks.criteria import all_of
 from muse.benchmarks.offline import decode_offline, texts_of
 from muse.benchmarks.results import Results, name_of
 from muse.benchmarks.server import model_to_serve, running_server
@@ -109,14 +109,21 @@ def judge(config: BenchConfig, results: Results) -> None:
         ("memory_growth", f"{lasting}, growth of memory", loads["sustained"].get("memory_growth"), GROWTH),
         ("drift", f"{lasting}, drift of p95", loads["sustained"].get("drift"), DRIFT),
     ):
-        _add(results, key, title, value, f"<= {goal:g}", at_most(value, goal))
+        results.values |= {
+            f"serving_{key}": value,
+            f"serving_{key}_pass": results.at_most(title, value, goal),
+        }
     for key, title, value, goal in (
         ("tokens_per_second", f"{MANY} clients, {shape}, tokens/s", throughput, THROUGHPUT),
         ("speedup", "the same / one client", many.get("ratio"), SPEEDUP),
         ("kept", f"tokens/s at {OVERLOAD:g} times the capacity / peak", loads["overload"].get("kept"), KEPT),
     ):
-        _add(results, key, title, value, f">= {goal:g}", at_least(value, goal))
-    _add(results, "answers", "greedy answers are the offline model's", right, "true", right)
+        results.values |= {
+            f"serving_{key}": value,
+            f"serving_{key}_pass": results.at_least(title, value, goal),
+        }
+    results.values |= {"serving_answers": right, "serving_answers_pass": right}
+    results.criteria.append(("greedy answers are the offline model's", right, "true", right))
     for key, passed in results.values.items():
         if found and passed is None and key.endswith("_pass"):
             results.unjudged[key] = unmeasured(key, right)
@@ -127,11 +134,6 @@ def judge(config: BenchConfig, results: Results) -> None:
 def _row(found: Mapping[str, Any], name: str, **wanted: object) -> Mapping[str, Any]:
     rows = found.get(name) or []
     return next((row for row in rows if all(row[key] == value for key, value in wanted.items())), {})
-
-
-def _add(results: Results, key: str, title: str, value: Any, target: str, passed: bool | None) -> None:
-    results.values |= {f"serving_{key}": value, f"serving_{key}_pass": passed}
-    results.criteria.append((title, value, target, passed))
 
 
 def total(found: Mapping[str, Any], key: str) -> int | None:
