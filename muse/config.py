@@ -582,6 +582,13 @@ class BenchmarkConfig:
     baseline_checkpoint: str | None = option(
         None, "run folder, or exported file, of the baseline, trained on the same text."
     )
+    wikitext2: str | None = option(
+        None,
+        "file of text, WikiText-2's test split, on which perplexity holds stages 2 and 3 against the one "
+        "before, too.",
+    )
+    ptb: str | None = option(None, "likewise, of the Penn Treebank.")
+    c4: str | None = option(None, "likewise, of C4.")
     warmup: int = option(2, "untimed steps.", at_least=0)
     repeats: int = option(7, "timed steps.", at_least=1)
     inputs: int = option(100, "random inputs of the stability benchmark.", at_least=1)

@@ -160,27 +160,34 @@ def in_float32(trained: Trained) -> Trained:
     return trained._replace(model=trained.model.float(), config=config)
 
 
-def tokens_of_files(tokenizer: Tokenizer, paths: list[Path]) -> tuple[np.ndarray, Counts]:
+def tokens_of_files(
+    tokenizer: Tokenizer, paths: list[Path], option: str = "--text"
+) -> tuple[np.ndarray, Counts]:
     """The tokens of files of text, each a document with its end, and how many words and bytes they are of.
+
+    Args:
+        tokenizer: of the model.
+        paths: of the files.
+        option: that gave them.
 
     Raises:
         ConfigError: a file cannot be read, or there are too few tokens.
     """
-    documents = _read_documents(paths)
+    documents = _read_documents(paths, option)
     pieces: list[Any] = list(tokenizer.encode_documents(documents))
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)
     if len(tokens) < 2:
-        raise ConfigError(f"--text {' '.join(map(str, paths))} has too little text; it needs two tokens")
+        raise ConfigError(f"{option} {' '.join(map(str, paths))} has too little text; it needs two tokens")
     return tokens, _counts(len(tokens), documents)
 
 
-def _read_documents(paths: list[Path]) -> list[str]:
+def _read_documents(paths: list[Path], option: str = "--text") -> list[str]:
     documents = []
     for path in paths:
         try:
             documents.append(read_text(path))
         except NotTextError as error:
-            raise ConfigError(f"--text {path} is {error}") from error
+            raise ConfigError(f"{option} {path} is {error}") from error
     return documents
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from muse.benchmarks.baseline import baseline_of
@@ -18,10 +20,11 @@ from muse.benchmarks.model import benchmark_model, train_briefly
 from muse.benchmarks.results import Results, Unmeasured, name_of
 from muse.benchmarks.workload import Workload, batch_shape, flow_of, refuse_flow
 from muse.config import BenchConfig
-from muse.data import TokenData, load_tokens
+from muse.data import Counts, Tokenizer, load_tokens
 from muse.errors import ConfigError
+from muse.evaluate import tokens_of_files
 from muse.hardware import autocast_dtype
-from muse.models import build_model, count_parameters
+from muse.models import LanguageModel, build_model, count_parameters
 from muse.options import changed
 from muse.report.plots import draw_lines, subtracted
 from muse.report.sweep_plot import Metric
@@ -32,6 +35,9 @@ from muse.training.evaluate import Evaluation, evaluate
 DECODER_TARGET = 1.03
 FLOW_TARGETS = {"2": 1.02, "3": 1.0}
 PARAMETERS_APART = 0.03
+# Of the stage before, on each text that an option of its name gives.
+CORPUS_TARGET = 1.05
+CORPORA = ("wikitext2", "ptb", "c4")
 
 
 def measure_perplexity(config: BenchConfig, device: torch.device) -> dict[str, Any]:
@@ -43,8 +49,8 @@ def measure_perplexity(config: BenchConfig, device: torch.device) -> dict[str, A
     Returns:
         ``ppl``, ``loss``, ``word_ppl``, ``bits_per_byte`` and ``tokens`` of the evaluation,
         ``word_ppl_reason`` where there is no perplexity per word, ``trained``, which says how the weights
-        came about, ``parameters``, their number, and ``curve``, the training loss of each step, no mean over
-        some.
+        came about, ``parameters``, their number, ``corpora``, perplexities on other texts by name, and
+        ``curve``, the training loss of each step, no mean over some.
 
     Raises:
         ConfigError: for data without text.
@@ -56,11 +62,12 @@ def measure_perplexity(config: BenchConfig, device: torch.device) -> dict[str, A
     curve: list[tuple[int, float]] = []
     if config.benchmark.checkpoint is not None or config.benchmark.train_steps == 0:
         checkpoint = config.benchmark.checkpoint
-        valid = _evaluate(config, data, device)
+        model = benchmark_model(config, device)
+        valid = _evaluate(config, model, data.valid, data.counts.get("valid"))
         trained = f"checkpoint {checkpoint}" if checkpoint else "untrained"
     else:
         with tempfile.TemporaryDirectory() as folder:
-            _, valid = train_briefly(config, data, device, Path(folder), curve)
+            model, valid = train_briefly(config, data, device, Path(folder), curve)
         trained = f"{config.benchmark.train_steps} steps in this run"
     parameters = count_parameters(build_model(config.stage, config.model, data.vocab_size))
     figures = dataclasses.asdict(valid)
@@ -71,22 +78,32 @@ def measure_perplexity(config: BenchConfig, device: torch.device) -> dict[str, A
         **figures,
         "trained": trained,
         "parameters": parameters,
+        "corpora": _on_corpora(config, model, data.tokenizer) if data.tokenizer is not None else {},
         "curve": curve,
     }
 
 
-def _evaluate(config: BenchConfig, data: TokenData, device: torch.device) -> Evaluation:
+def _evaluate(
+    config: BenchConfig, model: LanguageModel, tokens: np.ndarray, counts: Counts | None
+) -> Evaluation:
     batch, length = batch_shape(config)
-    return evaluate(
-        benchmark_model(config, device),
-        data.valid,
-        data.counts.get("valid"),
-        length,
-        batch,
-        config.train.eval_stride,
-        0,
-        autocast_dtype(config.stage.precision),
-    )
+    stride, precision = config.train.eval_stride, autocast_dtype(config.stage.precision)
+    return evaluate(model, tokens, counts, length, batch, stride, 0, precision)
+
+
+def _corpora(config: BenchConfig) -> dict[str, str]:
+    """The files of other text that are given, by name."""
+    given = {name: getattr(config.benchmark, name) for name in CORPORA}
+    return {name: file for name, file in given.items() if file is not None}
+
+
+def _on_corpora(config: BenchConfig, model: LanguageModel, tokenizer: Tokenizer) -> dict[str, float]:
+    """Perplexities on them."""
+    found = {}
+    for name, file in _corpora(config).items():
+        tokens, counts = tokens_of_files(tokenizer, [Path(file)], f"benchmark.{name}")
+        found[name] = _evaluate(config, model, tokens, counts).ppl
+    return found
 
 
 def judge(config: BenchConfig, results: Results) -> None:
@@ -145,6 +162,29 @@ def _judge_flow(config: BenchConfig, results: Results) -> None:
     }
     equal = None if excess is None else abs(excess) <= PARAMETERS_APART
     results.criteria.append((f"parameters / stage {before} - 1", excess, f"within {PARAMETERS_APART}", equal))
+    _judge_corpora(config, own, one, before, results)
+
+
+def _judge_corpora(
+    config: BenchConfig, own: Mapping[str, Any], one: Mapping[str, Any], before: str, results: Results
+) -> None:
+    """Perplexity on other texts beside the stage before."""
+    given = _corpora(config)
+    found, other = own["corpora"] or {}, one["corpora"] or {}
+    for name in CORPORA if config.stage.number == "3" else given:
+        share = None if "ppl_pass" in results.unjudged else ratio(found.get(name), other.get(name))
+        passed = at_most(share, CORPUS_TARGET)
+        results.values |= {
+            f"{name}_ppl": found.get(name),
+            f"phase{before}_{name}_ppl": other.get(name),
+            f"{name}_ppl_ratio": share,
+            f"{name}_ppl_pass": passed,
+        }
+        if name in given:
+            title = f"perplexity / stage {before}, {name}"
+            results.criteria.append((title, share, f"<= {CORPUS_TARGET}", passed))
+        else:
+            results.unjudged[f"{name}_ppl_pass"] = f"no such text is given; benchmark.{name}=FILE gives it"
 
 
 def _measure_baseline(config: BenchConfig, baseline: BenchConfig, results: Results) -> dict[str, Any]:
@@ -170,11 +210,14 @@ def _measure_baseline(config: BenchConfig, baseline: BenchConfig, results: Resul
 
 
 def check(config: BenchConfig) -> None:
-    """See that no other flow is given than that of a checkpoint.
+    """See that no other flow is given than that of a checkpoint, and that other texts are there.
 
     Raises:
-        ConfigError: one is.
+        ConfigError: it is not so.
     """
+    for name, file in _corpora(config).items():
+        if not Path(file).is_file():
+            raise ConfigError(f"benchmark.{name}={file} is not there; give a file of text in UTF-8")
     if config.benchmark.name == "perplexity" and config.benchmark.checkpoint is not None:
         where = "the perplexity of a checkpoint, which has the flow that it was trained with"
         refuse_flow(config, where, "leave it out")
