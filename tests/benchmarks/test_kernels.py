@@ -60,7 +60,8 @@ def test_every_alternative_computes_the_same(cases):
 
 
 def off_forward(z, gain):
-    return z * (1 + 1e-4)
+    # The gradient is right.
+    return z + 1e-4 * z.detach()
 
 
 class OffBackward(torch.autograd.Function):
