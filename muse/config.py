@@ -593,6 +593,11 @@ class BenchmarkConfig:
     repeats: int = option(7, "timed steps.", at_least=1)
     inputs: int = option(100, "random inputs of the stability benchmark.", at_least=1)
     rerun: bool = option(False, "whether a sweep measures again what a finished cell has already measured.")
+    families: list[str] = option(
+        ["attention", "linear", "pointwise", "symplectic", "scan"],
+        "of the kernels.",
+        choices=("attention", "linear", "pointwise", "symplectic", "scan"),
+    )
     dtypes: list[str] = option(
         ["float32", "bfloat16"],
         "of the kernels: float32, bfloat16, float16.",

@@ -22,9 +22,9 @@ FIGURES = ("forward_ms_p50", "training_ms_p50", "forward_ratio", "training_ratio
 
 
 def judge(config: BenchConfig, results: Results) -> None:
-    """Every family of operations, in a process each."""
+    """The families of operations, in a process each."""
     rows: dict[str, dict[str, Any]] = {}
-    for family in FAMILIES:
+    for family in config.benchmark.families:
         print(f"kernels: {family} ...", flush=True)
         measured = results.run(f"kernels {family}", config)
         if measured:

@@ -16,7 +16,7 @@ steps  what happens
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from tqdm import tqdm
 from muse.config import RunConfig
 from muse.errors import ConfigError
 from muse.files import write_json
+from muse.measure.timing import quantile
 from muse.measure.utilisation import Utilisation, measure_utilisation, model_flops
 from muse.models import LanguageModel
 from muse.processes.ranks import rank
@@ -74,6 +75,7 @@ class Profile:
         recorded_steps: finished steps in the trace and the table.
         operations: those with the most time of their own.
         outside_operations: share of the time: Python between operations, on CUDA kernels that none launched.
+        device_idle: share of a timed step in which a GPU ran no kernel; None on a CPU.
         utilisation: model FLOPs utilisation.
         step_seconds: the timed steps.
         files: what was written beside this.
@@ -83,6 +85,7 @@ class Profile:
     recorded_steps: int = 0
     operations: list[Operation] = field(default_factory=list)
     outside_operations: float = 0.0
+    device_idle: float | None = None
     utilisation: Utilisation | None = None
     step_seconds: list[float] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
@@ -197,6 +200,10 @@ def _record(profile: Profile, device: torch.device, run: Path) -> Generator[None
             profile.operations, profile.outside_operations = rank_operations(
                 profiler.key_averages(), device.type == "cuda"
             )
+            if device.type == "cuda":
+                profile.device_idle = idle_share(
+                    profile.operations, profile.recorded_steps, profile.step_seconds
+                )
 
 
 def rank_operations(events: Iterable[Any], on_gpu: bool) -> tuple[list[Operation], float]:
@@ -227,6 +234,22 @@ def rank_operations(events: Iterable[Any], on_gpu: bool) -> tuple[list[Operation
     return operations, outside / total
 
 
+def idle_share(operations: Sequence[Operation], steps: int, seconds: list[float]) -> float | None:
+    """The share of a step in which no kernel runs; None where none was recorded.
+
+    The profiler makes steps longer, but not the kernels in them.
+
+    Args:
+        operations: of recorded steps, with the time of kernels.
+        steps: that were recorded.
+        seconds: of steps that were not.
+    """
+    if not operations or not operations[0].share or not steps or not seconds:
+        return None
+    milliseconds = operations[0].self_ms / operations[0].share / steps
+    return max(0.0, 1 - milliseconds / (1e3 * quantile(seconds, 0.5)))
+
+
 def _summary(profile: Profile, run: Path) -> str:
     parts = []
     if profile.steps < STEPS:
@@ -236,6 +259,8 @@ def _summary(profile: Profile, run: Path) -> str:
         header = (f"operation in {profile.recorded_steps} steps", "self ms", "share", "calls", "memory MB")
         parts.append(table(header, rows))
         parts.append(f"outside operations: {profile.outside_operations:.1%} of the time")
+    if profile.device_idle is not None:
+        parts.append(f"without a kernel: {profile.device_idle:.1%} of a step")
     if profile.utilisation is not None:
         parts.append(profile.utilisation.sentences())
     names = ", ".join([FILE, *profile.files])

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from muse.config import RunConfig
 from muse.errors import ConfigError, RunError
 from muse.training import profile as module
-from muse.training.profile import STEPS, TOP, rank_operations, require_steps
+from muse.training.profile import STEPS, TOP, Operation, idle_share, rank_operations, require_steps
 
 
 @pytest.fixture(autouse=True)
@@ -196,3 +196,11 @@ def test_operations_are_ranked_by_the_time_of_the_device():
         ("aten::add", 3.0, 0.3, 2.0),
     ]
     assert outside == 0.1
+
+
+def test_a_device_is_idle_for_what_its_kernels_leave_of_a_step():
+    """All kernels together: the one that is told took 60 % of 4.5 ms in 3 steps, of 2 ms each."""
+    operations = [Operation("aten::mm", 2.7, 0.6, 3, 0.0)]
+    assert idle_share(operations, 3, [0.004, 0.002, 0.001]) == pytest.approx(0.25)
+    assert idle_share(operations, 3, [0.001]) == 0
+    assert idle_share([], 3, [0.001]) is idle_share(operations, 0, [0.001]) is None
