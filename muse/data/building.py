@@ -51,9 +51,10 @@ class Written:
 def written(path: Path) -> Written | None:
     """What the token file ``path`` holds, as ``build`` has told it; None where that is not known."""
     try:
-        return Written(**read_json(_told(path)))
+        told = Written(**read_json(_told(path)))
     except (OSError, ValueError, TypeError):
         return None
+    return told if told.documents else None
 
 
 @contextmanager

@@ -443,7 +443,7 @@ def test_an_interrupted_build_goes_on_and_ends_the_same(put, tmp_path, monkeypat
         assert (tmp_path / "cache" / name).read_bytes() == (Path(config.cache) / name).read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["journal", "partial", "tokens", "sizes"])
+@pytest.mark.parametrize("damage", ["journal", "partial", "tokens", "sizes", "no sizes"])
 def test_what_is_damaged_is_built_again(put, tmp_path, monkeypatch, damage):
     monkeypatch.setattr(building, "PART_CHARACTERS", 500)
     config = put({"a.jsonl": lines(TEXTS)})
@@ -454,6 +454,8 @@ def test_what_is_damaged_is_built_again(put, tmp_path, monkeypatch, damage):
         path.write_bytes(path.read_bytes()[:-3])
     elif damage == "sizes":
         sizes.write_text("{}x", encoding="utf-8")
+    elif damage == "no sizes":
+        sizes.unlink()
     else:
         # As an interruption after two parts would leave it, but for the damage.
         content = path.read_bytes()
@@ -462,7 +464,9 @@ def test_what_is_damaged_is_built_again(put, tmp_path, monkeypatch, damage):
         told = {**json.loads(sizes.read_text()), "documents": 20, "tokens": 100}
         journal.write_text("{" if damage == "journal" else json.dumps(told), encoding="utf-8")
         partial.write_bytes(content[: 200 if damage == "journal" else 150])
-    assert arrays(load_tokens(config, BPE, 0)) == arrays(whole)
+    again = load_tokens(config, BPE, 0)
+    assert arrays(again) == arrays(whole)
+    assert again.counts == whole.counts
 
 
 def test_the_key_of_the_cache_is_what_is_read(put, tmp_path):
