@@ -170,7 +170,7 @@ def _judge_corpora(
 ) -> None:
     """Perplexity on other texts beside the stage before."""
     given = _corpora(config)
-    found, other = own["corpora"] or {}, one["corpora"] or {}
+    found, other = own.get("corpora") or {}, one.get("corpora") or {}
     for name in CORPORA if config.stage.number == "3" else given:
         share = None if "ppl_pass" in results.unjudged else ratio(found.get(name), other.get(name))
         passed = None
