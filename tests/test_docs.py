@@ -303,7 +303,7 @@ def in_small(script: str, arguments: list[str], place: Path) -> list[str]:
     chosen = {o.get_key_element(): o.value() for o in own if o.get_key_element() in GROUPS}
     groups = dict(GROUPS)
     path = place / "text.txt"
-    if chosen.get("data") in ("wikitext2", "synthetic"):
+    if chosen.get("data") in ("wikitext2", "synthetic", "files"):
         groups["data"] = chosen["data"]
         path = place / "corpus"
     if isinstance(chosen.get("logger"), list):

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import httpx
 import pytest
+import torch
 from support.serving import FakeEngine
 from support.trained import make_trained
 
@@ -11,6 +13,18 @@ import muse
 from muse.serving.app import create_app
 from muse.serving.served import served
 from muse.serving.service import Limits, Service
+
+
+@pytest.fixture(autouse=True)
+def engine_thread(monkeypatch):
+    """What a server has: one thread for the arithmetic, and loggers that Hydra has not switched off."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("muse.serving") and isinstance(logger, logging.Logger):
+            monkeypatch.setattr(logger, "disabled", False)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
