@@ -11,10 +11,14 @@ from muse.files import finite
 from muse.serving.answers import Answer
 from muse.serving.requests import Finished, Token
 
+# Line ends of Unicode, which many clients take for ends of an event's line; JSON escapes the others.
+LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
+
 
 def as_json(value: Any) -> bytes:
-    """UTF-8; a log-probability of minus infinity is null, since JSON has none."""
-    return json.dumps(finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    """UTF-8 in one line; a log-probability of minus infinity is null, since JSON has none."""
+    text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.translate(LINE_ENDS).encode()
 
 
 def as_event(value: Any) -> bytes:

@@ -13,6 +13,7 @@ from support.waiting import PATIENCE
 from muse.generation import Sampling
 from muse.serving import transport
 from muse.serving.answers import Answer
+from muse.serving.formats import as_json
 from muse.serving.requests import Finished, Request, Token
 from muse.serving.service import Exchange
 
@@ -290,3 +291,14 @@ def test_an_end_that_comes_while_the_loop_wakes_is_one_end(monkeypatch):
 
     asyncio.run(deliver())
     assert (len(wakings), len(ended)) == (2, 1)
+
+
+def test_json_is_one_line_for_whoever_splits_lines():
+    """Python, and so httpx, ends lines at more characters than events do."""
+    ends = [chr(code) for code in range(0x3000) if len(f"a{chr(code)}b".splitlines()) == 2]
+    assert "\u2028" in ends
+    for end in ends:
+        told = as_json({"text": f"a{end}b ü"})
+        assert len(told.decode().splitlines()) == 1
+        assert "ü".encode() in told
+        assert json.loads(told) == {"text": f"a{end}b ü"}
