@@ -12,6 +12,7 @@ import importlib
 import ipaddress
 import logging
 import os
+from collections.abc import Iterable
 
 from muse.commands import Parser, add_model, device_of, run_command
 from muse.errors import ConfigError
@@ -61,13 +62,7 @@ def serve(arguments: argparse.Namespace) -> None:
             f"--host {arguments.host} lets other machines ask, for which {KEY} must hold a key that they "
             "send; --host 127.0.0.1 needs none"
         )
-    for package in PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ConfigError(
-                f'muse.serve needs the package {package}; pip install -e ".[serve]" installs it'
-            ) from error
+    require("muse.serve", PACKAGES)
     from muse.serving.app import create_app
     from muse.serving.engine import Engine
     from muse.serving.served import served
@@ -96,6 +91,21 @@ def serve(arguments: argparse.Namespace) -> None:
         bits = "invariant" if engine.state().invariant else "not invariant"
         line = f"{model.name} is served at {address}; Ctrl-C ends it; bits are {bits}, {limits.slots} slots"
         run_server(create_app(service, arguments.docs), service, bound, lambda: print(line, flush=True))
+
+
+def require(who: str, packages: Iterable[str]) -> None:
+    """See that packages of the extra ``serve`` are there.
+
+    Raises:
+        ConfigError: one is not; names who needs it.
+    """
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ConfigError(
+                f'{who} needs the package {package}; pip install -e ".[serve]" installs it'
+            ) from error
 
 
 def is_loopback(host: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import logging
 import platform
 import socket
@@ -21,13 +20,13 @@ from muse.benchmarks.benchmark import Benchmark
 from muse.benchmarks.results import Results, name_of
 from muse.benchmarks.server import model_to_serve, running_server
 from muse.config import BenchConfig
-from muse.errors import ConfigError, RunError
+from muse.errors import RunError
 from muse.export import write_exported
 from muse.hardware import describe
 from muse.models import build_model
 from muse.report.sweep_plot import Metric
 from muse.runs.provenance import package_version
-from muse.serve import PACKAGES
+from muse.serve import PACKAGES, require
 from muse.trained import Trained, load
 
 # Of the extra ``serve``; imported where they are used.
@@ -323,13 +322,7 @@ def check(config: BenchConfig) -> None:
     Raises:
         ConfigError: one is not.
     """
-    for package in NEEDED:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ConfigError(
-                f'benchmark=deployment needs the package {package}; pip install -e ".[serve]" installs it'
-            ) from error
+    require("benchmark=deployment", NEEDED)
 
 
 BENCHMARK = Benchmark(

@@ -49,6 +49,15 @@ def events(response: httpx.Response) -> Iterator[str]:
             yield line.removeprefix("data: ")
 
 
+def received(target: Target, body: dict[str, Any]) -> Iterator[str]:
+    """The events of a stream until it ends or breaks off."""
+    with (
+        suppress(httpx.TransportError),
+        target.client.stream("POST", COMPLETIONS, json=body) as response,
+    ):
+        yield from events(response)
+
+
 def queue_full(target: Target) -> str:
     """Fill a server that holds 256 requests, and see that it takes no more and says when to come again.
 
@@ -178,15 +187,10 @@ def killed(target: Target, process: subprocess.Popen[bytes]) -> str:
         Failed: the stream ends as if it were whole.
     """
     told: list[str] = []
-    body = many(target, PROMPTS, stream=True)
-    with (
-        suppress(httpx.TransportError),
-        target.client.stream("POST", COMPLETIONS, json=body) as response,
-    ):
-        for event in events(response):
-            if not told:
-                process.kill()
-            told.append(event)
+    for event in received(target, many(target, PROMPTS, stream=True)):
+        if not told:
+            process.kill()
+        told.append(event)
     status = process.wait(target.patience)
     expect(DONE not in told, "the stream ended as if it were whole")
     expect(status == -signal.SIGKILL, f"the status is {status}")
@@ -229,15 +233,10 @@ def end_in_streams(target: Target, process: subprocess.Popen[bytes], limit: floa
 
     def read() -> list[str]:
         told: list[str] = []
-        body = many(target, prompts, stream=True)
-        with (
-            suppress(httpx.TransportError),
-            target.client.stream("POST", COMPLETIONS, json=body) as response,
-        ):
-            for event in events(response):
-                told.append(event)
-                if len(told) == 1:
-                    started.wait(target.patience)
+        for event in received(target, many(target, prompts, stream=True)):
+            told.append(event)
+            if len(told) == 1:
+                started.wait(target.patience)
         return told
 
     with ThreadPoolExecutor(count) as threads:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +27,7 @@ from muse.benchmarks.workload import refuse_flow
 from muse.config import BenchConfig
 from muse.errors import ConfigError
 from muse.report.sweep_plot import Metric
-from muse.serve import PACKAGES
+from muse.serve import PACKAGES, require
 from muse.trained import load
 
 # Tokens of a prompt and of its answer, and prompts that differ.
@@ -178,13 +177,7 @@ def check(config: BenchConfig) -> None:
     Raises:
         ConfigError: it is not so.
     """
-    for package in (*PACKAGES, "httpx"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ConfigError(
-                f'benchmark=serving needs the package {package}; pip install -e ".[serve]" installs it'
-            ) from error
+    require("benchmark=serving", (*PACKAGES, "httpx"))
     if config.data.name == "synthetic" and config.benchmark.checkpoint is None:
         raise ConfigError(
             "benchmark=serving needs text for a tokenizer; choose data=stdlib, wikitext2 or text"

@@ -71,10 +71,9 @@ def _kernels(found: Figures) -> list[str]:
                 f"| {part} | {case} | {ours['forward_ms_p50']:.3g} | {ours['training_ms_p50']:.3g} | "
                 f"{others} | {shares} |"
             )
-    if not rows:
-        return []
-    header = "| part | kernel | forward ms | with backward ms | time of others / ours | share of the peak |"
-    return ["", header, "|---|---|---|---|---|---|", *rows]
+    return _table(
+        "| part | kernel | forward ms | with backward ms | time of others / ours | share of the peak |", rows
+    )
 
 
 def _trainings(found: Figures) -> list[str]:
@@ -88,10 +87,9 @@ def _trainings(found: Figures) -> list[str]:
                 f"{_percent(figures['mfu_of_measured_peak'])} | {_percent(figures['mfu_of_data_sheet'])} | "
                 f"{_percent(figures['device_idle'])} | {most} |"
             )
-    if not rows:
-        return []
-    header = "| training | step ms | tokens/s | MFU, measured peak | MFU, data sheet | idle | most time |"
-    return ["", header, "|---|---|---|---|---|---|---|", *rows]
+    return _table(
+        "| training | step ms | tokens/s | MFU, measured peak | MFU, data sheet | idle | most time |", rows
+    )
 
 
 def _memory(found: Figures) -> list[str]:
@@ -102,10 +100,14 @@ def _memory(found: Figures) -> list[str]:
         for part, figures in found.items()
         if "vram_symplectic_gb" in figures
     ]
-    if not rows:
-        return []
-    header = "| peak memory of stage 2, GB | exact | reversible | checkpoint | full | reconstruction error |"
-    return ["", header, "|---|---|---|---|---|---|", *rows]
+    return _table(
+        "| peak memory of stage 2, GB | exact | reversible | checkpoint | full | reconstruction error |", rows
+    )
+
+
+def _table(header: str, rows: list[str]) -> list[str]:
+    """Lines of a table after an empty one; none without rows."""
+    return ["", header, "|---" * (header.count("|") - 1) + "|", *rows] if rows else []
 
 
 def _rates(rates: Mapping[str, float]) -> str:
