@@ -15,44 +15,27 @@ from muse.layers import (
     ComplexLayerNorm,
     ComplexLinear,
     ComplexRMSNorm,
-    KVCache,
     ModReLU,
 )
 from muse.layers.init import modulus_median, rayleigh_scale
+from muse.models.block import Block
 from muse.models.language_model import LanguageModel
 from muse.models.real import TIED_LOGIT
-from muse.models.trunk import Sublayer, TrunkState
 
 
-class ComplexBlock(nn.Module):
+class ComplexBlock(Block):
     """z += ComplexAttention(norm z); z += ComplexFFN(norm z)."""
 
+    update_name = "ffn"
+
     def __init__(self, width: WidthConfig, stage: StageConfig, gain: float) -> None:
-        super().__init__()
+        super().__init__(stage.dropout)
         self.attention_norm = build_norm(stage.norm, width.d_model)
         self.attention = ComplexAttention(
             width.d_model, width.heads, width.kv_heads, stage.score, stage.init, gain
         )
         self.ffn_norm = build_norm(stage.norm, width.d_model)
         self.ffn = ComplexFFN(width.d_model, width.d_ff, stage.activation, stage.init, gain)
-        self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
-
-    def new_cache(self, longest: int) -> KVCache:
-        """What attention keeps of the tokens before, without tokens."""
-        return self.attention.new_cache(longest)
-
-    def sublayers(self, cache: KVCache | None = None) -> list[Sublayer]:
-        """What is added to the state, in turn."""
-        return [
-            Sublayer(self.attention_norm, self.attention, self.dropout, cache),
-            Sublayer(self.ffn_norm, self.ffn, self.dropout),
-        ]
-
-    def forward(self, z: Tensor | TrunkState, cache: KVCache | None = None) -> Tensor | TrunkState:
-        if isinstance(z, TrunkState):
-            return z.through(self.sublayers(cache))
-        z, normal = self.ffn_norm.of_sum(z, self.dropout(self.attention(self.attention_norm(z), cache)))
-        return z + self.dropout(self.ffn(normal))
 
 
 class SeedBlock(nn.Module):

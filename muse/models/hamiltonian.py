@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from muse.config import StageConfig, WidthConfig
 from muse.dynamics import DuffingPotential, HamiltonianNeuralODE, MLPPotential, Potential
-from muse.layers import ComplexAttention, KVCache
+from muse.layers import ComplexAttention
+from muse.models.block import Block
 from muse.models.complex import build_norm, decoder_of
 from muse.models.language_model import LanguageModel
-from muse.models.trunk import Sublayer, TrunkState
 
 
 class HamiltonianFlow(nn.Module):
@@ -54,35 +54,19 @@ class HamiltonianFlow(nn.Module):
         return (torch.stack((q, p), -2) - z).to(z.dtype)
 
 
-class HamiltonianBlock(nn.Module):
+class HamiltonianBlock(Block):
     """z += ComplexAttention(norm z); z += HamiltonianFlow(norm z)."""
 
+    update_name = "flow"
+
     def __init__(self, width: WidthConfig, stage: StageConfig, gain: float, name: str) -> None:
-        super().__init__()
+        super().__init__(stage.dropout)
         self.attention_norm = build_norm(stage.norm, width.d_model)
         self.attention = ComplexAttention(
             width.d_model, width.heads, width.kv_heads, stage.score, stage.init, gain
         )
         self.flow_norm = build_norm(stage.norm, width.d_model)
         self.flow = HamiltonianFlow(width, stage, name)
-        self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
-
-    def new_cache(self, longest: int) -> KVCache:
-        """What attention keeps of the tokens before, without tokens."""
-        return self.attention.new_cache(longest)
-
-    def sublayers(self, cache: KVCache | None = None) -> list[Sublayer]:
-        """What is added to the state, in turn."""
-        return [
-            Sublayer(self.attention_norm, self.attention, self.dropout, cache),
-            Sublayer(self.flow_norm, self.flow, self.dropout),
-        ]
-
-    def forward(self, z: Tensor | TrunkState, cache: KVCache | None = None) -> Tensor | TrunkState:
-        if isinstance(z, TrunkState):
-            return z.through(self.sublayers(cache))
-        z, normal = self.flow_norm.of_sum(z, self.dropout(self.attention(self.attention_norm(z), cache)))
-        return z + self.dropout(self.flow(normal))
 
 
 def hamiltonian_decoder(stage: StageConfig, width: WidthConfig, vocab_size: int) -> LanguageModel:

@@ -16,11 +16,11 @@ from muse.layers import (
     MeraRouter,
     MeraState,
 )
+from muse.models.block import Block
 from muse.models.complex import build_norm, decoder_of
 from muse.models.dialectic import Antithesis
 from muse.models.hamiltonian import HamiltonianFlow
 from muse.models.language_model import LanguageModel
-from muse.models.trunk import Sublayer, TrunkState
 
 
 @dataclass
@@ -56,33 +56,18 @@ class MixerSum(nn.Module):
         return sum(others, first)
 
 
-class IntegratedBlock(nn.Module):
+class IntegratedBlock(Block):
     """z += mixer(norm z); z += HamiltonianFlow(norm z), with any mixer of tokens."""
 
+    mixer_name = "mixer"
+    update_name = "flow"
+
     def __init__(self, width: WidthConfig, stage: StageConfig, gain: float, number: int) -> None:
-        super().__init__()
+        super().__init__(stage.dropout)
         self.mixer_norm = build_norm(stage.norm, width.d_model)
         self.mixer = build_mixer(width, stage, gain, number)
         self.flow_norm = build_norm(stage.norm, width.d_model)
         self.flow = HamiltonianFlow(width, stage, f"blocks.{number}.flow")
-        self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
-
-    def new_cache(self, longest: int) -> Cache:
-        """What the mixer keeps of the tokens before, without tokens."""
-        return self.mixer.new_cache(longest)  # type: ignore[operator]
-
-    def sublayers(self, cache: Cache | None = None) -> list[Sublayer]:
-        """What is added to the state, in turn."""
-        return [
-            Sublayer(self.mixer_norm, self.mixer, self.dropout, cache),
-            Sublayer(self.flow_norm, self.flow, self.dropout),
-        ]
-
-    def forward(self, z: Tensor | TrunkState, cache: Cache | None = None) -> Tensor | TrunkState:
-        if isinstance(z, TrunkState):
-            return z.through(self.sublayers(cache))
-        z, normal = self.flow_norm.of_sum(z, self.dropout(self.mixer(self.mixer_norm(z), cache)))
-        return z + self.dropout(self.flow(normal))
 
 
 def has_koopman(stage: StageConfig, block: int) -> bool:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from muse.config import StageConfig, WidthConfig
 from muse.layers import KVCache
 from muse.layers.rotary import rotary_table, rotate_pairs
+from muse.models.block import Block
 from muse.models.language_model import LanguageModel
-from muse.models.trunk import Sublayer, TrunkState
 
 # The logit that a tied model gives its own input token at the start: rows have this norm per channel.
 TIED_LOGIT = 2.0
@@ -87,33 +87,26 @@ class RealFFN(nn.Module):
         return self.down(F.gelu(hidden))
 
 
-class RealBlock(nn.Module):
+class RealRMSNorm(nn.RMSNorm):
+    """x / rms(x), times gains."""
+
+    def of_sum(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """x + branch, and its norm."""
+        total = x + branch
+        return total, self(total)
+
+
+class RealBlock(Block):
     """x += attention(norm x); x += ffn(norm x)."""
 
+    update_name = "ffn"
+
     def __init__(self, width: WidthConfig, stage: StageConfig, gain: float) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(width.d_model, eps=1e-6)
+        super().__init__(stage.dropout)
+        self.attention_norm = RealRMSNorm(width.d_model, eps=1e-6)
         self.attention = RealAttention(width, gain)
-        self.ffn_norm = nn.RMSNorm(width.d_model, eps=1e-6)
+        self.ffn_norm = RealRMSNorm(width.d_model, eps=1e-6)
         self.ffn = RealFFN(width, stage.activation, gain)
-        self.dropout = nn.Dropout(stage.dropout) if stage.dropout else nn.Identity()
-
-    def new_cache(self, longest: int) -> KVCache:
-        """What attention keeps of the tokens before, without tokens."""
-        return self.attention.new_cache(longest)
-
-    def sublayers(self, cache: KVCache | None = None) -> list[Sublayer]:
-        """What is added to the state, in turn."""
-        return [
-            Sublayer(self.attention_norm, self.attention, self.dropout, cache),
-            Sublayer(self.ffn_norm, self.ffn, self.dropout),
-        ]
-
-    def forward(self, x: Tensor | TrunkState, cache: KVCache | None = None) -> Tensor | TrunkState:
-        if isinstance(x, TrunkState):
-            return x.through(self.sublayers(cache))
-        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 def _linear(in_features: int, out_features: int, gain: float = 1.0) -> nn.Linear:
@@ -134,7 +127,7 @@ def real_decoder(stage: StageConfig, width: WidthConfig, vocab_size: int) -> Lan
     return LanguageModel(
         embedding=embedding,
         blocks=[RealBlock(width, stage, gain) for _ in range(width.layers)],
-        norm=nn.RMSNorm(width.d_model, eps=1e-6),
+        norm=RealRMSNorm(width.d_model, eps=1e-6),
         read_out=nn.Identity(),
         head=head,
     )
