@@ -38,6 +38,12 @@ from muse.options import nearest, options_of, type_name
 SWEEPER_PARAMS = "hydra.sweeper.params"
 # Groups of a run of which several files may be chosen at once, and the one file that stands alone.
 ALONE = {"logger": "none"}
+# Stages of the documents that are no models: what does them. The benchmarks may be called so.
+COMMANDS = {
+    "3b": "python -m muse.serve RUN",
+    "3c": "python bench.py benchmark=deployment",
+    "3d": "python bench.py benchmark=serving",
+}
 # What Hydra raises where options or files of configuration are wrong.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
 
@@ -68,6 +74,8 @@ class Loader(ConfigLoaderImpl):
         Raises:
             ConfigError: naming the option that is wrong.
         """
+        if config_name == "bench":
+            overrides = list(map(_without_names_of_documents, overrides))
         parsed, repo = self._parse_overrides_and_create_caching_repo(config_name, overrides)
         for line, override in zip(overrides, parsed, strict=True):
             _check_form(line, override, repo, run_mode if validate_sweep_overrides else None)
@@ -196,6 +204,12 @@ def one_line(error: BaseException) -> str:
     text = str(error) or str(error.__cause__)
     text = re.split(r"\n(?:Config search path|Search path|See https|    full_key)", text)[0]
     return " ".join(text.split())
+
+
+def _without_names_of_documents(line: str) -> str:
+    """``benchmark=deployment`` for ``stage=3c``, and the like."""
+    found = re.fullmatch(r"""\+{0,2}stage=(['"]?)(3[cd])\1""", line)
+    return COMMANDS[found[2]].split()[-1] if found else line
 
 
 def _check_names(group: str, names: list[str], repo: IConfigRepository, file: str = "") -> None:
@@ -419,6 +433,8 @@ def _not_allowed(subject: str, key: str, error: BaseException) -> str:
 
 
 def _unknown_choice(group: str, name: str, choices: Any, file: str = "") -> str:
+    if group == "stage" and name in COMMANDS:
+        return f"{group}={name}{file} is no model; it is: {COMMANDS[name]}"
     return f"{group}={name}{file} is not known; choose one of {', '.join(choices)}"
 
 

@@ -96,6 +96,11 @@ def compose():
     return compose
 
 
+def unresolved(composed: Any) -> Any:
+    """What was composed, with the names of what is only known later, such as the time."""
+    return OmegaConf.to_container(composed, resolve=False)
+
+
 def refusal(ran: Ran) -> str:
     """The one sentence that a command ended with."""
     assert ran.status == 1
@@ -330,10 +335,22 @@ def test_each_preset_is_an_experiment_of_both_commands(compose, name, command):
     build_config(OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"]))
     wanted = {"stage.number": "3", **PRESETS[name]}
     assert {key: OmegaConf.select(composed, key) for key in wanted} == wanted
-    assert composed == compose(f"+experiment={name}", command=command)
+    assert unresolved(composed) == unresolved(compose(f"+experiment={name}", command=command))
     # The command has the last word.
     assert compose("stage=2", f"experiment={name}", "train.steps=7", command=command).train.steps == 7
     assert compose("stage=2", f"experiment={name}", command=command).stage.number == "2"
+
+
+@pytest.mark.parametrize("name", ["deployment", "serving"])
+def test_a_benchmark_has_the_name_that_the_documents_call_a_stage(compose, name):
+    alias = {"deployment": "3c", "serving": "3d"}[name]
+    wanted = compose(f"benchmark={name}", "model=simple", command="bench")
+    for form in (f"stage={alias}", f"+stage='{alias}'", f'stage="{alias}"'):
+        composed = compose(form, "model=simple", command="bench")
+        assert composed.benchmark.name == name
+        assert unresolved(composed) == unresolved(wanted)
+    with pytest.raises(ConfigError, match="stage=3b is no model"):
+        compose("stage=3b", command="bench")
 
 
 @pytest.mark.parametrize(
@@ -345,6 +362,8 @@ def test_each_preset_is_an_experiment_of_both_commands(compose, name, command):
         ("train={step:3}", "train={step:3} is not known; the nearest are train.steps,"),
         ("modle=tiny", "modle=tiny is not known; the nearest are model,"),
         ("stage=4", "stage=4 is not known; choose one of 0, 1, 2, 3, 3a"),
+        ("stage=3b", "stage=3b is no model; it is: python -m muse.serve RUN"),
+        ("stage=3c", "stage=3c is no model; it is: python bench.py benchmark=deployment"),
         ("stage=", "stage= is not known; choose one of 0, 1, 2, 3, 3a"),
         ("stage=1.5", "stage=1.5 is not known; choose one of 0, 1, 2, 3, 3a"),
         ("stage=[1,2]", "stage=[1,2] is not known; choose one of 0, 1, 2, 3, 3a"),
