@@ -113,6 +113,7 @@ DEFAULTS_WITH = {
     # Whose flow is that of the stage.
     "benchmark=price": "benchmark.ode_steps=null",
     "benchmark=ablation": "benchmark.ode_steps=null",
+    "experiment=price_smoke": "benchmark.ode_steps=null",
     "benchmark=serving": "benchmark.ode_steps=null",
     "hydra/sweeper=search": "hydra.sweeper.n_trials=1",
     "hydra/launcher=submitit_local": "hydra.launcher.timeout_min=9",

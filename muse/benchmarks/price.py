@@ -21,7 +21,7 @@ from muse.benchmarks.results import Results
 from muse.benchmarks.step_costs import measure_costs, step_costs
 from muse.benchmarks.trainings import Trainings, measure_training, training_of
 from muse.benchmarks.workload import Workload, batch_shape, refuse_flow
-from muse.config import BenchConfig
+from muse.config import BenchConfig, BenchmarkConfig
 from muse.errors import ConfigError
 from muse.measure.bootstrap import TAILS, mean_interval, resampled
 from muse.options import changed
@@ -33,6 +33,10 @@ from muse.scaling.counts import numbers, potential_shapes, shapes
 from muse.scaling.recurrence import Recurrence, recurrence_exponents
 
 BUDGETS: tuple[str, ...] = ("tokens", "FLOPs", "seconds")
+# Of which stage each option trains other models, too.
+REPEATED = {"loops": "0", "flow_steps": "2"}
+# What a stage is held against.
+BASELINES = {"3": ("0", "2")}
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ def variants_of(config: BenchConfig, results: Results) -> list[Variant]:
         for number in dict.fromkeys((own, *chosen.stages))
     }
     variants = [Variant(f"stage {number}", stage) for number, stage in stages.items()]
-    for number, multiples in (("0", chosen.loops), ("2", chosen.flow_steps)):
+    for name, number in REPEATED.items():
+        multiples = getattr(chosen, name)
         if number not in stages or not multiples:
             continue
         base = stages[number]
@@ -88,7 +93,7 @@ def _deeper(config: BenchConfig, factor: float) -> BenchConfig:
 
 
 def judge(config: BenchConfig, results: Results) -> None:
-    """Train every variant to its budgets, and hold the stage against stage 0."""
+    """Train every variant to its budgets, and hold the stage against stage 0, and stage 3 against stage 2."""
     variants, chosen = variants_of(config, results), config.benchmark
     results.values |= {f"price_{budget.lower()}_loss": None for budget in BUDGETS}
     costs = step_costs({variant.name: variant.config for variant in variants}, results)
@@ -197,45 +202,50 @@ def _report(
                 "interval": mean_interval(own, chosen) if len(own) == config.benchmark.seeds else None,
             }
     results.details["price"] = models
-    _judge_stage(config, models, chosen, results)
-    for name, number in (("loops", "0"), ("flow_steps", "2")):
+    own = config.stage.number
+    for budget in BUDGETS:
+        results.values[f"price_{budget.lower()}_loss"] = models[f"stage {own}"]["budgets"][budget]["loss"]
+        for number in BASELINES.get(own, ("0",)):
+            if number != own and f"stage {number}" in models:
+                _judge_stage(config, number, budget, models, chosen, results)
+    for name, number in REPEATED.items():
         results.values |= _exponent(name, number, config, variants, models, chosen)
 
 
 def _judge_stage(
-    config: BenchConfig, models: Mapping[str, Any], chosen: np.ndarray, results: Results
+    config: BenchConfig,
+    number: str,
+    budget: str,
+    models: Mapping[str, Any],
+    chosen: np.ndarray,
+    results: Results,
 ) -> None:
-    """The loss of the stage less that of stage 0, from the same seeds, for each budget."""
-    own = f"stage {config.stage.number}"
-    for budget in BUDGETS:
-        values = {name: model["budgets"].get(budget, {}).get("loss") for name, model in models.items()}
-        key = f"price_{budget.lower()}"
-        results.values[f"{key}_loss"] = values[own]
-        if own == "stage 0" or "stage 0" not in models:
-            continue
-        mine, other = (np.array(models[name]["budgets"][budget]["losses"]) for name in (own, "stage 0"))
-        whole = len(mine) == len(other) == config.benchmark.seeds
-        interval = mean_interval(mine - other, chosen) if whole else None
-        difference = None if None in (values[own], values["stage 0"]) else values[own] - values["stage 0"]
-        passed = None
-        if config.benchmark.seeds == 1:
-            results.unjudged[f"{key}_pass"] = "an interval needs two seeds or more; give benchmark.seeds"
-        elif interval is None:
-            # A training failed, which is told elsewhere.
-            pass
-        elif interval[0] <= 0 <= interval[1]:
-            results.unjudged[f"{key}_pass"] = (
-                f"the difference lies between {interval[0]:.3g} and {interval[1]:.3g}: more seeds would tell"
-            )
-        else:
-            passed = interval[1] < 0
-        results.values |= {
-            f"{key}_loss_stage0": values["stage 0"],
-            f"{key}_difference": difference,
-            f"{key}_interval": interval,
-            f"{key}_pass": passed,
-        }
-        results.criteria.append((f"loss less that of stage 0, equal {budget}", difference, "< 0", passed))
+    """The loss of the stage less that of another one, from the same seeds, for a budget."""
+    own, other = (models[f"stage {one}"]["budgets"][budget] for one in (config.stage.number, number))
+    key = f"price_{budget.lower()}" + ("" if number == "0" else f"_stage{number}")
+    losses, others = (np.array(one["losses"]) for one in (own, other))
+    whole = len(losses) == len(others) == config.benchmark.seeds
+    interval = mean_interval(losses - others, chosen) if whole else None
+    difference = None if None in (own["loss"], other["loss"]) else own["loss"] - other["loss"]
+    passed = None
+    if config.benchmark.seeds == 1:
+        results.unjudged[f"{key}_pass"] = "an interval needs two seeds or more; give benchmark.seeds"
+    elif interval is None:
+        # A training failed, which is told elsewhere.
+        pass
+    elif interval[0] <= 0 <= interval[1]:
+        results.unjudged[f"{key}_pass"] = (
+            f"the difference lies between {interval[0]:.3g} and {interval[1]:.3g}: more seeds would tell"
+        )
+    else:
+        passed = interval[1] < 0
+    results.values |= {
+        f"price_{budget.lower()}_loss_stage{number}": other["loss"],
+        f"{key}_difference": difference,
+        f"{key}_interval": interval,
+        f"{key}_pass": passed,
+    }
+    results.criteria.append((f"loss less that of stage {number}, equal {budget}", difference, "< 0", passed))
 
 
 def _exponent(
@@ -285,6 +295,13 @@ def check(config: BenchConfig) -> None:
         raise ConfigError("benchmark.train_steps=0 trains nothing; benchmark=price needs at least 1")
     if not options.learning_rates:
         raise ConfigError("benchmark.learning_rates=[] leaves none to train with; it must hold at least 1.0")
+    trained, default = {config.stage.number, *options.stages}, BenchmarkConfig()
+    for name, number in REPEATED.items():
+        if number not in trained and (given := getattr(options, name)) not in ([], getattr(default, name)):
+            raise ConfigError(
+                f"benchmark.{name}={given} changes nothing without stage {number}, of which they are; "
+                f"add {number} to benchmark.stages, or give benchmark.{name}=[]"
+            )
     refuse_flow(config, "benchmark=price, which trains the flow of the stage", "give stage.{}")
 
 

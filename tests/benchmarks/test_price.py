@@ -20,10 +20,10 @@ from muse.scaling.counts import numbers, potential_shapes, shapes, step_flops
 from muse.training.trainer import train
 
 CPU = torch.device("cpu")
-PHI = {"0": 0.4, "2": 0.1}
+PHI = {"0": 0.4, "2": 0.1, "3": 0.1}
 # Of a step, beside one of stage 2.
-RATIO = {"0": 0.25, "1": 0.5, "2": 1.0}
-BEST_RATE = {"0": 2.0, "1": 1.0, "2": 0.5}
+RATIO = {"0": 0.25, "1": 0.5, "2": 1.0, "3": 1.0}
+BEST_RATE = {"0": 2.0, "1": 1.0, "2": 0.5, "3": 0.5}
 
 
 @pytest.fixture
@@ -279,9 +279,36 @@ def test_times_are_beside_those_of_the_first_model(config):
     assert np.min(measured["step_ms"]) > 0
 
 
+def test_stage_3_stands_beside_all_others_and_is_held_against_stages_0_and_2(config, monkeypatch, tmp_path):
+    results = judged(config(3, depths=[]), Law(0.01), monkeypatch, tmp_path)
+    assert list(results.details["price"]) == [
+        "stage 3", "stage 0", "stage 1", "stage 2", "stage 0, 2 loops", "stage 0, 4 loops",
+        "stage 2, 2 steps", "stage 2, 4 steps",
+    ]  # fmt: skip
+    values = results.values
+    for budget in ("tokens", "flops", "seconds"):
+        for number, key in (("0", f"price_{budget}"), ("2", f"price_{budget}_stage2")):
+            difference = values[f"price_{budget}_loss"] - values[f"price_{budget}_loss_stage{number}"]
+            assert values[f"{key}_difference"] == pytest.approx(difference)
+            low, high = values[f"{key}_interval"]
+            assert low <= difference <= high
+            assert f"{key}_pass" in values
+    assert len(results.criteria) == 6
+    alone = judged(
+        config(3, depths=[], loops=[], flow_steps=[], stages=["2"]), Law(0.01), monkeypatch, tmp_path
+    )
+    assert [title for title, *_ in alone.criteria] == [
+        f"loss less that of stage 2, equal {budget}" for budget in ("tokens", "FLOPs", "seconds")
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"stages": ["1"], "flow_steps": [2, 4], "loops": [3]},
+            r"benchmark.loops=\[3\] changes nothing without",
+        ),
         ({"train_steps": 0}, "benchmark.train_steps=0 trains nothing"),
         ({"learning_rates": []}, "benchmark.learning_rates=.. leaves none"),
         ({"dt": 0.5}, "benchmark.dt changes nothing .* give stage.dt"),
@@ -291,6 +318,13 @@ def test_times_are_beside_those_of_the_first_model(config):
 def test_options_that_make_no_sense_are_refused(config, options, message):
     with pytest.raises(ConfigError, match=message):
         suite.check_benchmark(config(**options), [])
+
+
+def test_flows_of_more_steps_need_stage_2(config):
+    with pytest.raises(ConfigError, match=r"benchmark.flow_steps=\[3\] .* add 2 to benchmark.stages"):
+        suite.check_benchmark(config(3, stages=["0"], flow_steps=[3]), [])
+    suite.check_benchmark(config(3, stages=["0"], flow_steps=[]), [])
+    suite.check_benchmark(config(3), [])
 
 
 def test_random_tokens_have_no_price(config):

@@ -325,12 +325,27 @@ PRESETS = {
     "stage3_training": {"stage.trunk": "reversible", "model.name": "small", "train.early_stop": 3},
     "stage3_inference": {"stage.koopman": "replace", "stage.koopman_every": 1},
     "stage3_diagnostics": {"stage.verify": True, "logger.csv": True},
+    "price_smoke": {"benchmark.name": "price", "benchmark.flow_steps": [], "benchmark.learning_rates": [1.0]},
 }
+PRESET_FILES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+# Those that are about a benchmark.
+OF_BENCH = ["price_smoke"]
 
 
-@pytest.mark.parametrize("command", ["train", "bench"])
-@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
-def test_each_preset_is_an_experiment_of_both_commands(compose, name, command):
+@pytest.mark.parametrize("name", OF_BENCH)
+def test_a_preset_of_a_benchmark_is_refused_in_a_training(compose, name):
+    with pytest.raises(ConfigError) as caught:
+        compose(f"experiment={name}", command="train")
+    told = f"benchmark (in experiment/{name}) is an option of bench.py, not of train.py"
+    assert str(caught.value) == told
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [(name, "bench") for name in PRESET_FILES]
+    + [(name, "train") for name in PRESET_FILES if name not in OF_BENCH],
+)
+def test_each_preset_is_an_experiment_of_its_commands(compose, name, command):
     composed = compose(f"experiment={name}", command=command)
     build_config(OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"]))
     wanted = {"stage.number": "3", **PRESETS[name]}
@@ -400,7 +415,7 @@ def test_a_benchmark_has_the_name_that_the_documents_call_a_stage(compose, name)
         ("train.steps", "train.steps cannot be read; options are written group=choice and"),
         ("+foo=1", "+foo=1 is not known"),
         ("++foo=1", "++foo=1 is not known"),
-        ("+experiment=x", "experiment=x is not known; choose one of stage3_basic, "),
+        ("+experiment=x", "experiment=x is not known; choose one of price_smoke, stage3_basic, "),
         ("+train.stepz=1", "+train.stepz=1 is not known; the nearest are train.steps,"),
         ("++model.real.layer=1", "++model.real.layer=1 is not known; the nearest are model.real.layers,"),
         ("benchmark=vram", "benchmark=vram is an option of bench.py, not of train.py"),
