@@ -585,7 +585,7 @@ class BenchmarkConfig:
     wikitext2: str | None = option(
         None,
         "file of text, WikiText-2's test split, on which perplexity holds stages 2 and 3 against the one "
-        "before, too.",
+        "before, too; null for that of data=wikitext2, or for none.",
     )
     ptb: str | None = option(None, "likewise, of the Penn Treebank.")
     c4: str | None = option(None, "likewise, of C4.")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from muse.benchmarks.results import Results
+from muse.benchmarks.results import Results, Unmeasured, name_of
 from muse.benchmarks.workload import Workload
 from muse.config import BenchConfig
 from muse.errors import ConfigError
@@ -61,5 +61,21 @@ def require_part(config: BenchConfig) -> None:
     """
     part = config.benchmark.name
     if getattr(config.stage, part, "") == "none":
-        _, *kinds = (f"stage.{part}={kind}" for kind in allowed_values(config.stage, part))
-        raise ConfigError(f"benchmark={part} needs {' or '.join(kinds)}")
+        raise ConfigError(f"benchmark={part} needs {kinds_of(config, part)}")
+
+
+def measure_part(config: BenchConfig, results: Results, part: str, *keys: str) -> dict[str, Any]:
+    """What the benchmark of a part of stage 3 measures.
+
+    Where the stage is without it that is nothing, ``keys`` of result.json are open, and that is the reason.
+    """
+    if getattr(config.stage, part) == "none":
+        results.leave_open(f"stage.{part}=none has none; it needs {kinds_of(config, part)}", *keys)
+        return Unmeasured()
+    return results.measure(part, name_of(config), config)
+
+
+def kinds_of(config: BenchConfig, part: str) -> str:
+    """The options that give stage 3 a part."""
+    kinds = (kind for kind in allowed_values(config.stage, part) if kind != "none")
+    return " or ".join(f"stage.{part}={kind}" for kind in kinds)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from muse.benchmarks.benchmark import Benchmark, Models, require_part
+from muse.benchmarks.benchmark import Benchmark, Models, measure_part, require_part
 from muse.benchmarks.criteria import saved
 from muse.benchmarks.model import train_briefly
-from muse.benchmarks.results import Results, name_of
+from muse.benchmarks.results import Results
 from muse.config import BenchConfig
 from muse.data import load_tokens
 from muse.errors import ConfigError
@@ -88,10 +88,8 @@ def _trained(config: BenchConfig, device: torch.device) -> list[tuple[int, dict[
 
 
 def judge(config: BenchConfig, results: Results) -> None:
-    """The fall of the contradiction, and the antithesis' gradient; nothing without a dialectic loop."""
-    if config.stage.dialectic == "none":
-        return
-    measured = results.measure("dialectic", name_of(config), config)
+    """The fall of the contradiction, and the antithesis' gradient."""
+    measured = measure_part(config, results, "dialectic", "dialectic_gain", "dialectic_grad_norm")
     gain, norm = measured["gain"], measured["grad_norm"]
     results.values |= {
         "dialectic_contradiction": measured["last"],

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muse.benchmarks.benchmark import Benchmark, Models, require_part
+from muse.benchmarks.benchmark import Benchmark, Models, measure_part, require_part
 from muse.benchmarks.model import benchmark_model
-from muse.benchmarks.results import Results, name_of
+from muse.benchmarks.results import Results
 from muse.benchmarks.workload import Workload, batch_shape
 from muse.config import BenchConfig
 from muse.hardware import autocast_dtype
@@ -83,16 +83,14 @@ def is_causal(router: nn.Module, z: Tensor, other: Tensor) -> bool:
 
 
 def judge(config: BenchConfig, results: Results) -> None:
-    """The routers' causality, and the time of one; nothing without routers."""
-    if config.stage.mera == "none":
-        return
-    measured = results.measure("mera", name_of(config), config)
+    """The routers' causality, and the time of one."""
+    measured = measure_part(config, results, "mera", "mera_time_ms", "mera_time_ratio")
     causal, time, share = (measured[key] for key in ("causal", "time_ms", "time_ratio"))
     results.criteria.append(("no bit of the routers changes with later tokens", causal, "true", causal))
     passes: list[bool | None] = [None, None]
     if causal is False:
-        for key in ("mera_time_ms", "mera_time_ratio"):
-            results.unjudged[key] = "the time of a router that sees later tokens means nothing"
+        reason = "the time of a router that sees later tokens means nothing"
+        results.leave_open(reason, "mera_time_ms", "mera_time_ratio")
     else:
         title = f"time of a router at {config.benchmark.seq_len} tokens [ms]"
         passes[0] = results.at_most(title, time, TIME_TARGET)

@@ -77,6 +77,10 @@ class Results:
         self.criteria.append((criterion, value, f">= {target:g}", passed))
         return passed
 
+    def leave_open(self, reason: str, *keys: str) -> None:
+        """Say why keys of result.json are None though nothing failed."""
+        self.unjudged |= dict.fromkeys(keys, reason)
+
     def judge(self) -> None:
         """Set ``all_pass``: None as long as a criterion is, or a measurement failed."""
         passes = [passed for *_, passed in self.criteria]

@@ -21,6 +21,7 @@ from muse.benchmarks import (
     mera,
     perplexity,
     price,
+    selection,
     serving,
     speedup,
     stability,
@@ -50,6 +51,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "koopman": koopman.BENCHMARK,
     "mera": mera.BENCHMARK,
     "dialectic": dialectic.BENCHMARK,
+    "selection": selection.BENCHMARK,
     "adjoint": adjoint.BENCHMARK,
     "price": price.BENCHMARK,
     "ablation": ablation.BENCHMARK,
@@ -66,6 +68,7 @@ ALL = (
     "koopman",
     "mera",
     "dialectic",
+    "selection",
     "perplexity",
     "speedup",
 )

@@ -121,7 +121,7 @@ def _judge_flow(config: BenchConfig, results: Results) -> None:
         "gradient_error": measured["gradient_error_exact"],
         "gradients_correct": correct,
     }
-    if config.stage.number == "3" and (config.stage.koopman, config.stage.mera) != ("none", "none"):
+    if config.stage.number == "3":
         _add_share_of_attention(config, results)
     results.at_most("time of a step, exact / full backpropagation", share, TIME_TARGET)
 

@@ -42,7 +42,7 @@ class Metric:
         beside: keys of other values of a cell, and their names.
         reference: the one beside it that the others are divided by in a panel of their own.
         counted: whether it is an amount, which begins at zero.
-        key_of_flow: of the same value in a cell of stage 2, which may stand beside those of other stages.
+        key_of_flow: of the same value in a cell of stages 2 and 3, beside cells of other stages.
     """
 
     key: str
@@ -113,7 +113,7 @@ def draw_sweep(cells: Cells, swept: Sequence[str], metrics: Sequence[Metric] = (
     Returns:
         The figure; None where nothing that can be drawn was measured.
     """
-    measured = (one for one in (TRAINING, *metrics) if any(_known(cell, one.key) for cell in cells))
+    measured = (one for one in (TRAINING, *metrics) if any(_key(cell, one) == one.key for cell in cells))
     metric = next(measured, None)
     if metric is None:
         return None
@@ -365,7 +365,8 @@ def _means(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _key(cell: Mapping[str, Any], metric: Metric) -> str | None:
-    return next((key for key in (metric.key, metric.key_of_flow) if _known(cell, key)), None)
+    # A cell of stage 3 may have both, and only that of the flow is what the others measured.
+    return next((key for key in (metric.key_of_flow, metric.key) if _known(cell, key)), None)
 
 
 def _known(cell: Mapping[str, Any], key: str) -> bool:

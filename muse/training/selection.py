@@ -102,12 +102,12 @@ class Selection:
             loss = self.loss_of(tokens, targets)
             one = torch.ones_like(loss.detach())
             return Selected(loss, loss.detach(), one, one)
-        choice = _Choice(self, step * self.options.accumulation + piece)
+        choice = Choice(self, step * self.options.accumulation + piece)
         loss = self.loss_of(tokens, targets, choice)
         return Selected(loss, choice.of_all, choice.share, choice.windows)
 
 
-class _Choice:
+class Choice:
     """The kept tokens of a micro-batch; notes what else ``Selected`` tells, once it has been called.
 
     Args:

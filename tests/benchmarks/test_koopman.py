@@ -10,6 +10,7 @@ from muse.benchmarks.suite import check_benchmark
 from muse.benchmarks.workload import Workload, settle
 from muse.errors import ConfigError
 from muse.layers import KoopmanOperator
+from muse.options import changed
 
 CPU = torch.device("cpu")
 
@@ -66,3 +67,28 @@ def test_without_operators_it_is_refused(bench_config):
         check_benchmark(bench_config(3, name="koopman"), ())
     with pytest.raises(ConfigError, match="about what stage 3 adds; it needs stage=3"):
         check_benchmark(bench_config(2, name="koopman"), ())
+
+
+@pytest.mark.parametrize("stage", [{}, {"koopman": "add", "koopman_every": 1, "loops": 2}])
+def test_states_of_operators_are_as_large_after_any_number_of_tokens(config, stage):
+    config = changed(config, stage=stage)
+    measured = koopman.measure_koopman(config, CPU)
+    operators = sum(isinstance(m, KoopmanOperator) for m in benchmark_model(config, CPU).modules())
+    # A window's observables and three u before them, float32, of 16 channels with two planes each.
+    state = 2 * (1 + 3) * 2 * 16 * 4
+    assert measured["state_bytes"] == operators * config.stage.loops * state
+    assert measured["state_growth"] == 0
+
+
+def test_a_state_that_keeps_more_of_a_longer_text_is_noticed(config, monkeypatch):
+    convolved = KoopmanOperator._convolved
+
+    def keeping(self, u, cache):
+        out = convolved(self, u, cache)
+        if cache is not None:
+            # A view keeps what it is of.
+            cache.recent = torch.cat((u.new_zeros(u.shape[0], 3, *u.shape[2:]), u), 1)[:, -3:]
+        return out
+
+    monkeypatch.setattr(KoopmanOperator, "_convolved", keeping)
+    assert koopman.measure_koopman(config, CPU)["state_growth"] > 0

@@ -44,6 +44,26 @@ def test_another_text_has_the_perplexity_that_it_has_as_the_text(bench_config, t
     assert measured["corpora"] == {"ptb": measured["ppl"]}
 
 
+def test_wikitext2_as_the_text_is_one_of_the_other_texts_by_its_test_split(bench_config, tmp_path):
+    words = "the cat sat on a mat and the dog ran to it . " * 200
+    for split, text in (("train", words), ("valid", words[400:2400]), ("test", words[:1000])):
+        (tmp_path / f"{split}.txt").write_text(text)
+    data = DataConfig(name="wikitext2", path=str(tmp_path), cache=str(tmp_path / "cache"))
+
+    def corpora(**given):
+        config = dataclasses.replace(
+            bench_config(3, name="perplexity", train_steps=0, **given),
+            data=data,
+            tokenizer=TokenizerConfig(name="bpe", vocab_size=260),
+        )
+        return measure_perplexity(config, torch.device("cpu"))["corpora"]
+
+    found = corpora()
+    assert list(found) == ["wikitext2"]
+    assert found == corpora(wikitext2=str(tmp_path / "test.txt"))
+    assert found != corpora(wikitext2=str(tmp_path / "valid.txt"))
+
+
 @pytest.mark.parametrize("number", [2, 3])
 def test_other_texts_are_held_against_the_stage_before(bench_config, tmp_path, number):
     """By the perplexities on each; what is missing is None with a reason, and what is lost never passes."""

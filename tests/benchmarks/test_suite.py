@@ -52,10 +52,20 @@ GOOD_FLOW = {
     },
     "energy": lambda config: ENERGY,
     "trained energy": lambda config: ENERGY,
-    "koopman": lambda config: {"linearity_error": 1e-6, "speedup": 3.9},
+    "koopman": lambda config: {
+        "linearity_error": 1e-6,
+        "speedup": 3.9,
+        "state_bytes": 900,
+        "state_growth": 0,
+    },
     "mera": lambda config: {"causal": True, "time_ms": 30.0, "time_ratio": 2.0},
     "dialectic": lambda config: {"gain": 0.4, "last": 0.01, "grad_norm": 0.1},
+    "selection": lambda config: SELECTION,
 }
+SELECTION = {
+    "documents": 8, "left_out": 3, "windows": 1024,
+    "shares": {"0.2": {"filtered": 0.83, "samples": 100}, "0.6": {"filtered": 0.4, "samples": 90}},
+}  # fmt: skip
 STAGE_2_KEYS = [
     "stage2_ppl",
     "stage1_ppl",
@@ -144,21 +154,70 @@ def test_stage_2_passes_when_everything_does_and_has_the_keys_of_the_seeds(bench
     assert values["ppl_diff_pct"] == 0
 
 
-def test_stage_3_passes_when_everything_does_and_is_measured_beside_stage_2(bench_config, monkeypatch):
-    config = bench_config(3)
-    config = dataclasses.replace(
-        config, stage=dataclasses.replace(config.stage, koopman="replace", mera="add", dialectic="mlp")
+STAGE_3_KEYS = [
+    *(f"{before}{name}_ppl" for before in ("", "phase2_") for name in ("wikitext2", "ptb", "c4")),
+    *(f"{name}_ppl_pass" for name in ("wikitext2", "ptb", "c4")),
+    *("ppl_ratio", "ppl_pass", "vram_gb", "vram_gb_pass", "vram_pass", "reconstruction_pass"),
+    *("vram_reversible_trunk_reduction", "vram_reversible_trunk_pass"),
+    *("throughput", "phase2_throughput", "throughput_ratio", "throughput_pass"),
+    *("koopman_linearity_error", "koopman_linearity_pass", "koopman_speedup", "koopman_speedup_pass"),
+    *("koopman_state_growth", "koopman_state_pass"),
+    *("mera_time_ms", "mera_time_pass", "mera_time_ratio", "mera_time_ratio_pass", "mera_causal"),
+    *("dialectic_gain", "dialectic_pass", "dialectic_grad_norm", "dialectic_grad_norm_pass"),
+    *("filter_rate", "filter_rate_pass", "selection_samples", "selection_samples_pass"),
+    *("energy_pass", "gradient_pass", "stability_pass", "all_pass"),
+]
+
+
+@pytest.fixture
+def integrated(bench_config, tmp_path):
+    """Stage 3 with every part and every text, at two windows of 16 tokens."""
+    (tmp_path / "text.txt").write_text("a")
+    config = bench_config(3, **dict.fromkeys(("wikitext2", "ptb", "c4"), str(tmp_path / "text.txt")))
+    return dataclasses.replace(
+        config,
+        stage=dataclasses.replace(config.stage, koopman="replace", mera="add", dialectic="mlp"),
+        optim=dataclasses.replace(config.optim, selection="high"),
     )
-    values = run(monkeypatch, config)
+
+
+def perplexity(own, other=20.0):
+    """Answers the perplexity of stage 3, and that of the others, of every text."""
+
+    def answer(config):
+        ppl = own if config.stage.number == "3" else other
+        corpora = dict.fromkeys(("wikitext2", "ptb", "c4"), ppl)
+        return {"ppl": ppl, "trained": "", "parameters": 1000, "corpora": corpora}
+
+    return answer
+
+
+def test_stage_3_passes_when_everything_does_and_is_measured_beside_stage_2(integrated, monkeypatch):
+    config = integrated
+    fine = {"perplexity": perplexity(20.0)}
+    values = run(monkeypatch, config, **fine)
     assert values["all_pass"] is True
+    assert [key for key in STAGE_3_KEYS if values.get(key) is None] == []
+    assert values["filter_rate"] == 0.83
+    assert values["vram_reversible_trunk_reduction"] == pytest.approx(8 / 9)
     assert values["stage3_ppl"] == values["stage2_ppl"] == values["stage1_ppl"] == values["stage0_ppl"] == 20
     assert values["koopman_linearity_error"] == 1e-6
     assert values["mera_time_ms"] == 30
     assert values["dialectic_gain"] == 0.4
     assert values["throughput_ratio"] == 1
     for measurement, answer, flag in (
-        ("koopman", lambda c: {"linearity_error": 6e-4, "speedup": 3.9}, "koopman_linearity_pass"),
-        ("koopman", lambda c: {"linearity_error": 1e-6, "speedup": 2.9}, "koopman_speedup_pass"),
+        ("koopman", changed_answer("koopman", linearity_error=6e-4), "koopman_linearity_pass"),
+        ("koopman", changed_answer("koopman", speedup=2.9), "koopman_speedup_pass"),
+        ("koopman", changed_answer("koopman", state_growth=8), "koopman_state_pass"),
+        ("selection", changed_answer("selection", shares=shares(filtered=0.8)), "filter_rate_pass"),
+        ("selection", changed_answer("selection", shares=shares(samples=99)), "selection_samples_pass"),
+        ("vram", changed_vram("exact", **{"flow/reconstruction_error": 1e-9}), "reconstruction_pass"),
+        ("vram", lambda c: vram_of(c, 7.9 if c.benchmark.batch_size == 1 else 1.0), "vram_gb_pass"),
+        (
+            "vram",
+            lambda c: vram_of(c, 1.4 if c.stage.trunk == "reversible" else 1.0),
+            "vram_reversible_trunk_pass",
+        ),
         ("mera", lambda c: {"causal": True, "time_ms": 51.0, "time_ratio": 2.0}, "mera_time_pass"),
         ("mera", lambda c: {"causal": True, "time_ms": 30.0, "time_ratio": 2.2}, "mera_time_ratio_pass"),
         ("mera", lambda c: {"causal": False, "time_ms": None, "time_ratio": None}, "mera_causal"),
@@ -169,15 +228,75 @@ def test_stage_3_passes_when_everything_does_and_is_measured_beside_stage_2(benc
             lambda c: {"tokens_per_second": 8.0 if c.stage.number == "3" else 10.0},
             "throughput_pass",
         ),
-        (
-            "perplexity",
-            lambda c: {"ppl": 20.1 if c.stage.number == "3" else 20.0, "trained": "", "parameters": 1000},
-            "ppl_pass",
-        ),
+        ("perplexity", perplexity(20.1), "ppl_pass"),
+        ("perplexity", perplexity(21.1), "c4_ppl_pass"),
     ):
-        values = run(monkeypatch, config, **{measurement: answer})
-        assert values[flag] is False
+        values = run(monkeypatch, config, **{**fine, measurement: answer})
+        assert values[flag] is False, flag
         assert values["all_pass"] is False
+
+
+def test_parts_that_stage_3_does_without_leave_their_keys_open_and_say_why(bench_config, monkeypatch):
+    report = reported(monkeypatch, bench_config(3))
+    values = report.values
+    assert [key for key in STAGE_3_KEYS if key not in values] == []
+    assert values["all_pass"] is None
+    assert report.failures == {}
+    open_ = {
+        "koopman_linearity_error": "stage.koopman=replace or stage.koopman=add",
+        "koopman_speedup": "stage.koopman=replace or stage.koopman=add",
+        "mera_time_ms": "stage.mera=none has none; it needs stage.mera=replace or stage.mera=add",
+        "mera_time_ratio": "stage.mera=add",
+        "dialectic_gain": "stage.dialectic=mlp or stage.dialectic=hamiltonian",
+        "filter_rate": "it needs optim.selection=high or optim.selection=reducible or",
+        "selection_samples": "optim.selection=none leaves no token out",
+        "ptb_ppl_pass": "benchmark.ptb=FILE",
+    }
+    for key, told in open_.items():
+        assert values[key] is None, key
+        assert told in report.unjudged[key], key
+    assert values["throughput_ratio"] == 1
+    flags = {key for key in STAGE_3_KEYS if key.endswith("_pass")} - {"all_pass"} | {"mera_causal"}
+    # So that what is open keeps all_pass open.
+    assert [passed for *_, passed in report.criteria].count(None) == sum(values[key] is None for key in flags)
+
+
+def test_loops_have_no_reversible_trunk(integrated, monkeypatch):
+    config = dataclasses.replace(integrated, stage=dataclasses.replace(integrated.stage, loops=2))
+    report = reported(monkeypatch, config, perplexity=perplexity(20.0))
+    assert report.values["vram_reversible_trunk_pass"] is report.values["all_pass"] is None
+    assert "stage.loops=2" in report.unjudged["vram_reversible_trunk_reduction"]
+    assert report.values["vram_gb_pass"] is True
+
+
+def test_a_reversible_trunk_is_measured_once(integrated, monkeypatch):
+    config = dataclasses.replace(
+        integrated, stage=dataclasses.replace(integrated.stage, trunk="reversible"),
+        benchmark=dataclasses.replace(integrated.benchmark, name="vram"),
+    )  # fmt: skip
+    seen = []
+
+    def answer(config):
+        seen.append((config.stage.trunk, config.stage.gradient, config.benchmark.batch_size))
+        return vram_of(config, 0.7)
+
+    report = reported(monkeypatch, config, vram=answer)
+    assert seen.count(("reversible", "exact", 2)) == 2  # The second one compares what it rebuilds.
+    assert ("residual", "backprop", 2) in seen
+    assert report.values["vram_reversible_trunk_gb"] == report.values["vram_symplectic_gb"] == 0.7
+
+
+def vram_of(config, peak):
+    measured = GOOD_FLOW["vram"](config)
+    return measured if config.stage.gradient == "backprop" else {**measured, "peak": peak}
+
+
+def changed_answer(measurement, **changed):
+    return lambda config: {**GOOD_FLOW[measurement](config), **changed}
+
+
+def shares(**changed):
+    return {**SELECTION["shares"], "0.2": {**SELECTION["shares"]["0.2"], **changed}}
 
 
 def changed_vram(gradient, **changed):

@@ -2,13 +2,18 @@ import dataclasses
 
 import pytest
 import torch
+from support.commands import default_stage, measured_here
+from support.configs import small_width
 
+from muse.benchmarks import vram
 from muse.benchmarks.baseline import baseline_of
 from muse.benchmarks.model import benchmark_model
+from muse.benchmarks.results import Results
 from muse.benchmarks.suite import settled
 from muse.benchmarks.vram import measure_memory
 from muse.launch.bench import composed_stage
 from muse.measure.peak_memory import GB
+from muse.options import changed
 
 CPU = torch.device("cpu")
 
@@ -65,3 +70,24 @@ def test_the_baseline_differs_in_the_stage_only(bench_config):
 
 def test_the_benchmark_model_is_the_configured_one(bench_config):
     assert {p.dtype for p in benchmark_model(bench_config(1, "bf16"), CPU).parameters()} == {torch.bfloat16}
+
+
+def test_a_reversible_trunk_takes_less_of_stage_3_and_its_tokens_may_be_one_window(bench_config, tmp_path):
+    """As it is judged; at this size parameters and the loss hold most."""
+    config = changed(
+        bench_config(3, name="vram", seq_len=64),
+        stage={"koopman": "replace"},
+        model={"complex": small_width(d_model=16, kv_heads=2, d_ff=32, layers=8)},
+    )
+    results = Results(tmp_path, measured_here, default_stage)
+    vram.judge(settled(config, "vram"), results)
+    values = results.values
+    assert results.failures == results.unjudged == {}
+    assert list(results.details["vram"]) == [
+        *("exact", "reversible", "checkpoint", "backprop", "exact, verified"),
+        *("1 x 128", "exact, reversible trunk"),
+    ]
+    assert values["vram_gb"] == results.details["vram"]["1 x 128"]["peak"] < 1
+    assert values["vram_reversible_trunk_reduction"] > values["vram_reduction_ratio"] > 0.5
+    assert values["reconstruction_error"] == 0
+    assert values["reconstruction_pass"] is values["vram_gb_pass"] is True

@@ -241,6 +241,18 @@ def test_stages_beside_each_other_are_measured_alike_and_have_no_baseline():
     assert [bar.get_width() for bar in axes.patches] == [2.0, 1.0, 1.5]
 
 
+def test_of_a_stage_that_has_another_value_of_the_same_name_that_of_the_flow_is_drawn():
+    three = [
+        cell(f"stage=3 stage.flows={n}", vram_gb=7.0, **dict(zip(FLOW, (n, n, n, 9.0), strict=True)))
+        for n in (1, 2)
+    ]
+    (axes,) = draw([cell("stage=1", vram_gb=3.0), three[0]]).axes
+    assert [bar.get_width() for bar in axes.patches] == [3.0, 1.0]
+    widths = {patch.get_width() for patch in draw(three).axes[0].patches}
+    assert {1.0, 2.0, 9.0} <= widths
+    assert 7.0 not in widths
+
+
 def test_a_difference_of_rounding_does_not_look_large():
     (axes,) = draw(
         [cell("stage.gradient=exact", valid_loss=5.0), cell("stage.gradient=backprop", valid_loss=5.000001)]
