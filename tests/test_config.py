@@ -252,7 +252,8 @@ def test_every_file_of_conf_gives_a_checked_configuration(path):
         built = build_config(composed(name, []))
         assert type(built) is {"train": RunConfig, "bench": BenchConfig}[name]
         return
-    entries = ["bench"] if group == "benchmark" else ["train", "bench"]
+    of_bench = group == "benchmark" or "benchmark" in OmegaConf.load(CONF / path)
+    entries = ["bench"] if of_bench else ["train", "bench"]
     for entry in entries:
         overrides = [f"{group}={name}"]
         if group == "data" and name in ("text", "files"):
