@@ -202,11 +202,11 @@ def _report(
                 "interval": mean_interval(own, chosen) if len(own) == config.benchmark.seeds else None,
             }
     results.details["price"] = models
-    own = config.stage.number
+    stage = config.stage.number
     for budget in BUDGETS:
-        results.values[f"price_{budget.lower()}_loss"] = models[f"stage {own}"]["budgets"][budget]["loss"]
-        for number in BASELINES.get(own, ("0",)):
-            if number != own and f"stage {number}" in models:
+        results.values[f"price_{budget.lower()}_loss"] = models[f"stage {stage}"]["budgets"][budget]["loss"]
+        for number in BASELINES.get(stage, ("0",)):
+            if number != stage and f"stage {number}" in models:
                 _judge_stage(config, number, budget, models, chosen, results)
     for name, number in REPEATED.items():
         results.values |= _exponent(name, number, config, variants, models, chosen)

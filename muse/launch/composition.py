@@ -150,8 +150,9 @@ class Loader(ConfigLoaderImpl):
         known = self._composed_of(config_name, choices) or self._composed_of(config_name, [])
         if known is None:
             return one_line(error)
-        if file and (group := re.search("Could not override '([^']+)'", str(error))):
-            return _unknown(f"{group[1]}{file}", group[1], _known_names(known, "", repo))
+        # Of a group that the command does not have.
+        if file and (chosen := re.search("Could not override '([^']+)'", str(error))):
+            return _unknown(f"{chosen[1]}{file}", chosen[1], _known_names(known, "", repo))
         for item in choices:
             if not item.is_add() and item.key_or_group not in _groups_of(config_name, repo):
                 return _unknown(str(item.input_line), item.key_or_group, _known_names(known, "", repo))
