@@ -3,6 +3,7 @@
 python -m muse.generate outputs/train/stage1-tiny/2026-01-31_12-00-00-123 --prompt "The river"
 python -m muse.generate stage1.safetensors --file chapter.txt --tokens 500 --top-p 0.95
 python -m muse.generate stage2.safetensors --prompt "The river" --trajectory energy.png
+python -m muse.generate stage2.safetensors --prompt "The river" --entropy-exit 2
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from muse.commands import Parser, add_model, device_of, run_command
 from muse.dynamics import flows_of, recorded_flows
 from muse.dynamics.energy import DRIFT_TARGET, energies_by_halves, halves
 from muse.errors import ConfigError
-from muse.generation import Sampling, TextStream, continuation
+from muse.generation import EntropyExit, Sampling, TextStream, continuation
+from muse.generation.entropy_exit import block_count, check_exits
 from muse.report.trajectory_plot import plot_trajectories
 from muse.trained import Trained, load
 
@@ -49,6 +51,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first text; the next ones follow (0)")
     parser.add_argument("--stop", action="append", default=[], help="a text that ends it; may be repeated")
     parser.add_argument("--count", type=int, default=1, help="texts (1)")
+    parser.add_argument(
+        "--entropy-exit",
+        type=float,
+        metavar="NATS",
+        help="a token leaves out the other blocks once the entropy of its distribution is below that",
+    )
+    parser.add_argument(
+        "--exit-after", type=int, metavar="BLOCKS", help="that every token passes with --entropy-exit (1)"
+    )
     parser.add_argument(
         "--trajectory",
         type=Path,
@@ -84,22 +95,36 @@ def generate(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--trajectory {picture} is not a name for a picture; give one that ends in .png")
     if picture is not None and (prompt is None or arguments.count > 1):
         raise ConfigError("--trajectory draws one text; give --prompt or --file, and no --count")
+    exits = None
+    if arguments.entropy_exit is not None:
+        exits = EntropyExit(
+            arguments.entropy_exit, 1 if arguments.exit_after is None else arguments.exit_after
+        )
+        if picture is not None:
+            raise ConfigError(
+                "--trajectory draws all flows of a token, of which --entropy-exit leaves some out; "
+                "give one of them"
+            )
+    elif arguments.exit_after is not None:
+        raise ConfigError("--exit-after is of --entropy-exit; give both")
     trained = load(arguments.model, arguments.which, device_of(arguments.device))
+    if exits is not None:
+        check_exits(trained.model, exits)
     if picture is not None:
         _see_that_it_can_be_drawn(trained, picture)
     if prompt is not None:
         _tell_of_window(trained, prompt, arguments.tokens)
         if picture is None:
-            _continue(trained, prompt, sampling, arguments)
+            _continue(trained, prompt, sampling, arguments, exits)
             return
         with recorded_flows(trained.model) as starts:
-            _continue(trained, prompt, sampling, arguments)
+            _continue(trained, prompt, sampling, arguments, exits)
         _draw(trained, starts, picture)
         return
     print("a text to go on with, or Ctrl-D to end", file=sys.stderr)
     for line in _lines():
         try:
-            _continue(trained, line, sampling, arguments)
+            _continue(trained, line, sampling, arguments, exits)
         except KeyboardInterrupt:
             print(file=sys.stderr)
 
@@ -111,6 +136,7 @@ def generate_text(
     sampling: Sampling | None = None,
     seed: int = 0,
     stops: Sequence[str] = (),
+    exits: EntropyExit | None = None,
 ) -> Iterator[str]:
     """Yield the text that follows ``prompt``, a piece for each token, empty where it ends no character.
 
@@ -121,9 +147,10 @@ def generate_text(
         sampling: how a token is drawn; as ``Sampling()`` if None.
         seed: of the draw.
         stops: texts that end it, and are not in it.
+        exits: where a token may leave out the last blocks; None for nowhere.
 
     Raises:
-        ConfigError: there is no tokenizer, or no token in the prompt.
+        ConfigError: there is no tokenizer, no token in the prompt, or blocks that cannot be left out.
         RunError: a logit is not finite.
     """
     tokenizer, seq_len = trained.tokenizer, trained.config.model.seq_len
@@ -133,7 +160,7 @@ def generate_text(
     if not ids:
         raise ConfigError("the text to go on with has no token in it; give at least a word")
     stream = TextStream(tokenizer, stops)
-    drawn = continuation(trained.model, ids, tokens, seq_len, sampling or Sampling(), seed)
+    drawn = continuation(trained.model, ids, tokens, seq_len, sampling or Sampling(), seed, exits)
     for number, token in enumerate(drawn):
         text = stream.push(token)
         ended = stream.stopped or number == tokens - 1
@@ -237,18 +264,29 @@ def _lines() -> Iterator[str]:
             yield line
 
 
-def _continue(trained: Trained, prompt: str, sampling: Sampling, arguments: argparse.Namespace) -> None:
+def _continue(
+    trained: Trained,
+    prompt: str,
+    sampling: Sampling,
+    arguments: argparse.Namespace,
+    exits: EntropyExit | None,
+) -> None:
+    if exits is not None:
+        exits.passed.clear()
     made, began = 0, time.perf_counter()
     for number in range(arguments.count):
         if number:
             print("\n---")
         seed = arguments.seed + number
-        for text in generate_text(trained, prompt, arguments.tokens, sampling, seed, arguments.stop):
+        for text in generate_text(trained, prompt, arguments.tokens, sampling, seed, arguments.stop, exits):
             made += 1
             print(text, end="", flush=True)
     seconds = time.perf_counter() - began
     print(flush=True)
-    print(f"{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s", file=sys.stderr)
+    told = f"{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s"
+    if exits is not None and exits.passed:
+        told += f", {exits.mean_passed:.2f} of {block_count(trained.model)} blocks a token"
+    print(told, file=sys.stderr)
 
 
 if __name__ == "__main__":

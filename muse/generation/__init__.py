@@ -2,7 +2,8 @@
 
 from muse.generation.continuation import continuation
 from muse.generation.decoder import Decoder
+from muse.generation.entropy_exit import EntropyExit
 from muse.generation.sampling import GREEDY, Sampling, next_token
 from muse.generation.text_stream import TextStream
 
-__all__ = ["GREEDY", "Decoder", "Sampling", "TextStream", "continuation", "next_token"]
+__all__ = ["GREEDY", "Decoder", "EntropyExit", "Sampling", "TextStream", "continuation", "next_token"]

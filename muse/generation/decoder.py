@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from muse.generation.entropy_exit import EntropyExit, check_exits, exit_logits
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
 
@@ -21,12 +22,23 @@ class Decoder:
     Args:
         model: in evaluation mode.
         seq_len: tokens that it sees.
+        exits: where a token may leave out the last blocks; None for nowhere. What is read at once, a prompt
+            or a window that slid, passes all blocks.
+
+    Raises:
+        ConfigError: the blocks of the model cannot be left out.
     """
 
-    def __init__(self, model: LanguageModel, seq_len: int) -> None:
-        self._model, self._seq_len = model, seq_len
+    def __init__(self, model: LanguageModel, seq_len: int, exits: EntropyExit | None = None) -> None:
+        if exits is not None:
+            check_exits(model, exits)
+        self._model, self._seq_len, self._exits = model, seq_len, exits
         self._window: list[int] = []
-        self._caches = model.new_caches(seq_len)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._caches = self._model.new_caches(self._seq_len)
+        self._missing: list[list[Tensor]] = [[] for _ in self._caches or ()]
 
     @torch.no_grad()
     def read(self, tokens: Sequence[int]) -> Tensor:
@@ -41,10 +53,13 @@ class Decoder:
             # Of a long prompt all that it can see; of a text that grows half as much.
             kept = self._seq_len if len(tokens) > 1 else max(1, self._seq_len // 2)
             self._window = new = self._window[-kept:]
-            self._caches = self._model.new_caches(self._seq_len)
+            self._begin()
         device = model_device(self._model)
         if self._caches is None:
             logits = self._model.next_logits(torch.tensor([self._window], device=device))[0]
-        else:
+        elif self._exits is None:
             logits = self._model.continue_logits(torch.tensor([new], device=device), self._caches)[0, -1]
+        else:
+            given = torch.tensor([new], device=device), self._caches, self._missing, self._exits
+            logits = exit_logits(self._model, *given)[0, -1]
         return logits.float().cpu()

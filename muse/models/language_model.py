@@ -117,7 +117,10 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def continue_logits(self, tokens: Tensor, caches: list[Any]) -> Tensor:
         """Logits (B, S, V) of tokens (B, S) that follow those in ``caches``, which they are added to."""
-        state = self._through_loops(self.embedding(tokens, caches[0].length), caches)
+        return self.logits_of(self._through_loops(self.embedding(tokens, caches[0].length), caches))
+
+    def logits_of(self, state: Tensor) -> Tensor:
+        """Logits (B, S, V) of states after a block, the last one or another."""
         return self._logits(self.read_out(self.norm(state)))
 
     def _logits(self, features: Tensor) -> Tensor:
