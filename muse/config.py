@@ -145,6 +145,13 @@ class StageConfig:
     koopman_selective: bool = option(
         True, "whether its decay depends on the token; without it is the same for all."
     )
+    koopman_prediction: float = option(
+        0.0,
+        "weight of an auxiliary loss of each operator: how badly its state predicts the next token's "
+        "observables, and how much these copy each other; 0 for none. Needs trunk=residual and "
+        "recompute=none.",
+        at_least=0,
+    )
     mera: str = option(
         "none",
         "where a MERA router, which reads sums of the past at every scale, stands in blocks of stage 3: "
@@ -252,6 +259,12 @@ class StageConfig:
             )
         if self.flowing and self.mixer == "none":
             raise ConfigError("stage.mixer=none is the block of the seeds; it goes with stage=1")
+        again = self.trunk == "reversible" or self.recompute != "none"
+        if self.koopman_prediction and self.koopman != "none" and again:
+            raise ConfigError(
+                f"stage.koopman_prediction={self.koopman_prediction} is a loss of what blocks compute on the "
+                "way, which cannot be computed again; it needs stage.trunk=residual and stage.recompute=none"
+            )
         for part, without in STAGE_3_PARTS.items():
             if self.number != "3" and (value := getattr(self, part)) != without:
                 raise ConfigError(f"stage.{part}={value} is of stage=3; it must be {without or 'null'}")

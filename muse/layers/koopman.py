@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,7 @@ from kernels.planar import multiply, upcast
 from kernels.products import linear
 from muse.layers.activation import SplitGELU
 from muse.layers.linear import ComplexLinear
+from muse.layers.prediction import shares_of
 from muse.processes.ranks import whole
 
 # Griffin's factor between the gate of a decay and its exponent.
@@ -56,6 +59,47 @@ def half_lives(model: nn.Module) -> dict[str, float]:
 def operators_of(model: nn.Module) -> dict[str, KoopmanOperator]:
     """Every operator of a model by its name."""
     return {name: part for name, part in model.named_modules() if isinstance(part, KoopmanOperator)}
+
+
+@contextmanager
+def noted_shares(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Around calls of a model: what ``shares_of`` finds in each call of every operator, by its name."""
+    operators = operators_of(model)
+    noted: dict[str, list[Tensor]] = {name: [] for name in operators}
+    for name, operator in operators.items():
+        operator.noted = noted[name]
+    try:
+        yield noted
+    finally:
+        for operator in operators.values():
+            operator.noted = None
+
+
+def prediction_loss(noted: dict[str, list[Tensor]]) -> Tensor | None:
+    """The auxiliary loss of ``muse.layers.prediction``, mean over calls; None where there was none."""
+    calls = [shares for own in noted.values() for shares in own]
+    return (1 - torch.stack(calls)).sum(1).mean() if calls else None
+
+
+@contextmanager
+def watched_predictions(model: nn.Module, watched: bool) -> Iterator[dict[str, float]]:
+    """Around an evaluation: how much operators predict, means over its batches, those of this rank.
+
+    Yields:
+        A dict, filled when the block ends, empty where it is not ``watched``: for each operator as in
+        ``half_lives`` ``koopman/<operator>/predictable_share`` and ``distinct_share``.
+    """
+    metrics: dict[str, float] = {}
+    if not watched:
+        yield metrics
+        return
+    with noted_shares(model) as noted:
+        yield metrics
+    for name, calls in noted.items():
+        if calls:
+            predictable, distinct = torch.stack(calls).mean(0).tolist()
+            metrics[f"koopman/{name.replace('.', '_')}/predictable_share"] = predictable
+            metrics[f"koopman/{name.replace('.', '_')}/distinct_share"] = distinct
 
 
 class KoopmanOperator(nn.Module):
@@ -106,6 +150,8 @@ class KoopmanOperator(nn.Module):
             self.register_buffer("theta", torch.zeros(observables), persistent=False)
         self.activation = SplitGELU()
         self.output = ComplexLinear(observables, d_model, bias=False, init=init, gain=gain)
+        # Where ``noted_shares`` wants those of each call.
+        self.noted: list[Tensor] | None = None
         with torch.no_grad():
             self.taps[:, -1] = 1
             if self.rate is not None:
@@ -137,6 +183,8 @@ class KoopmanOperator(nn.Module):
         u, gate = self.projection(z).chunk(2, dim=-1)
         before = None if cache is None else cache.observables
         g, after = complex_scan(self._convolved(u, cache), self.log_decay(z), self.theta, before)
+        if self.noted is not None and (shares := shares_of(g, u)) is not None:
+            self.noted.append(shares)
         if cache is not None:
             cache.observables = after
             cache.length += z.shape[1]

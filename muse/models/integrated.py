@@ -117,6 +117,7 @@ def integrated_decoder(stage: StageConfig, width: WidthConfig, vocab_size: int) 
     gain = 1 / math.sqrt(2 * width.layers * stage.loops)
     blocks = [IntegratedBlock(width, stage, gain, number) for number in range(width.layers)]
     decoder = decoder_of(blocks, stage, width, vocab_size)
+    decoder.koopman_prediction = stage.koopman_prediction
     if stage.dialectic != "none":
         options = (stage.dialectic_candidates, stage.dialectic_rounds)
         decoder.antithesis = Antithesis(stage.dialectic, 2 * width.d_model, *options)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.products import linear
+from muse.layers.koopman import noted_shares, prediction_loss
 from muse.layers.recompute import recomputed_call
 from muse.models.dialectic import Antithesis
 from muse.models.loss import linear_cross_entropy, linear_losses
@@ -52,6 +53,8 @@ class LanguageModel(nn.Module):
         self.loops = 1
         # What is said against the head's distribution; None for nothing.
         self.antithesis: Antithesis | None = None
+        # Weight of the auxiliary loss of Koopman operators; 0 for none.
+        self.koopman_prediction = 0.0
 
     def features(self, tokens: Tensor) -> Tensor:
         """Real features (B, S, E) before the head."""
@@ -138,12 +141,23 @@ class LanguageModel(nn.Module):
             tokens, targets: int64.
             reduction: ``mean`` or ``sum``.
             select: which of the tokens count; None for all.
+
+        An auxiliary loss of Koopman operators adds to the gradient, and not to the value.
         """
-        features = self.features(tokens)
+        auxiliary = None
+        if self.koopman_prediction and torch.is_grad_enabled():
+            with noted_shares(self) as noted:
+                features = self.features(tokens)
+            auxiliary = prediction_loss(noted)
+        else:
+            features = self.features(tokens)
         if select is not None:
             kept = select(self, features, tokens, targets)
             features, targets = (x.flatten(0, 1)[kept][None] for x in (features, targets))
-        return self.loss_of(features, targets, reduction)
+        loss = self.loss_of(features, targets, reduction)
+        if auxiliary is not None:
+            loss = loss + self.koopman_prediction * (auxiliary - auxiliary.detach())
+        return loss
 
     def loss_of(self, features: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of ``targets`` (B, S) given ``features`` (B, S, E)."""

@@ -17,7 +17,7 @@ from muse.config import RunConfig
 from muse.data import TokenData, evaluation_windows, training_batch
 from muse.dynamics import flow_metrics, watched_flows
 from muse.errors import ConfigError, RunError, of_all_ranks
-from muse.layers.koopman import half_lives
+from muse.layers.koopman import half_lives, watched_predictions
 from muse.layers.mera import levels_read
 from muse.models import LanguageModel, build_model, count_parameters
 from muse.models.dialectic import watched_contradiction
@@ -273,11 +273,12 @@ class Trainer:
             with (
                 watched_flows(self.model) as flows,
                 watched_contradiction(self.model.antithesis) as contradiction,
+                watched_predictions(self.model, self.model.koopman_prediction > 0) as predictions,
             ):
                 self.valid = valid = self._evaluate("valid", options.eval_tokens)
             measured_on = {"valid/tokens": valid.tokens, "valid/stride": self.stride}
             watched = {**measured_on, **flows, **contradiction, **half_lives(self.model)}
-            watched |= levels_read(self.model)
+            watched |= {**predictions, **levels_read(self.model)}
             self.log(self.done, {"valid/loss": valid.loss, "valid/ppl": valid.ppl, **watched})
             if not ended:
                 progress.tell(

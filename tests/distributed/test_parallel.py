@@ -197,6 +197,20 @@ def test_the_first_rank_watches_flows(tmp_path, together):
     assert first.series("valid/loss") == second.series("valid/loss")
 
 
+def train_predicting(folder: Path, together: str) -> Training:
+    stage = stage_config("3", gradient="reversible", koopman="add", koopman_prediction=1.0)
+    return run_train(run_config(stage, together, eval_every=3), folder, double=True)
+
+
+@pytest.mark.slow
+def test_sharded_operators_learn_to_predict_as_replicas_do(tmp_path):
+    """Not as one rank does, whose variances are over all windows."""
+    replica, _ = run_ranks(2, train_predicting, tmp_path / "ddp", "ddp")
+    for sharded in run_ranks(2, train_predicting, tmp_path / "fsdp", "fsdp"):
+        torch.testing.assert_close(sharded.flat(), replica.flat(), rtol=1e-10, atol=1e-10)
+        assert sharded.series("train/loss") == pytest.approx(replica.series("train/loss"), rel=1e-10)
+
+
 def fall_back(folder: Path, together: str, failing: str) -> Training:
     """Train a flow that fails in one call on the second rank, in its forward or its backward pass."""
     function, calls = getattr(MLPPotential, failing), []
