@@ -8,7 +8,7 @@ which values it may have; ``__post_init__`` also checks what several options say
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -313,15 +313,37 @@ class ModelConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of the texts of data=mix."""
+
+    weight: float = option(
+        1.0, "its share of the training windows, beside the weights of the others.", above=0
+    )
+    data: str = option(
+        "files",
+        "what the option data says of one text.",
+        choices=("files", "text", "wikitext2", "stdlib"),
+    )
+    path: str | None = option(None, "as data.path.")
+    column: str | None = option(None, "as data.column.")
+    valid: str | None = option(None, "as data.valid.")
+    test: str | None = option(None, "as data.test.")
+    skip_bad: bool = option(False, "as data.skip_bad.")
+
+    def __post_init__(self) -> None:
+        check_options(self, "data.sources.*")
+
+
+@dataclass
 class DataConfig:
     """Where the text comes from."""
 
     name: str = option(
         "stdlib",
         "stdlib (the standard library of the running Python), wikitext2, text (plain text), files (text and "
-        "records in any format, larger than the memory; docs/data.md) or synthetic (random tokens, for the "
-        "memory and speed benchmarks).",
-        choices=("stdlib", "wikitext2", "text", "files", "synthetic"),
+        "records in any format, larger than the memory; docs/data.md), mix (several of these by weight) or "
+        "synthetic (random tokens, for the memory and speed benchmarks).",
+        choices=("stdlib", "wikitext2", "text", "files", "mix", "synthetic"),
         given_as="data",
     )
     path: str | None = option(
@@ -345,6 +367,17 @@ class DataConfig:
     skip_bad: bool = option(
         False, "whether rows and files that are broken are counted and left out in place of an error."
     )
+    sources: dict[str, SourceConfig] = option(
+        {},
+        "texts of mix by name, each with weight (1 unless given) and what it would have alone: data (files "
+        "unless given), path, column, valid, test and skip_bad.",
+    )
+    at_end: str = option(
+        "repeat",
+        "what a training does when it has seen a text, or a source of mix, once: repeat it in another order, "
+        "or stop.",
+        choices=("repeat", "stop"),
+    )
     variant: str = option(
         "wikitext-2-v1",
         "the hub's configuration of WikiText-2, wikitext-2-v1 or wikitext-2-raw-v1.",
@@ -363,6 +396,31 @@ class DataConfig:
         for name in ("column", "valid", "test", "skip_bad"):
             if getattr(self, name) and self.name != "files":
                 raise ConfigError(f"data.{name} is of data=files; leave it out of data={self.name}")
+        if self.name != "mix" and self.sources:
+            raise ConfigError(f"data.sources is of data=mix; leave it out of data={self.name}")
+        if self.name == "mix" and (self.path or not self.sources):
+            raise ConfigError(
+                "data=mix needs its texts, and no data.path, by data.sources={a:{path:<path>,weight:0.7},"
+                "b:{path:<path>,weight:0.3}}"
+            )
+        for name in self.sources:
+            self.source(name)
+
+    def source(self, name: str) -> DataConfig:
+        """A source of ``mix`` as data of its own.
+
+        Raises:
+            ConfigError: one of its options has a value that it must not have.
+        """
+        source, path = self.sources[name], f"data.sources.{name}"
+        check_options(source, path)
+        options = {
+            option: getattr(source, option) for option in ("path", "column", "valid", "test", "skip_bad")
+        }
+        try:
+            return replace(self, name=source.data, sources={}, **options)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
 
 @dataclass

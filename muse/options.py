@@ -76,7 +76,7 @@ class Option:
 def option(default: T, meaning: str, **declared: Any) -> T:
     """The field of a dataclass that is an option, with what else ``Option`` says of one."""
     metadata = {"option": Option(meaning, **declared)}
-    if isinstance(default, list) or dataclasses.is_dataclass(default):
+    if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
         made = dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
         return typing.cast(T, made)
     return typing.cast(T, dataclasses.field(default=default, metadata=metadata))
@@ -151,6 +151,10 @@ def type_name(kind: Any) -> str:
         return " or ".join("null" if part is types.NoneType else type_name(part) for part in kind.__args__)
     if typing.get_origin(kind) is list:
         return "a list, as in [a,b]"
+    if typing.get_origin(kind) is dict:
+        inner = typing.get_args(kind)[1]
+        value = "{...}" if dataclasses.is_dataclass(inner) else "..."
+        return f"a mapping, as in {{a:{value},b:{value}}}"
     return TYPES.get(kind, "a group of options")
 
 

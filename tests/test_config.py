@@ -21,6 +21,7 @@ from muse.config import (
     ModelConfig,
     OptimConfig,
     RunConfig,
+    SourceConfig,
     StageConfig,
     TokenizerConfig,
     TrainConfig,
@@ -83,6 +84,11 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (DataConfig, {"name": "files"}, "data.path"),
     (DataConfig, {"name": "text", "path": "x", "skip_bad": True}, "data.skip_bad"),
     (DataConfig, {"valid": "x"}, "data.valid"),
+    (DataConfig, {"name": "mix"}, "data=mix needs"),
+    (DataConfig, {"name": "mix", "path": "x", "sources": {"a": SourceConfig(path="x")}}, "data=mix needs"),
+    (DataConfig, {"name": "mix", "sources": {"a": SourceConfig()}}, "data.sources.a: data=files needs"),
+    (DataConfig, {"sources": {"a": SourceConfig(path="x")}}, "data.sources is of data=mix"),
+    (DataConfig, {"at_end": "pause"}, "data.at_end=pause"),
     (TokenizerConfig, {"name": "char"}, "tokenizer=char"),
     (TokenizerConfig, {"vocab_size": 256}, "tokenizer.vocab_size"),
     (OptimConfig, {"name": "sgd"}, "optim=sgd"),
@@ -178,7 +184,8 @@ def test_the_allowed_values_are_listed_and_work(group, name):
         dataclasses.replace(group, **{name: ["x"] if is_list else "x"})
     assert str(caught.value).endswith(f"=x is not known; choose one of {', '.join(allowed)}")
     # What goes with some of them.
-    others = {("data", name): {"path": "somewhere"} for name in ("text", "files")}
+    others: dict[Any, Any] = {("data", name): {"path": "somewhere"} for name in ("text", "files")}
+    others["data", "mix"] = {"sources": {"a": SourceConfig(path="somewhere")}}
     for number in ("0", "3a"):
         others["stage", number] = {"activation": "gelu"}
     for value in allowed:
@@ -258,6 +265,8 @@ def test_every_file_of_conf_gives_a_checked_configuration(path):
         overrides = [f"{group}={name}"]
         if group == "data" and name in ("text", "files"):
             overrides.append("data.path=somewhere")
+        if group == "data" and name == "mix":
+            overrides.append("data.sources.a.path=somewhere")
         built = build_config(composed(entry, overrides))
         if group == "experiment":
             # Which is no group of options but sets some of others.

@@ -63,6 +63,7 @@ PLACEHOLDERS = {
     r"outputs/(train|bench)/\S+": "{run}",
     r"<run folder>": "{run}",
     r"data\.path=(<[^>]*>|\.\.\.)": "data.path={corpus}",
+    r"(?<=path:)\.\.\.": "{corpus}",
     r"=<n>": "=1",
     r"=<s>": "=0",
     r" \.\.\.(?= |$)": "",
@@ -304,7 +305,7 @@ def in_small(script: str, arguments: list[str], place: Path) -> list[str]:
     chosen = {o.get_key_element(): o.value() for o in own if o.get_key_element() in GROUPS}
     groups = dict(GROUPS)
     path = place / "text.txt"
-    if chosen.get("data") in ("wikitext2", "synthetic", "files"):
+    if chosen.get("data") in ("wikitext2", "synthetic", "files", "mix"):
         groups["data"] = chosen["data"]
         path = place / "corpus"
     if isinstance(chosen.get("logger"), list):
@@ -314,7 +315,7 @@ def in_small(script: str, arguments: list[str], place: Path) -> list[str]:
         *(f"{key}={value}" for key, value in values.items()),
         *(default for option, default in DEFAULTS_WITH.items() if option in arguments),
         *(smaller(override, 2 if override is last_sweep else 1) for override in kept),
-        f"data.path={path}",
+        *([] if groups["data"] == "mix" else [f"data.path={path}"]),
         f"data.cache={place / 'cache'}",
         f"output_root={place / 'outputs'}",
         "hardware.compile=false",

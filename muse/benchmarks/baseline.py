@@ -16,7 +16,10 @@ from muse.runs.options import FREE, differences, format_changes, stored_options
 
 # What two models must have in common to be compared.
 TEXT = (
-    *(f"data.{name}" for name in ("name", "path", "column", "valid", "test", "skip_bad", "variant")),
+    *(
+        f"data.{name}"
+        for name in ("name", "path", "column", "valid", "test", "skip_bad", "sources", "variant")
+    ),
     *(f"tokenizer.{name}" for name in ("name", "vocab_size", "path")),
 )
 

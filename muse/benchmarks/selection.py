@@ -17,7 +17,7 @@ from muse.benchmarks.model import benchmark_model, train_briefly
 from muse.benchmarks.results import Results, Unmeasured, name_of
 from muse.benchmarks.workload import Workload, batch_shape
 from muse.config import BenchConfig
-from muse.data import TokenData, load_tokens
+from muse.data import Mix, TokenData, load_tokens
 from muse.errors import ConfigError
 from muse.hardware import autocast_dtype
 from muse.models import LanguageModel
@@ -56,6 +56,8 @@ def measure_selection(config: BenchConfig, device: torch.device) -> dict[str, An
     if config.data.name == "synthetic":
         raise ConfigError("benchmark=selection needs text; choose data=stdlib, wikitext2, text or files")
     data = load_tokens(config.data, config.tokenizer, config.model.vocab_size)
+    if isinstance(data.train, Mix):
+        raise ConfigError("benchmark=selection asks of the documents of one text; choose other data than mix")
     check_reference(config, data.tokenizer)
     config = changed(config, model={"vocab_size": data.vocab_size})
     starts, documents, left_out = _windows(data, batch_shape(config)[1])

@@ -1,7 +1,14 @@
 """Text, tokenizers, tokenised splits and batches."""
 
-from muse.data.batches import evaluation_batches, evaluation_windows, rolling_batches, training_batch
+from muse.data.batches import (
+    end_of_training_text,
+    evaluation_batches,
+    evaluation_windows,
+    rolling_batches,
+    training_batch,
+)
 from muse.data.corpus import Corpus, count_words, load_corpus
+from muse.data.interleaving import Mix
 from muse.data.splits import SPLITS
 from muse.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_of
 from muse.data.tokens import Counts, TokenData, load_tokens
@@ -10,10 +17,12 @@ __all__ = [
     "SPLITS",
     "Corpus",
     "Counts",
+    "Mix",
     "TokenData",
     "Tokenizer",
     "build_tokenizer",
     "count_words",
+    "end_of_training_text",
     "evaluation_batches",
     "evaluation_windows",
     "load_corpus",

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 
+from muse.data.interleaving import Mix
 from muse.errors import ConfigError
+
+# What messages call a training split that is no mix.
+WHOLE = "the training split"
 
 
 def training_batch(
-    tokens: np.ndarray, step: int, batch_size: int, seq_len: int, seed: int
+    tokens: np.ndarray | Mix, step: int, batch_size: int, seq_len: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The batch of one training step, a pure function of its arguments.
 
     An epoch starts at a random offset and visits, in random order and once each, consecutive windows
-    of ``seq_len`` inputs. A batch may straddle two epochs.
+    of ``seq_len`` inputs. A batch may straddle two epochs, and of a mix each source has its own.
 
     Args:
-        tokens: the training split, integers of shape (n,).
+        tokens: the training split, integers of shape (n,), or several.
         step: number of the micro-batch, from 0.
         batch_size: windows in the batch.
         seq_len: inputs in a window; a window has one token more, the last target.
@@ -32,30 +37,77 @@ def training_batch(
     Raises:
         ConfigError: when the split is shorter than one window.
     """
-    windows, slack = divmod(len(tokens) - 1, seq_len)
+    windows = [
+        _window(tokens, index, seq_len, seed) for index in range(step * batch_size, (step + 1) * batch_size)
+    ]
+    batch = torch.from_numpy(np.stack(windows).astype(np.int64))
+    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+
+def end_of_training_text(
+    tokens: np.ndarray | Mix, windows: int, seq_len: int, seed: int, most: int
+) -> tuple[int, str] | None:
+    """After which step some training text has no window left that was not seen.
+
+    Args:
+        tokens: the training split, or several.
+        windows: in a step.
+        seq_len: inputs in a window.
+        seed: of the training.
+        most: steps to look at.
+
+    Returns:
+        The number of steps, and what ends; None where nothing does within ``most`` steps.
+
+    Raises:
+        ConfigError: as ``training_batch``.
+    """
+    mix = tokens if isinstance(tokens, Mix) else Mix((WHOLE,), (tokens,), (1.0,))
+    ends = []
+    for number, (name, stream) in enumerate(zip(mix.names, mix.tokens, strict=True)):
+        there, _ = _epoch_size(len(stream), seq_len, name)
+
+        def seen(step: int, number: int = number) -> int:
+            return mix.windows_of(step * windows, seed)[number]
+
+        ends.append((bisect_right(range(most + 1), there, key=seen) - 1, name))
+    first = min(ends)
+    return first if first[0] < most else None
+
+
+def _window(tokens: np.ndarray | Mix, index: int, seq_len: int, seed: int) -> np.ndarray:
+    """A window of ``seq_len`` inputs and the last target, by its number."""
+    name = WHOLE
+    key: tuple[int, ...] = (seed,)
+    if isinstance(tokens, Mix):
+        source, index = tokens.source_of(index, seed)
+        name, key, tokens = tokens.names[source], (seed, source), tokens.tokens[source]
+    windows, slack = _epoch_size(len(tokens), seq_len, name)
+    epoch, position = divmod(index, windows)
+    offset, order = _epoch(windows, slack, (*key, epoch))
+    start = offset + int(order[position]) * seq_len
+    return tokens[start : start + seq_len + 1]
+
+
+def _epoch_size(tokens: int, seq_len: int, name: str) -> tuple[int, int]:
+    """Windows in an epoch of a split, and the largest offset of the first one."""
+    windows, slack = divmod(tokens - 1, seq_len)
     if windows < 1:
         raise ConfigError(
-            f"model.seq_len={seq_len} is too long for a training split of {len(tokens)} tokens; "
-            f"it must be at most {len(tokens) - 1}"
+            f"model.seq_len={seq_len} is too long for {name} of {tokens} tokens; it must be at most "
+            f"{tokens - 1}"
         )
     if windows > 1:
         # One window fewer, so that every epoch has as many and can still start anywhere in a window.
         windows, slack = windows - 1, slack + seq_len
-    starts = []
-    for index in range(step * batch_size, (step + 1) * batch_size):
-        epoch, position = divmod(index, windows)
-        offset, order = _epoch(windows, slack, seed, epoch)
-        starts.append(offset + int(order[position]) * seq_len)
-    batch = torch.from_numpy(
-        np.stack([tokens[start : start + seq_len + 1] for start in starts]).astype(np.int64)
-    )
-    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    return windows, slack
 
 
-@lru_cache(maxsize=2)
-def _epoch(windows: int, slack: int, seed: int, epoch: int) -> tuple[int, np.ndarray]:
+# Two of each source where there are many.
+@lru_cache(maxsize=32)
+def _epoch(windows: int, slack: int, seed: tuple[int, ...]) -> tuple[int, np.ndarray]:
     """The offset of the first window, at most ``slack``, and the order of the windows."""
-    generator = np.random.default_rng((seed, epoch))
+    generator = np.random.default_rng(seed)
     return int(generator.integers(slack + 1)), generator.permutation(windows)
 
 

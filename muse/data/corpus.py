@@ -47,9 +47,12 @@ class Corpus:
         """The documents of ``train``, ``valid`` or ``test``."""
         return {"train": self.train, "valid": self.valid, "test": self.test}[name]
 
-    def sample(self) -> list[str]:
-        """What a tokenizer is trained on: all of the training split."""
-        return self.train
+    def sample(self, characters: int | None = None) -> list[str]:
+        """What a tokenizer is trained on: all of the training split, or the beginning of each document."""
+        total = sum(map(len, self.train))
+        if characters is None or total <= characters:
+            return self.train
+        return [document[: len(document) * characters // total] for document in self.train]
 
     def digest(self, name: str) -> str:
         """SHA-256 (hexadecimal) of a split's documents and of the boundaries between them."""

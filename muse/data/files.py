@@ -121,12 +121,10 @@ class FileCorpus:
         """The documents of ``train``, ``valid`` or ``test``."""
         return self.splits[name]
 
-    def sample(self) -> Documents:
+    def sample(self, characters: int | None = None) -> Documents:
         """What a tokenizer is trained on: the beginning of each training file."""
-        train = self.splits["train"]
-        return Documents(
-            train.files, train.source, train.column, train.skip_bad, train.share, SAMPLE_CHARACTERS
-        )
+        train, characters = self.splits["train"], characters or SAMPLE_CHARACTERS
+        return Documents(train.files, train.source, train.column, train.skip_bad, train.share, characters)
 
     @cached_property
     def _contents(self) -> dict[Path, str]:

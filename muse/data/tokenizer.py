@@ -25,7 +25,8 @@ from muse.config import TokenizerConfig
 from muse.data import hub
 from muse.data.cache import atomic_write
 from muse.data.corpus import Corpus
-from muse.data.files import SAMPLE_CHARACTERS, Documents, FileCorpus
+from muse.data.files import SAMPLE_CHARACTERS, FileCorpus
+from muse.data.mix import MixCorpus
 from muse.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -190,12 +191,14 @@ def tokenizer_of(text: str) -> Tokenizer:
     return Tokenizer(model, END_OF_LINE)
 
 
-def build_tokenizer(config: TokenizerConfig, corpus: Corpus | FileCorpus, cache: Path) -> Tokenizer:
+def build_tokenizer(
+    config: TokenizerConfig, corpus: Corpus | FileCorpus | MixCorpus, cache: Path
+) -> Tokenizer:
     """Train or load the tokenizer that ``tokenizer`` names.
 
     - ``bpe``: byte-level BPE with ``tokenizer.vocab_size`` entries (fewer where the text has fewer
       pairs to merge), trained on the training split, or on ``SAMPLE_CHARACTERS`` of it where that
-      is ``data=files``, and kept in ``cache`` under a content hash.
+      is ``data=files`` or ``mix``, and kept in ``cache`` under a content hash.
     - ``gpt2``: 50257 entries, from the folder ``tokenizer.path`` or from the hub.
     - ``word``: every word of the training split, ``<unk>`` and ``<eos>``.
 
@@ -209,7 +212,7 @@ def build_tokenizer(config: TokenizerConfig, corpus: Corpus | FileCorpus, cache:
     return _word_tokenizer(corpus.split("train"))
 
 
-def _cached_bpe(vocab_size: int, corpus: Corpus | FileCorpus, cache: Path) -> Tokenizer:
+def _cached_bpe(vocab_size: int, corpus: Corpus | FileCorpus | MixCorpus, cache: Path) -> Tokenizer:
     state = f"bpe {_RUN} {corpus.digest('train')} {vocab_size} {tokenizers.__version__}"
     path = cache / f"bpe-{vocab_size}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.json"
     if path.is_file():
@@ -225,9 +228,9 @@ def _cached_bpe(vocab_size: int, corpus: Corpus | FileCorpus, cache: Path) -> To
     return _byte_level(model, cuts_runs=True)
 
 
-def _train_bpe(vocab_size: int, documents: Sequence[str] | Documents) -> tokenizers.Tokenizer:
-    streamed = isinstance(documents, Documents)
-    told = f"up to {SAMPLE_CHARACTERS}" if streamed else str(sum(map(len, documents)))
+def _train_bpe(vocab_size: int, documents: Iterable[str]) -> tokenizers.Tokenizer:
+    in_memory = isinstance(documents, list)
+    told = str(sum(map(len, documents))) if in_memory else f"up to {SAMPLE_CHARACTERS}"
     log.info("training a BPE with %d entries on %s characters", vocab_size, told)
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.Sequence(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import numpy as np
 from muse.config import DataConfig, TokenizerConfig
 from muse.data.building import Written, build, building, written
 from muse.data.cache import atomic_write
-from muse.data.corpus import Corpus, count_words, load_corpus
-from muse.data.files import REPAIR, FileCorpus, find_corpus
+from muse.data.corpus import Corpus, count_words
+from muse.data.files import REPAIR, FileCorpus
+from muse.data.interleaving import Mix
+from muse.data.mix import MixCorpus, about_source, corpus_of, find_mix
 from muse.data.splits import FULL_NAMES, SPLITS
 from muse.data.tokenizer import Tokenizer, build_tokenizer
 from muse.errors import ConfigError
@@ -48,7 +51,7 @@ class TokenData:
 
     Attributes:
         train: tokens of the training split, an array of shape (tokens,), uint16 where the vocabulary
-            fits and uint32 otherwise.
+            fits and uint32 otherwise; of ``data=mix`` those of each source.
         valid: tokens of the validation split.
         test: tokens of the test split.
         vocab_size: entries of the vocabulary; every token is below it.
@@ -56,7 +59,7 @@ class TokenData:
         counts: sizes by the name of the split.
     """
 
-    train: np.ndarray
+    train: np.ndarray | Mix
     valid: np.ndarray
     test: np.ndarray
     vocab_size: int
@@ -82,49 +85,112 @@ def load_tokens(
     """
     if data.name == "synthetic":
         return _synthetic(vocab_size)
-    if data.name == "files":
-        return _load_files(data, tokenizer, made)
-    corpus = load_corpus(data)
-    sizes = {split: sum(len(document.encode()) for document in corpus.split(split)) for split in SPLITS}
-    _warn_of_little_training_text(sizes)
     cache = Path(data.cache)
+    corpus = find_mix(data) if data.name == "mix" else corpus_of(data)
     built = build_tokenizer(tokenizer, corpus, cache) if made is None else made
-    tokens = {split: _cached_tokens(corpus, split, built, cache) for split in SPLITS}
-    counts = {
-        split: Counts(
-            tokens=len(tokens[split]),
-            words=sum(map(count_words, corpus.split(split))),
-            bytes=sizes[split],
-        )
-        for split in SPLITS
-    }
-    for split in SPLITS:
-        _log_sizes(split, len(corpus.split(split)), sizes[split], len(tokens[split]))
+    if isinstance(corpus, MixCorpus):
+        return _mixed(corpus, built, cache)
+    tokens, counts = _tokenised(corpus, built, cache)
     return TokenData(**tokens, vocab_size=built.vocab_size, tokenizer=built, counts=counts)
 
 
-def _load_files(data: DataConfig, tokenizer: TokenizerConfig, made: Tokenizer | None) -> TokenData:
-    corpus, cache = find_corpus(data), Path(data.cache)
-    built = build_tokenizer(tokenizer, corpus, cache) if made is None else made
-    tokens: dict[str, np.ndarray] = {}
+def _mixed(corpus: MixCorpus, tokenizer: Tokenizer, cache: Path) -> TokenData:
+    """Sources by weight to train on; to evaluate on, one after the other, as they are."""
+    tokens: dict[str, list[np.memmap]] = {split: [] for split in SPLITS}
+    counts: dict[str, list[Counts]] = {split: [] for split in SPLITS}
+    for name, weight in corpus.weights.items():
+        log.info("data.sources.%s, %.4g %% of the training windows:", name, 100 * weight)
+        with about_source(name):
+            of_source, sizes = _tokenised(corpus.corpora[name], tokenizer, cache)
+        for split in SPLITS:
+            tokens[split].append(of_source[split])
+            counts[split].append(sizes[split])
+    return TokenData(
+        train=Mix(
+            names=tuple(f"data.sources.{name}" for name in corpus.weights),
+            tokens=tuple(tokens["train"]),
+            weights=tuple(corpus.weights.values()),
+        ),
+        valid=_joined(tokens["valid"], "valid", cache),
+        test=_joined(tokens["test"], "test", cache),
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer,
+        counts={split: _summed(counts[split]) for split in SPLITS},
+    )
+
+
+def _tokenised(
+    corpus: Corpus | FileCorpus, tokenizer: Tokenizer, cache: Path
+) -> tuple[dict[str, np.memmap], dict[str, Counts]]:
+    """The tokens of each split, from the cache or written there, and their sizes, which are logged."""
+    if isinstance(corpus, FileCorpus):
+        tokens, counts = _tokenised_files(corpus, tokenizer, cache)
+    else:
+        tokens, counts = _tokenised_text(corpus, tokenizer, cache)
+    sizes = {split: counts[split].bytes or 0 for split in SPLITS}
+    if sizes["train"] < sizes["valid"]:
+        log.warning(
+            "the training split (%d bytes) is smaller than the validation split (%d bytes)",
+            *(sizes["train"], sizes["valid"]),
+        )
+    return tokens, counts
+
+
+def _tokenised_text(
+    corpus: Corpus, tokenizer: Tokenizer, cache: Path
+) -> tuple[dict[str, np.memmap], dict[str, Counts]]:
+    tokens: dict[str, np.memmap] = {}
+    counts: dict[str, Counts] = {}
+    for split in SPLITS:
+        documents = corpus.split(split)
+        tokens[split] = _cached_tokens(corpus, split, tokenizer, cache)
+        size = sum(len(document.encode()) for document in documents)
+        counts[split] = Counts(len(tokens[split]), sum(map(count_words, documents)), size)
+        _log_sizes(split, len(documents), counts[split])
+    return tokens, counts
+
+
+def _tokenised_files(
+    corpus: FileCorpus, tokenizer: Tokenizer, cache: Path
+) -> tuple[dict[str, np.memmap], dict[str, Counts]]:
+    tokens: dict[str, np.memmap] = {}
     counts: dict[str, Counts] = {}
     skipped: dict[str, int] = {}
     for split in SPLITS:
-        tokens[split], there = _built_tokens(corpus, split, built, cache)
+        tokens[split], there = _built_tokens(corpus, split, tokenizer, cache)
         counts[split] = Counts(there.tokens, there.words, there.bytes)
         if there.skipped:
             # What is held out of the training text is read where that is.
             skipped[there.first_skipped] = there.skipped
-        _log_sizes(split, there.documents, there.bytes, there.tokens)
+        _log_sizes(split, there.documents, counts[split])
     for first, count in skipped.items():
         log.warning("left out what is broken: %d rows or rests of files, the first one %s", count, first)
-    _warn_of_little_training_text({split: counts[split].bytes or 0 for split in SPLITS})
-    return TokenData(**tokens, vocab_size=built.vocab_size, tokenizer=built, counts=counts)
+    return tokens, counts
+
+
+def _summed(counts: list[Counts]) -> Counts:
+    return Counts(
+        tokens=sum(part.tokens for part in counts),
+        words=sum(part.words or 0 for part in counts),
+        bytes=sum(part.bytes or 0 for part in counts),
+    )
+
+
+def _joined(parts: list[np.memmap], split: str, cache: Path) -> np.ndarray:
+    """The tokens of cache files, one after the other, in another one; each is named after what is in it."""
+    names = [Path(str(part.filename)).name for part in parts]
+    path = cache / f"tokens-{split}-{hashlib.sha256(' '.join(names).encode()).hexdigest()[:16]}.bin"
+    tokens = _map_if_whole(path, parts[0].dtype)
+    if tokens is not None:
+        return tokens
+    pieces = (part[begin : begin + _BLOCK] for part in parts for begin in range(0, len(part), _BLOCK))
+    _write_tokens(path, pieces)
+    return _mapped(path, parts[0].dtype)
 
 
 def _built_tokens(
     corpus: FileCorpus, split: str, tokenizer: Tokenizer, cache: Path
-) -> tuple[np.ndarray, Written]:
+) -> tuple[np.memmap, Written]:
     """The tokens of a split, from the cache or written there part by part, and their sizes."""
     dtype, documents = _dtype(tokenizer.vocab_size), corpus.split(split)
     path = _token_path(corpus.digest(split), split, tokenizer, cache)
@@ -148,16 +214,11 @@ def _built_tokens(
     return tokens, there
 
 
-def _warn_of_little_training_text(sizes: dict[str, int]) -> None:
-    if sizes["train"] < sizes["valid"]:
-        log.warning(
-            "the training split (%d bytes) is smaller than the validation split (%d bytes)",
-            *(sizes["train"], sizes["valid"]),
-        )
-
-
-def _log_sizes(split: str, documents: int, size: int, tokens: int) -> None:
-    log.info("%s split: documents %d, bytes %d, tokens %d", FULL_NAMES[split], documents, size, tokens)
+def _log_sizes(split: str, documents: int, counts: Counts) -> None:
+    log.info(
+        "%s split: documents %d, bytes %d, tokens %d",
+        *(FULL_NAMES[split], documents, counts.bytes, counts.tokens),
+    )
 
 
 def _synthetic(vocab_size: int) -> TokenData:
@@ -179,7 +240,7 @@ def _token_path(digest: str, split: str, tokenizer: Tokenizer, cache: Path) -> P
     return cache / f"tokens-{split}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.bin"
 
 
-def _cached_tokens(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: Path) -> np.ndarray:
+def _cached_tokens(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: Path) -> np.memmap:
     dtype = _dtype(tokenizer.vocab_size)
     path = _token_path(corpus.digest(split), split, tokenizer, cache)
     if path.is_file():
@@ -187,21 +248,26 @@ def _cached_tokens(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: Path
         if tokens is not None:
             return tokens
         log.warning("%s is damaged; tokenising the %s split again", path, split)
-    digest = hashlib.sha256()
-    with atomic_write(path) as file:
-        for piece in tokenizer.encode_documents(corpus.split(split)):
-            encoded = piece.astype(dtype).tobytes()
-            digest.update(encoded)
-            file.write(encoded)
-        file.write(digest.digest())
+    encoded = tokenizer.encode_documents(corpus.split(split))
+    _write_tokens(path, (piece.astype(dtype) for piece in encoded))
     return _mapped(path, dtype)
 
 
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+def _write_tokens(path: Path, pieces: Iterable[np.ndarray]) -> None:
+    digest = hashlib.sha256()
+    with atomic_write(path) as file:
+        for piece in pieces:
+            encoded = piece.tobytes()
+            digest.update(encoded)
+            file.write(encoded)
+        file.write(digest.digest())
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.memmap:
     return np.memmap(path, dtype, mode="r", shape=((path.stat().st_size - _DIGEST_BYTES) // dtype.itemsize,))
 
 
-def _map_if_whole(path: Path, dtype: np.dtype) -> np.ndarray | None:
+def _map_if_whole(path: Path, dtype: np.dtype) -> np.memmap | None:
     """Map a cache file into memory; None where it is not there or not what was written."""
     try:
         left = path.stat().st_size - _DIGEST_BYTES

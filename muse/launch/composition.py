@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import re
 import shlex
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from muse.config import BenchConfig, register_schemas
 from muse.errors import ConfigError
-from muse.options import nearest, options_of, type_name
+from muse.options import Option, nearest, options_of, type_name
+from muse.runs.options import BY_NAME
 
 # Options of a sweeper whose values are what is swept over, written as on the command line.
 SWEEPER_PARAMS = "hydra.sweeper.params"
@@ -161,13 +163,15 @@ class Loader(ConfigLoaderImpl):
         if cause is None:
             return one_line(error)
         key = str(cause.full_key)
-        given = next((item for item in parsed if _same_branch(item.key_or_group, key)), None)
+        branches = [item for item in parsed if _same_branch(item.key_or_group, key)]
+        given = max(branches, key=lambda item: len(item.key_or_group), default=None)
         if given is not None and given.key_or_group.startswith(key):
             key = given.key_or_group
         of_file = bool(file) and not (given is not None and _is_choice(given, repo))
         subject = str(given.input_line) if given is not None and not of_file else f"{key}{file}"
         if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-            return _unknown(subject, key, _known_names(known, key, repo))
+            within = _mapping_of(key) is not None
+            return _unknown(key if within else subject, key, _known_names(known, key, repo))
         return _not_allowed(subject, key, cause)
 
     def _composed_of(self, config_name: str | None, choices: list[Override]) -> DictConfig | None:
@@ -273,6 +277,23 @@ def _normalised(override: Override, repo: CachingConfigRepository, defaulted: se
                 key_or_group=SWEEPER_PARAMS,
                 value_type=ValueType.ELEMENT,
                 _value={name: QuotedString(text, Quote.single)},
+            )
+        option = _mapping_of(override.key_or_group)
+        if option is not None and not override.is_delete() and not override.is_sweep_override():
+            # Hydra itself adds to a mapping only with ++, and to one of dataclasses only all of one.
+            inner = override.key_or_group.removeprefix(option).split(".")[1:]
+            value: Any = override._value
+            for name in reversed(inner):
+                value = {name: value}
+            if not isinstance(value, dict):
+                kind = type_name(options_of(BenchConfig)[option].type)
+                raise ConfigError(f"{override.input_line} is not allowed; {option} must be {kind}")
+            return dataclasses.replace(
+                override,
+                type=OverrideType.FORCE_ADD,
+                key_or_group=option,
+                value_type=ValueType.ELEMENT,
+                _value=value,
             )
         if override.is_add():
             return dataclasses.replace(override, type=OverrideType.FORCE_ADD)
@@ -400,8 +421,27 @@ def _known_names(composed: DictConfig, key: str, repo: CachingConfigRepository) 
     if key.split("/")[0] == "hydra":
         return [f"hydra/{group}" for group in repo.get_group_options("hydra", ObjectType.GROUP)]
     schema = OmegaConf.get_type(composed)
-    options = options_of(schema) if dataclasses.is_dataclass(schema) else []
+    options = _options_at(key, schema) if dataclasses.is_dataclass(schema) else {}
+    if _mapping_of(key) is not None:
+        return [path for path in options if path.startswith(f"{_mapping_of(key)}.")]
     return [*options, *(group for group in top if group != "hydra" and group not in _top_level_names())]
+
+
+def _mapping_of(key: str) -> str | None:
+    """The option that is a mapping and that ``key`` is, or is in."""
+    return next((path for path in BY_NAME if f"{key}.".startswith(f"{path}.")), None)
+
+
+def _options_at(key: str, schema: type = BenchConfig) -> dict[str, Option]:
+    """The options by path, and where ``key`` is in a mapping those of its part of it."""
+    options, mapping = options_of(schema), _mapping_of(key)
+    if mapping is None or key == mapping:
+        return options
+    kind = typing.get_args(options[mapping].type)[1]
+    path = f"{mapping}.{key.removeprefix(mapping).split('.')[1]}"
+    of_group = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    inner = options_of(kind, f"{path}.") if of_group else {}
+    return {**options, path: Option(type=kind), **inner}
 
 
 def _paths(node: DictConfig, prefix: str) -> Iterator[str]:
@@ -429,7 +469,7 @@ def _unknown(subject: str, name: str, known: list[str]) -> str:
 
 
 def _not_allowed(subject: str, key: str, error: BaseException) -> str:
-    option = options_of(BenchConfig).get(key)
+    option = _options_at(key).get(key)
     if isinstance(error, ValidationError) and option is not None:
         return f"{subject} is not allowed; {key} must be {type_name(option.type)}"
     return f"{subject} is not allowed: {one_line(error)}"

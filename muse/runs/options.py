@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
+import typing
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,10 @@ Changes = dict[str, tuple[Any, Any]]
 
 # Options that a choice of a group says; the others below it are what is usual for the choice.
 CHOICE = {option.given_as: path for path, option in options_of(BenchConfig).items() if option.given_as}
+# Options whose value is a mapping from names that a command chooses.
+BY_NAME = frozenset(
+    path for path, option in options_of(BenchConfig).items() if typing.get_origin(option.type) is dict
+)
 # Stands for the value of an option that this version does not have.
 UNKNOWN = "no option of this version"
 # Options that say how a run goes on: resume=<run folder> may give other values than it had so far.
@@ -69,10 +74,17 @@ def may_change(name: str, trained_with: Any) -> bool:
 
 def is_missing_path(name: str, trained_with: Any) -> bool:
     """Whether an option is a path to the text or the tokenizer, which is not where it was."""
+    if name == "data.sources":
+        paths = (source[key] for source in trained_with.values() for key in ("path", "valid", "test"))
+        return any(path is not None and not _is_there(path) for path in paths)
     if name not in ("data.path", "data.valid", "data.test", "tokenizer.path"):
         return False
+    return trained_with is None or not _is_there(trained_with)
+
+
+def _is_there(path: str) -> bool:
     # data=files may have a pattern.
-    return trained_with is None or not (Path(trained_with).exists() or glob.glob(trained_with))
+    return Path(path).exists() or bool(glob.glob(path))
 
 
 def stored_options(place: Path) -> dict[str, Any]:
@@ -216,10 +228,10 @@ def _is_given(name: str, given: Collection[str]) -> bool:
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What nested mappings hold, by the names on the way with dots between them."""
+    """What nested mappings hold, by the names on the way with dots between them; ``BY_NAME`` stay whole."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and f"{prefix}{name}" not in BY_NAME:
             flat |= flattened(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
@@ -233,4 +245,6 @@ def name_as_given(name: str) -> str:
 
 def format_value(value: object) -> str:
     """Value of an option as a command gives it."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{format_value(inner)}" for name, inner in value.items()) + "}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -45,7 +45,7 @@ from muse.training.resume import (
     run_to_resume,
     warn_of_changes,
 )
-from muse.training.trainer import TrainResult, train
+from muse.training.trainer import TrainResult, train, until_end_of_text
 
 # Tokens of the validation split that the sample goes on from.
 PROMPT = 16
@@ -72,8 +72,8 @@ def run_training(config: RunConfig, run: Path, in_sweep: bool = False) -> int:
 def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: bool) -> int:
     if config.data.name == "synthetic":
         raise ConfigError(
-            "data=synthetic has nothing to learn, it is for benchmarks; choose data=stdlib, wikitext2, text "
-            "or files"
+            "data=synthetic has nothing to learn, it is for benchmarks; choose data=stdlib, wikitext2, text, "
+            "files or mix"
         )
     found, checkpoint = on_first_rank(lambda: _found_to_resume(config, in_sweep))
     if found is not None and found.is_finished:
@@ -100,6 +100,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
         # The first rank has found everything.
         error.of_all_ranks = False
         raise
+    ending = until_end_of_text(config, data)
     if rank() > 0:
         model, result = train(config, data, device, run, lambda step, metrics: None, resume_from)
         if result.signal is None:
@@ -111,7 +112,7 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
         changes = f", {format_changes(found.changes)}" if found.changes else ""
         print(f"resuming {previous} after step {state.step}{changes}")
         warn_of_changes(config, found, state.step)
-        earlier = lines_before(previous, state.step, config.train.steps)
+        earlier = lines_before(previous, state.step, ending.train.steps)
         history = history_of(found, state.step)
     if config.train.init is not None and state is None:
         print(f"beginning with the weights of {config.train.init}")
@@ -120,6 +121,8 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
         f"{f', {ranks()} ranks' if ranks() > 1 else ''}: "
         f"{len(data.train):,} training tokens of a vocabulary of {data.vocab_size:,}"
     )
+    if ending.train.steps < config.train.steps:
+        print(f"data.at_end=stop: the training ends with its text, after {ending.train.steps:,} steps")
     log = MetricsLog(run, config, earlier, state.wandb_id if state else None, previous)
     failed = True
     try:

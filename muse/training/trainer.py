@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from muse.config import RunConfig
-from muse.data import TokenData, evaluation_windows, training_batch
+from muse.data import TokenData, end_of_training_text, evaluation_windows, training_batch
 from muse.dynamics import flow_metrics, watched_flows
 from muse.errors import ConfigError, RunError, of_all_ranks
 from muse.layers.koopman import half_lives, watched_predictions
 from muse.layers.mera import levels_read
 from muse.models import LanguageModel, build_model, count_parameters
 from muse.models.dialectic import watched_contradiction
+from muse.options import changed
 from muse.processes.ranks import all_reduced_max, rank, ranks
 from muse.runs.checkpoints import TrainingState, find_checkpoint, find_weights, load_tensors, load_weights
 from muse.runs.folder import CHECKPOINTS
@@ -98,6 +99,7 @@ def train(
         ConfigError: when a micro-batch cannot be shared among the ranks.
         RunError: when a loss or gradient is not finite, or a checkpoint cannot be written or read.
     """
+    config = until_end_of_text(config, data)
     trainer = Trainer(config, data, device, run, log, resume_from, wandb_id)
     began, signal_number = time.perf_counter(), None
     profiling = profiled(config, trainer.model, trainer.step.optimizer, data.vocab_size, device, run)
@@ -137,6 +139,27 @@ def train(
         checkpoint=find_checkpoint(run),
         signal=signal_number,
     )
+
+
+def until_end_of_text(config: RunConfig, data: TokenData) -> RunConfig:
+    """``config`` with the steps that there is training text for, where the end of that ends the run.
+
+    Raises:
+        ConfigError: it is not enough for one step.
+    """
+    if config.data.at_end == "repeat":
+        return config
+    windows = config.train.batch_size * config.optim.accumulation
+    seq_len, steps = config.model.seq_len, config.train.steps
+    end = end_of_training_text(data.train, windows, seq_len, config.seed, steps)
+    if end is None:
+        return config
+    if end[0] == 0:
+        raise ConfigError(
+            f"data.at_end=stop: {end[1]} has fewer windows than a step takes of it; give more text, a lower "
+            "train.batch_size or model.seq_len, or data.at_end=repeat"
+        )
+    return changed(config, train={"steps": end[0]})
 
 
 class Trainer:

@@ -179,6 +179,7 @@ def test_processes_that_build_the_same_cache_at_once_agree(data, monkeypatch):
 
 def test_a_full_disk_names_the_cache(data, monkeypatch):
     def full(self, documents):
+        yield np.zeros(1, np.uint32)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Tokenizer, "encode_documents", full)

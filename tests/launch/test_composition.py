@@ -21,7 +21,7 @@ from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from muse.config import build_config
+from muse.config import SourceConfig, build_config
 from muse.errors import ConfigError
 from muse.launch import cli, sweep
 from muse.launch.composition import Loader, prepare_hydra
@@ -369,6 +369,24 @@ def test_a_benchmark_has_the_name_that_the_documents_call_a_stage(compose, name)
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        "data.sources={a:{path:x,weight:2},b:{path:y}}",
+        "data.sources.a={path:x,weight:2} data.sources.b.path=y",
+        "data.sources.a.path=x data.sources.a.weight=2 data.sources={b:{path:y}}",
+        "+data.sources.a.path=x ++data.sources.a.weight=2 +data.sources.b.path=y",
+        "data.sources.a.path=z data.sources.a.path=x data.sources.a.weight=2 data.sources.b.path=y",
+    ],
+)
+def test_every_form_of_a_mapping_is_the_same_one(compose, arguments):
+    composed = compose("data=mix", *arguments.split())
+    assert build_config(composed.data).sources == {
+        "a": SourceConfig(path="x", weight=2.0),
+        "b": SourceConfig(path="y"),
+    }
+
+
+@pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ("train.step=3", "train.step=3 is not known; the nearest are train.steps, train.test, train"),
@@ -383,7 +401,7 @@ def test_a_benchmark_has_the_name_that_the_documents_call_a_stage(compose, name)
         ("stage=1.5", "stage=1.5 is not known; choose one of 0, 1, 2, 3, 3a"),
         ("stage=[1,2]", "stage=[1,2] is not known; choose one of 0, 1, 2, 3, 3a"),
         ("model=huge", "model=huge is not known; choose one of deep, scaled, seed, simple, small, tiny"),
-        ("data=foo", "data=foo is not known; choose one of files, stdlib, synthetic, text, wikitext2"),
+        ("data=foo", "data=foo is not known; choose one of files, mix, stdlib, synthetic, text, wikitext2"),
         ("logger=null", "logger=null is not known; choose one of csv, none, tensorboard, wandb"),
         ("logger=[csv,foo]", "logger=foo is not known; choose one of csv, none, tensorboard, wandb"),
         ("logger=[]", "logger=[] is not known; choose one of csv, none, tensorboard, wandb"),
@@ -401,6 +419,12 @@ def test_a_benchmark_has_the_name_that_the_documents_call_a_stage(compose, name)
         ("stage.dt=x", "stage.dt=x is not allowed; stage.dt must be a number"),
         ("stage.tied=x", "stage.tied=x is not allowed; stage.tied must be true or false"),
         ("hardware.threads=x", "hardware.threads=x is not allowed; hardware.threads must be a whole"),
+        ("data.sources=a", "data.sources=a is not allowed; data.sources must be a mapping, as in"),
+        ("data.sources=null", "data.sources=null is not allowed; data.sources must be a mapping, as in"),
+        ("data.sources={a:x}", "data.sources={a:x} is not allowed; data.sources.a must be a group"),
+        ("data.sources={a:{pth:x}}", "data.sources.a.pth is not known; the nearest are data.sources.a.path,"),
+        ("data=mix data.sources.a.pth=x", "data.sources.a.pth is not known; the nearest are data."),
+        ("data.sources.a.weight=x", "data.sources.a.weight=x is not allowed; data.sources.a.weight must be"),
         ("data.path=[a,b]", "data.path=[a,b] is not allowed; data.path must be text or null"),
         ("optim.betas=3", "optim.betas=3 is not allowed; optim.betas must be a list, as in [a,b]"),
         ("train=5", "train=5 is not allowed; train must be a group of options"),

@@ -15,6 +15,7 @@ from muse.config import (
     DataConfig,
     OptimConfig,
     RunConfig,
+    SourceConfig,
     StageConfig,
     TokenizerConfig,
     TrainConfig,
@@ -146,3 +147,26 @@ def test_hydra_names_the_folder_so(run, monkeypatch, command, option):
             composed = compose(command, given, return_hydra_config=True)
             HydraConfig.instance().set_config(composed)
             assert Path(composed.hydra.run.dir).parent == Path("outputs") / command / kind
+
+
+def test_a_mapping_is_the_runs_as_a_whole(tmp_path):
+    sources = {"a": SourceConfig(path="here", weight=2.0), "b": SourceConfig(path="there")}
+    trained = RunConfig(data=DataConfig(name="mix", sources=sources))
+    (tmp_path / RUN_FILE).write_text(json.dumps({"config": dataclasses.asdict(trained)}))
+    assert taken(RunConfig(), tmp_path).data == trained.data
+    (changed,) = differences(
+        stored_options(tmp_path),
+        dataclasses.replace(trained, data=DataConfig(name="mix", sources={"a": sources["a"]})),
+    )
+    assert changed == "data.sources"
+    told = format_changes({"data.sources": (dataclasses.asdict(trained)["data"]["sources"], {})})
+    assert told.startswith("data.sources: {a:{weight:2.0,data:files,path:here,column:null,")
+    assert told.endswith("}} → {}")
+
+
+def test_sources_may_change_where_one_is_gone(tmp_path):
+    (tmp_path / "a.txt").touch()
+    sources = {"a": SourceConfig(path=f"{tmp_path}/*.txt")}
+    assert not may_change("data.sources", dataclasses.asdict(DataConfig("mix", sources=sources))["sources"])
+    sources["b"] = SourceConfig(path=f"{tmp_path}/b.txt")
+    assert may_change("data.sources", dataclasses.asdict(DataConfig("mix", sources=sources))["sources"])

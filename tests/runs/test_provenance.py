@@ -34,6 +34,7 @@ def changed(path: tuple[str, ...], config: RunConfig) -> RunConfig:
         float: lambda: value + 0.125,
         str: lambda: value + "x",
         list: lambda: [*value, 0.5],
+        dict: lambda: {**value, "x": "x"},
         type(None): lambda: 1,
     }[type(value)]()
     setattr(owner, path[-1], other)

@@ -27,8 +27,10 @@ from support.runs import CrashError, contents, crash_at, same, stored
 from support.training import Recorder, prepare_model, run_config, run_train, snapshot
 from support.waiting import PATIENCE
 
+from muse.config import DataConfig
+from muse.data import Mix
 from muse.dynamics import MLPPotential
-from muse.errors import RunError
+from muse.errors import ConfigError, RunError
 from muse.runs.checkpoints import (
     HASHES,
     STATE,
@@ -176,6 +178,35 @@ def test_every_step_may_be_the_last_one_of_a_process(tmp_path, modulus):
         assert load_state(checkpoint).step == step
     _, resumed = run_train(config, tmp_path / "rest", resume_from=checkpoint)
     assert_same_end(undisturbed, resumed)
+
+
+def test_a_mix_goes_on_at_every_step_and_ends_with_the_first_of_its_sources(tmp_path):
+    tokens, other = token_data().train, token_data(90).train
+    data = dataclasses.replace(token_data(), train=Mix(("a", "b"), (tokens, other), (2.0, 1.0)))
+    config = run_config(steps=100, optim={"accumulation": 2}, checkpoint_every=1)
+    config = dataclasses.replace(config, data=DataConfig(at_end="stop"))
+    _, undisturbed = run_train(config, tmp_path / "whole", data=data)
+    # 19 and 10 windows, of which four steps of four take 11 and 5, or one more or less.
+    assert undisturbed.step in (6, 7)
+    checkpoint = None
+    for step in range(1, undisturbed.step):
+        with pytest.raises(CrashError):
+            run_train(config, tmp_path / str(step), Recorder(react=crash_at(step + 1)), checkpoint, data)
+        checkpoint = find_checkpoint(tmp_path / str(step))
+    _, resumed = run_train(config, tmp_path / "rest", resume_from=checkpoint, data=data)
+    assert_same_end(undisturbed, resumed)
+    fewer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=undisturbed.step))
+    assert_same_end(undisturbed, run_train(fewer, tmp_path / "fewer", data=data)[1])
+
+
+def test_a_text_too_short_for_a_step_is_told_where_it_must_not_repeat(tmp_path):
+    config = run_config(batch_size=32)
+    run_train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)), tmp_path)
+    config = dataclasses.replace(config, data=DataConfig(at_end="stop"))
+    with pytest.raises(
+        ConfigError, match=r"data\.at_end=stop: the training split has fewer windows than a step"
+    ):
+        run_train(config, tmp_path)
 
 
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGINT, 3), (signal.SIGTERM, 8)])
