@@ -600,6 +600,9 @@ class TrainConfig:
         "tokenizer, and of windows as long.",
     )
     test: bool = option(False, "whether the test split is evaluated at the end.")
+    eval_sets: dict[str, str] = option(
+        {}, "files of text or records, by names, which are evaluated at the end, too."
+    )
     checkpoint_every: int = option(200, "steps between two checkpoints; 0 for the end only.", at_least=0)
     async_checkpoint: bool = option(
         False, "whether checkpoints are copied and then written while training goes on."
@@ -608,6 +611,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self, "train")
+        for name in {"train", "valid", "test"} & {*self.eval_sets}:
+            raise ConfigError(f"train.eval_sets.{name} has the name of a split; choose another one")
         if self.early_stop and not self.eval_every:
             raise ConfigError(
                 f"train.early_stop={self.early_stop} needs evaluations on the way; train.eval_every must be "

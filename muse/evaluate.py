@@ -3,6 +3,7 @@
 python -m muse.evaluate outputs/train/stage1-tiny/2026-01-31_12-00-00-123 --split test
 python -m muse.evaluate stage1.safetensors --text chapter.txt notes.txt --stride 32 --json result.json
 python -m muse.evaluate stage1.safetensors --text chapter.txt --rolling --float32
+python -m muse.evaluate stage1.safetensors --set ptb=ptb.test.txt --set c4=c4-validation.json.gz
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from muse.commands import Parser, add_model, device_of, run_command
-from muse.data import Counts, Tokenizer, count_words, load_tokens
-from muse.data.reading import NotTextError, read_text
+from muse.data import Counts, load_tokens
+from muse.data.evaluation_sets import counts_of, read_documents, tokens_of_files
 from muse.errors import ConfigError
 from muse.files import finite, write_json
 from muse.hardware import autocast_dtype
@@ -37,13 +38,21 @@ def main() -> None:
     text.add_argument(
         "--split", choices=("valid", "test"), default="valid", help="of the text it was trained on (valid)"
     )
-    text.add_argument("--text", nargs="+", metavar="FILE", help="other text, in UTF-8; a document each")
+    text.add_argument(
+        "--text", nargs="+", metavar="FILE", help="other text, in UTF-8; a document each, or records"
+    )
+    text.add_argument(
+        "--set",
+        action="append",
+        metavar="NAME=FILE",
+        help="one of several evaluation sets, of which each has figures of its own",
+    )
     windows = parser.add_mutually_exclusive_group()
     windows.add_argument("--stride", type=int, help="tokens that the window moves by (no overlap)")
     windows.add_argument(
         "--rolling",
         action="store_true",
-        help="each file of --text from an end token on, but not its end, as the lm-evaluation-harness has it",
+        help="each document from an end token on, but not its end, as the lm-evaluation-harness has it",
     )
     parser.add_argument(
         "--float32", action="store_true", help="compute in float32, as an export does (the model's precision)"
@@ -59,8 +68,9 @@ def _command(arguments: argparse.Namespace) -> None:
     if arguments.json == "-":
         # Whatever else says something on the way.
         shown, sys.stdout = sys.stdout, sys.stderr
-    if arguments.rolling and not arguments.text:
-        raise ConfigError("--rolling needs documents; give files with --text")
+    if arguments.rolling and not (arguments.text or arguments.set):
+        raise ConfigError("--rolling needs documents; give files with --text or --set")
+    sets = _sets(arguments.set or ())
     trained = load(arguments.model, arguments.which, device_of(arguments.device))
     if arguments.float32:
         trained = in_float32(trained)
@@ -72,23 +82,29 @@ def _command(arguments: argparse.Namespace) -> None:
         )
     if trained.tokenizer is None:
         raise ConfigError(f"{arguments.model} has no tokenizer, without which there are no tokens")
-    paths = [Path(name) for name in arguments.text or ()]
-    if arguments.rolling:
-        found, counts = evaluate_files_rolling(trained, paths, arguments.batch_size)
-    else:
-        tokens, counts = (
-            tokens_of_files(trained.tokenizer, paths) if paths else tokens_of_split(trained, arguments.split)
-        )
-        found = evaluate_tokens(trained, tokens, counts, stride, arguments.batch_size)
-    name = ", ".join(arguments.text or [arguments.split])
+    texts = sets or {", ".join(arguments.text or [arguments.split]): list(map(Path, arguments.text or ()))}
+    found: dict[str, Evaluation] = {}
+    sizes: dict[str, int | None] = {}
+    for name, paths in texts.items():
+        option = f"--set {name}" if sets else "--text"
+        if arguments.rolling:
+            found[name], counts = evaluate_files_rolling(trained, paths, arguments.batch_size, option)
+        else:
+            tokens, counts = (
+                tokens_of_files(trained.tokenizer, paths, option)
+                if paths
+                else tokens_of_split(trained, arguments.split)
+            )
+            found[name] = evaluate_tokens(trained, tokens, counts, stride, arguments.batch_size)
+        sizes[name] = counts.bytes
+    own = {name: {"bytes": sizes[name], **dataclasses.asdict(found[name])} for name in found}
     figures = {
         "model": str(arguments.model),
-        "text": name,
+        **({} if sets else {"text": next(iter(own))}),
         "seq_len": seq_len,
         "stride": stride or seq_len,
         "rolling": arguments.rolling,
-        "bytes": counts.bytes,
-        **dataclasses.asdict(found),
+        **({"sets": own} if sets else next(iter(own.values()))),
     }
     if arguments.json == "-":
         sys.stdout = shown
@@ -100,9 +116,22 @@ def _command(arguments: argparse.Namespace) -> None:
         except OSError as error:
             reason = error.strerror or error
             raise ConfigError(f"--json {arguments.json} cannot be written: {reason}") from error
-    print(evaluation_table({name: found}, "text"))
-    if found.word_ppl_reason:
-        print(f"no perplexity per word: {found.word_ppl_reason}")
+    print(evaluation_table(found, "set" if sets else "text"))
+    for name, evaluation in found.items():
+        if evaluation.word_ppl_reason:
+            of = f" of {name}" if sets else ""
+            print(f"no perplexity per word{of}: {evaluation.word_ppl_reason}")
+
+
+def _sets(given: Sequence[str]) -> dict[str, list[Path]]:
+    """The files of ``--set NAME=FILE`` by name."""
+    sets: dict[str, list[Path]] = {}
+    for text in given:
+        name, equals, file = text.partition("=")
+        if not (name and equals and file) or name in sets:
+            raise ConfigError(f"--set {text} must be NAME=FILE, with a name of its own")
+        sets[name] = [Path(file)]
+    return sets
 
 
 def evaluate_tokens(
@@ -129,7 +158,7 @@ def evaluate_tokens(
 
 
 def evaluate_files_rolling(
-    trained: Trained, paths: list[Path], windows: int = WINDOWS
+    trained: Trained, paths: list[Path], windows: int = WINDOWS, option: str = "--text"
 ) -> tuple[Evaluation, Counts]:
     """Evaluate files of text, each by itself, as ``loglikelihood_rolling`` of the lm-evaluation-harness does.
 
@@ -137,17 +166,18 @@ def evaluate_files_rolling(
 
     Args:
         trained: of ``muse.load``, with a tokenizer.
-        paths: of the files, a document each.
+        paths: of the files, see ``muse.data.evaluation_sets``.
         windows: at a time.
+        option: that gave them.
 
     Raises:
         ConfigError: a file cannot be read.
     """
     tokenizer = trained.tokenizer
     assert tokenizer is not None
-    texts = _read_documents(paths)
+    texts = read_documents(paths, option)
     documents = [np.array(tokenizer.encode(text), np.uint32) for text in texts]
-    counts = _counts(sum(map(len, documents)), texts)
+    counts = counts_of(sum(map(len, documents)), texts)
     precision = autocast_dtype(trained.config.stage.precision)
     seq_len, prefix = trained.config.model.seq_len, tokenizer.end_id
     return evaluate_rolling(trained.model, documents, counts, prefix, seq_len, windows, precision), counts
@@ -158,42 +188,6 @@ def in_float32(trained: Trained) -> Trained:
     stage = dataclasses.replace(trained.config.stage, precision="fp32")
     config = dataclasses.replace(trained.config, stage=stage)
     return trained._replace(model=trained.model.float(), config=config)
-
-
-def tokens_of_files(
-    tokenizer: Tokenizer, paths: list[Path], option: str = "--text"
-) -> tuple[np.ndarray, Counts]:
-    """The tokens of files of text, each a document with its end, and how many words and bytes they are of.
-
-    Args:
-        tokenizer: of the model.
-        paths: of the files.
-        option: that gave them.
-
-    Raises:
-        ConfigError: a file cannot be read, or there are too few tokens.
-    """
-    documents = _read_documents(paths, option)
-    pieces: list[Any] = list(tokenizer.encode_documents(documents))
-    tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)
-    if len(tokens) < 2:
-        raise ConfigError(f"{option} {' '.join(map(str, paths))} has too little text; it needs two tokens")
-    return tokens, _counts(len(tokens), documents)
-
-
-def _read_documents(paths: list[Path], option: str = "--text") -> list[str]:
-    documents = []
-    for path in paths:
-        try:
-            documents.append(read_text(path))
-        except NotTextError as error:
-            raise ConfigError(f"{option} {path} is {error}") from error
-    return documents
-
-
-def _counts(tokens: int, documents: list[str]) -> Counts:
-    size = sum(len(document.encode()) for document in documents)
-    return Counts(tokens, sum(map(count_words, documents)), size)
 
 
 def tokens_of_split(trained: Trained, split: str) -> tuple[np.ndarray, Counts]:

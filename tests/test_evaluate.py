@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import math
@@ -83,6 +84,35 @@ def test_a_file_of_text_has_the_tokens_of_a_split(run):
     assert len(splits) - 4 <= len(tokens) <= len(splits)
 
 
+def test_each_of_several_sets_has_the_figures_that_it_has_alone(run, command, tmp_path):
+    texts = [f"Line {n} says\n    that {n * n} is the square of {n}.\n" for n in range(20)]
+    (tmp_path / "a.txt").write_text("".join(texts), encoding="utf-8")
+    records = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(records.encode()))
+    for options in ([], ["--stride", "5"], ["--rolling"]):
+        status, out, err = command(
+            run,
+            "--set",
+            f"a={tmp_path / 'a.txt'}",
+            "--set",
+            f"b={tmp_path / 'b.json.gz'}",
+            *options,
+            "--json",
+            "-",
+        )
+        assert status == 0, err
+        found = json.loads(out)
+        assert list(found["sets"]) == ["a", "b"]
+        for name, file in (("a", "a.txt"), ("b", "b.json.gz")):
+            alone = json.loads(command(run, "--text", tmp_path / file, *options, "--json", "-")[1])
+            assert found["sets"][name].items() <= alone.items()
+        # A text of each record, with an end of its own.
+        assert found["sets"]["a"]["bytes"] == found["sets"]["b"]["bytes"]
+        assert (found["sets"]["b"]["tokens"] == found["sets"]["a"]["tokens"] + 19) == (
+            "--rolling" not in options
+        )
+
+
 def rolling_windows(tokens, prefix, length):
     """Inputs and targets of the lm-evaluation-harness (get_rolling_token_windows with a context of 1)."""
     yield [prefix, *tokens[: min(length, len(tokens)) - 1]], tokens[:length]
@@ -159,7 +189,11 @@ def test_a_text_that_has_changed_is_no_split_of_the_model(tmp_path, command):
         (["--stride", "0"], "--stride 0 is not allowed"),
         (["--stride", "17"], "must be between 1 and the 16 tokens"),
         (["--stride", "x"], "argument --stride: invalid int value"),
-        (["--rolling"], "--rolling needs documents; give files with --text"),
+        (["--rolling"], "--rolling needs documents; give files with --text or --set"),
+        (["--set", "a"], "--set a must be NAME=FILE"),
+        (["--set", "a=x", "--set", "a=y"], "--set a=y must be NAME=FILE, with a name of its own"),
+        (["--set", "a=nowhere.jsonl"], "--set a nowhere.jsonl is not readable"),
+        (["--set", "a=x", "--text", "y"], "not allowed with argument"),
         (["--rolling", "--text", "nowhere.txt"], "--text nowhere.txt is not readable"),
         (["--rolling", "--stride", "4"], "not allowed with argument"),
         (["--batch-size", "0"], "--batch-size 0 is too small"),

@@ -21,8 +21,8 @@ from muse.benchmarks.results import Results, Unmeasured, name_of
 from muse.benchmarks.workload import Workload, batch_shape, flow_of, refuse_flow
 from muse.config import BenchConfig
 from muse.data import Counts, TokenData, load_tokens
+from muse.data.evaluation_sets import tokens_of_files
 from muse.errors import ConfigError
-from muse.evaluate import tokens_of_files
 from muse.hardware import autocast_dtype
 from muse.models import LanguageModel, build_model, count_parameters
 from muse.options import changed

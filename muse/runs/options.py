@@ -38,6 +38,7 @@ CHANGEABLE = (
         f"train.{name}"
         for name in ("steps", "eval_every", "eval_tokens", "eval_stride", "early_stop", "test")
     ),
+    "train.eval_sets",
     *(f"train.{name}" for name in ("checkpoint_every", "async_checkpoint", "sample_tokens")),
     *(f"optim.{name}" for name in ("lr", "muon_lr", "schedule", "warmup", "decay", "final_lr")),
 )

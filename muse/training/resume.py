@@ -185,5 +185,9 @@ def lines_before(previous: Path, step: int, last_step: int) -> list[dict[str, An
     The evaluations of whole splits at the very end come after the last checkpoint, all else comes before.
     """
     lines = [line for line in read_metrics(previous) if line["step"] <= step]
-    at_the_end = {"valid/whole_loss", "test/loss"}
-    return [line for line in lines if line["step"] < last_step or not at_the_end & line.keys()]
+    at_the_end = ("valid/whole_loss", "test/loss", "sets/")
+    return [
+        line
+        for line in lines
+        if line["step"] < last_step or not any(key.startswith(at_the_end) for key in line)
+    ]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from muse.config import RunConfig
-from muse.data import TokenData, load_tokens
+from muse.data import Counts, TokenData, load_tokens
+from muse.data.evaluation_sets import tokens_of_files
 from muse.errors import ConfigError
 from muse.files import write_atomically, write_json
 from muse.generation import Sampling, continuation
-from muse.hardware import describe, use_hardware
+from muse.hardware import autocast_dtype, describe, use_hardware
 from muse.models import LanguageModel
 from muse.processes.ranks import broadcast, on_first_rank, process_group, rank, ranks
 from muse.report.metrics import MetricsLog, read_metrics, require_trackers
@@ -36,7 +39,7 @@ from muse.runs.folder import RESULT_FILE, RUN_FILE, SAMPLE_FILE, TOKENIZER_FILE,
 from muse.runs.options import format_changes
 from muse.runs.provenance import provenance
 from muse.trained import tokenizer_for, trained_options
-from muse.training.evaluate import evaluation_table
+from muse.training.evaluate import Evaluation, evaluate, evaluation_table
 from muse.training.profile import require_steps
 from muse.training.resume import (
     Previous,
@@ -47,6 +50,8 @@ from muse.training.resume import (
 )
 from muse.training.trainer import TrainResult, train, until_end_of_text
 
+# Tokens and sizes of each, by name.
+EvaluationSets = Mapping[str, tuple[np.ndarray, Counts]]
 # Tokens of the validation split that the sample goes on from.
 PROMPT = 16
 
@@ -100,10 +105,13 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
         # The first rank has found everything.
         error.of_all_ranks = False
         raise
+    # Before the training, so that what cannot be read is told then.
+    sets = _evaluation_sets(config, data)
     ending = until_end_of_text(config, data)
     if rank() > 0:
         model, result = train(config, data, device, run, lambda step, metrics: None, resume_from)
         if result.signal is None:
+            _evaluated(config, model, sets)
             _sample(config, model, data)
         return 128 + result.signal if result.signal is not None else 0
     earlier: list[dict[str, Any]] = []
@@ -151,10 +159,15 @@ def _run_on_ranks(config: RunConfig, run: Path, device: torch.device, in_sweep: 
         plots = _plots(config, run)
         if result.signal is not None:
             return 128 + result.signal
+        evaluated = _evaluated(config, model, sets)
+        for name, evaluation in evaluated.items():
+            log(result.step, {f"sets/{name}_loss": evaluation.loss, f"sets/{name}_ppl": evaluation.ppl})
         summary = _summary(result, run)
+        if evaluated:
+            summary["sets"] = {name: dataclasses.asdict(own) for name, own in evaluated.items()}
         write_json(run / RESULT_FILE, {**summary, **provenance(config), **history})
         log.add_results(summary, plots)
-        print(_table(result))
+        print(_table(result, evaluated))
         text = _sample(config, model, data)
         if text is not None:
             write_atomically(run / SAMPLE_FILE, text + "\n")
@@ -199,6 +212,29 @@ def _load_data(config: RunConfig, previous: Path | None) -> TokenData:
     return load_tokens(config.data, config.tokenizer, config.model.vocab_size, tokenizer)
 
 
+def _evaluation_sets(config: RunConfig, data: TokenData) -> EvaluationSets:
+    """What ``train.eval_sets`` names.
+
+    Raises:
+        ConfigError: one cannot be read.
+    """
+    assert data.tokenizer is not None
+    return {
+        name: tokens_of_files(data.tokenizer, [Path(file)], f"train.eval_sets.{name}")
+        for name, file in config.train.eval_sets.items()
+    }
+
+
+def _evaluated(config: RunConfig, model: LanguageModel, sets: EvaluationSets) -> dict[str, Evaluation]:
+    """Their evaluations, by all ranks together."""
+    length, windows, stride = config.model.seq_len, config.train.batch_size, config.train.eval_stride
+    precision = autocast_dtype(config.stage.precision)
+    return {
+        name: evaluate(model, tokens, counts, length, windows, stride, 0, precision)
+        for name, (tokens, counts) in sets.items()
+    }
+
+
 def _sample(config: RunConfig, model: LanguageModel, data: TokenData) -> str | None:
     """Text that the model goes on with; every rank draws it, since parameters may be sharded."""
     if not config.train.sample_tokens or data.tokenizer is None:
@@ -222,8 +258,9 @@ def _summary(result: TrainResult, run: Path) -> dict[str, Any]:
     }
 
 
-def _table(result: TrainResult) -> str:
-    splits = {name: split for name, split in (("valid", result.valid), ("test", result.test)) if split}
+def _table(result: TrainResult, sets: Mapping[str, Evaluation]) -> str:
+    own = {"valid": result.valid, "test": result.test}
+    splits = {**{name: split for name, split in own.items() if split}, **sets}
     reasons = [
         f"{name} has no perplexity per word: {split.word_ppl_reason}"
         for name, split in splits.items()

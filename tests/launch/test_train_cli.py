@@ -404,6 +404,30 @@ def test_a_finished_run_is_extended_by_its_folder_and_what_changes(place, undist
 
 
 @pytest.mark.slow
+def test_other_texts_are_evaluated_at_the_end_and_again_where_they_change(place):
+    (place / "other.txt").write_text("Line 7 says\n    that 49 is the square of 7.\n" * 9, encoding="utf-8")
+    arguments = [*options(place, "sets"), "train.steps=3"]
+    status, out, err = run_cli(place, *arguments, "train.eval_sets.other=other.txt")
+    assert status == 0, err
+    (run,) = run_folders(place / "sets")
+    told = read_json(run / "result.json")["sets"]
+    assert list(told) == ["other"]
+    lines = [line for line in logged(run) if "sets/other_loss" in line]
+    assert [(line["step"], line["sets/other_loss"]) for line in lines] == [(3, told["other"]["loss"])]
+    assert "other" in out
+    sets = "train.eval_sets={other:other.txt,same:other.txt}"
+    status, out, err = run_cli(place, *arguments, sets, f"resume={run}")
+    assert status == 0, err
+    (again,) = {*run_folders(place / "sets")} - {run}
+    assert read_json(again / "result.json")["sets"] == {"other": told["other"], "same": told["other"]}
+    assert len([line for line in logged(again) if "sets/other_loss" in line]) == 1
+    status, _, err = run_cli(place, *arguments, "train.eval_sets.none=none.txt")
+    assert status == 1
+    (message,) = errors(err)
+    assert "train.eval_sets.none none.txt is not readable (No such file or directory)" in message
+
+
+@pytest.mark.slow
 def test_a_sweep_over_bare_stage_numbers_goes_on_after_a_job_that_diverges(place):
     arguments = [argument for argument in options(place, "sweep") if not argument.startswith("stage=")]
     status, _, err = sweep_cli(

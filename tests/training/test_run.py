@@ -111,7 +111,7 @@ def test_a_table_has_a_dash_and_a_reason_for_a_perplexity_that_does_not_exist(tm
     words = Evaluation(2.0, 7.4, 99.5, 1.5, 1000, None)
     none = Evaluation(2.0, 7.4, None, 1.5, 1000, "words of 41 bytes on average are none")
     result = TrainResult(1, words, none, 1, 1, 1.0, 1.0, None, None)
-    _, _, valid, test, *reasons = _table(result).splitlines()
+    _, _, valid, test, *reasons = _table(result, {}).splitlines()
     assert valid.split()[3] == "99.5"
     assert test.split()[3] == "-"
     assert reasons == ["test has no perplexity per word: words of 41 bytes on average are none"]
