@@ -430,13 +430,15 @@ class TokenizerConfig:
     name: str = option(
         "bpe",
         "bpe (byte-level, trained on the training split; text without white space is cut after every 256 "
-        "characters), gpt2 or word.",
-        choices=("bpe", "gpt2", "word"),
+        "characters), gpt2, word, file (a tokenizer.json of Hugging Face's, byte-level) or bytes (256 and an "
+        "end of text).",
+        choices=("bpe", "gpt2", "word", "file", "bytes"),
         given_as="tokenizer",
     )
     vocab_size: int = option(4096, "entries of a trained BPE, at least 257.")
     path: str | None = option(
-        None, "local folder with vocab.json and merges.txt for gpt2; the hub if absent."
+        None,
+        "local folder with vocab.json and merges.txt for gpt2, the hub if absent; tokenizer.json for file.",
     )
 
     def __post_init__(self) -> None:
@@ -444,6 +446,8 @@ class TokenizerConfig:
         # A byte-level BPE has every byte and the end of text.
         if self.name == "bpe" and self.vocab_size < 257:
             raise ConfigError(f"tokenizer.vocab_size={self.vocab_size} is too small; it must be at least 257")
+        if self.name == "file" and not self.path:
+            raise ConfigError("tokenizer=file needs tokenizer.path=<tokenizer.json>")
 
 
 @dataclass

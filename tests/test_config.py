@@ -92,6 +92,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (TrainConfig, {"eval_sets": {"valid": "x"}}, "train.eval_sets.valid"),
     (TokenizerConfig, {"name": "char"}, "tokenizer=char"),
     (TokenizerConfig, {"vocab_size": 256}, "tokenizer.vocab_size"),
+    (TokenizerConfig, {"name": "file"}, "tokenizer=file needs tokenizer.path"),
     (OptimConfig, {"name": "sgd"}, "optim=sgd"),
     (OptimConfig, {"lr": 0.0}, "optim.lr"),
     (OptimConfig, {"lr": float("nan")}, "optim.lr"),
@@ -186,6 +187,7 @@ def test_the_allowed_values_are_listed_and_work(group, name):
     assert str(caught.value).endswith(f"=x is not known; choose one of {', '.join(allowed)}")
     # What goes with some of them.
     others: dict[Any, Any] = {("data", name): {"path": "somewhere"} for name in ("text", "files")}
+    others["tokenizer", "file"] = {"path": "somewhere"}
     others["data", "mix"] = {"sources": {"a": SourceConfig(path="somewhere")}}
     for number in ("0", "3a"):
         others["stage", number] = {"activation": "gelu"}
@@ -266,6 +268,8 @@ def test_every_file_of_conf_gives_a_checked_configuration(path):
         overrides = [f"{group}={name}"]
         if group == "data" and name in ("text", "files"):
             overrides.append("data.path=somewhere")
+        if group == "tokenizer" and name == "file":
+            overrides.append("tokenizer.path=somewhere")
         if group == "data" and name == "mix":
             overrides.append("data.sources.a.path=somewhere")
         built = build_config(composed(entry, overrides))

@@ -1,4 +1,4 @@
-"""Text to tokens and back: byte-level BPE, the BPE of GPT-2, or whole words."""
+"""Text to tokens and back: byte-level BPE, that of GPT-2 or of a file, whole words, or bytes."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
 END_OF_LINE = "<eos>"
 UNKNOWN = "<unk>"
+# What ends a document in a file of Hugging Face's; the first one that it has.
+ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>")
 
 CHUNK_CHARACTERS = 1 << 14
 CHUNKS_PER_BATCH = 64
@@ -58,13 +60,16 @@ class Tokenizer:
 
     Attributes:
         model: the library's tokenizer.
-        end: ``<|endoftext|>``, which ends a document, or ``<eos>``, which ends a line of words.
+        end: ``<|endoftext|>`` or another one of ``ENDS``, which ends a document, or ``<eos>``, which ends a
+            line of words.
         cuts_runs: whether ``model`` cuts text without white space after every ``LONGEST_RUN`` characters.
+        whole: whether a document must not be cut before ``model`` has it.
     """
 
     model: tokenizers.Tokenizer
     end: str
     cuts_runs: bool = False
+    whole: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -123,7 +128,11 @@ class Tokenizer:
 
     def _encoded(self, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
         """Pieces of the stream of tokens, and the number of characters in each."""
-        pieces = (piece for document in documents for piece in _pieces(document, self.cuts_runs))
+        pieces = (
+            piece
+            for document in documents
+            for piece in ([(document, True)] if self.whole else _pieces(document, self.cuts_runs))
+        )
         while batch := list(islice(pieces, CHUNKS_PER_BATCH)):
             encodings = self.model.encode_batch_fast(
                 [self._prepare(text) for text, _ in batch], add_special_tokens=False
@@ -147,7 +156,8 @@ class Tokenizer:
         token = self.model.id_to_token(int(index))
         if token is None:
             return b""
-        if self.of_words or token == self.end:
+        # Special tokens of a file may have characters that stand for no byte.
+        if self.of_words or token == self.end or not _BYTES.keys() >= {*token}:
             return token.encode()
         return bytes(_BYTES[character] for character in token)
 
@@ -183,12 +193,28 @@ def tokenizer_of(text: str) -> Tokenizer:
     # The library raises nothing more specific.
     except Exception as error:
         raise ValueError(f"no tokenizer: {error}") from error
-    if model.token_to_id(END_OF_TEXT) is not None:
+    end = _end_of(model)
+    if end is not None:
         # The expression is in it as JSON has it.
-        return _byte_level(model, cuts_runs=json.dumps(_RUN)[1:-1] in text)
+        cuts_runs = json.dumps(_RUN)[1:-1] in text
+        return _byte_level(model, cuts_runs, end, not cuts_runs and not _cut_as_gpt2(text))
     if model.token_to_id(END_OF_LINE) is None:
         raise ValueError(f"a tokenizer without {END_OF_TEXT} and {END_OF_LINE}")
     return Tokenizer(model, END_OF_LINE)
+
+
+def _end_of(model: tokenizers.Tokenizer) -> str | None:
+    return next((end for end in ENDS if model.token_to_id(end) is not None), None)
+
+
+def _cut_as_gpt2(text: str) -> bool:
+    """Whether a tokenizer, as JSON, cuts text into words as that of GPT-2 does, and does nothing before."""
+    told = json.loads(text)
+    cut = told.get("pre_tokenizer") or {}
+    as_gpt2 = (
+        cut.get("type") == "ByteLevel" and not cut.get("add_prefix_space") and cut.get("use_regex", True)
+    )
+    return bool(as_gpt2) and told.get("normalizer") is None
 
 
 def build_tokenizer(
@@ -201,6 +227,8 @@ def build_tokenizer(
       is ``data=files`` or ``mix``, and kept in ``cache`` under a content hash.
     - ``gpt2``: 50257 entries, from the folder ``tokenizer.path`` or from the hub.
     - ``word``: every word of the training split, ``<unk>`` and ``<eos>``.
+    - ``file``: what the file ``tokenizer.path`` has.
+    - ``bytes``: the 256 bytes and ``<|endoftext|>``.
 
     Raises:
         ConfigError: when files are missing, the hub does not answer or ``cache`` cannot be written.
@@ -209,6 +237,10 @@ def build_tokenizer(
         return _cached_bpe(config.vocab_size, corpus, cache)
     if config.name == "gpt2":
         return _load_gpt2(config.path)
+    if config.name == "file":
+        return _load_file(Path(config.path or ""))
+    if config.name == "bytes":
+        return _byte_tokenizer()
     return _word_tokenizer(corpus.split("train"))
 
 
@@ -299,6 +331,40 @@ def _gpt2_files(path: str | None) -> tuple[Path, Path]:
     return vocab, merges
 
 
+def _load_file(path: Path) -> Tokenizer:
+    said = f"tokenizer.path={path}"
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text in UTF-8"
+        raise ConfigError(f"{said} cannot be read ({reason}); give a tokenizer.json") from error
+    try:
+        model = tokenizers.Tokenizer.from_str(text)
+    # The library raises nothing more specific.
+    except Exception as error:
+        raise ConfigError(f"{said} is no tokenizer.json ({error}); give one of Hugging Face's") from error
+    if not isinstance(model.decoder, decoders.ByteLevel):
+        raise ConfigError(
+            f"{said} is no byte-level tokenizer, as those of GPT-2, Llama 3 and Qwen are; give one"
+        )
+    if _end_of(model) is None:
+        raise ConfigError(f"{said} has no end of text; it must have one of {', '.join(ENDS)}")
+    if max(model.get_vocab().values()) >= model.get_vocab_size():
+        raise ConfigError(f"{said} leaves numbers of entries out; give one that does not")
+    model.no_truncation()
+    model.no_padding()
+    return tokenizer_of(model.to_str())
+
+
+def _byte_tokenizer() -> Tokenizer:
+    vocabulary = {**_BYTES, END_OF_TEXT: len(_BYTES)}
+    model = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    model.add_special_tokens([END_OF_TEXT])
+    return _byte_level(model)
+
+
 def _word_tokenizer(documents: Iterable[str]) -> Tokenizer:
     counts = Counter(word for document in documents for word in document.split())
     words = sorted({*counts, UNKNOWN, END_OF_LINE}, key=lambda word: (-counts[word], word))
@@ -309,10 +375,12 @@ def _word_tokenizer(documents: Iterable[str]) -> Tokenizer:
     return Tokenizer(model, END_OF_LINE)
 
 
-def _byte_level(model: tokenizers.Tokenizer, cuts_runs: bool = False) -> Tokenizer:
+def _byte_level(
+    model: tokenizers.Tokenizer, cuts_runs: bool = False, end: str = END_OF_TEXT, whole: bool = False
+) -> Tokenizer:
     # An end token spelled out in a text is text: only encode_documents ends a document.
     model.encode_special_tokens = True
-    return Tokenizer(model, END_OF_TEXT, cuts_runs)
+    return Tokenizer(model, end, cuts_runs, whole)
 
 
 def _pieces(document: str, cuts_runs: bool) -> Iterator[tuple[str, bool]]:

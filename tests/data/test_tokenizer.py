@@ -5,15 +5,16 @@ import logging
 import random
 import re
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from muse.config import ConfigError, DataConfig, TokenizerConfig
-from muse.data import Corpus, Tokenizer, build_tokenizer, count_words, load_corpus
+from muse.data import Corpus, Tokenizer, build_tokenizer, count_words, load_corpus, tokenizer_of
 from muse.data import tokenizer as module
 
 STRANGE = [
@@ -222,3 +223,80 @@ def test_gpt2_files_that_are_missing_or_damaged_name_the_option(small_corpus, tm
         (tmp_path / "vocab.json").write_text(vocab, encoding="utf-8")
         with pytest.raises(ConfigError, match=r"tokenizer\.path="):
             build_tokenizer(config, small_corpus, tmp_path)
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_bytes_are_those_of_the_text(small_corpus, tmp_path, text):
+    made = build_tokenizer(TokenizerConfig("bytes"), small_corpus, tmp_path)
+    assert made.encode(text) == list(text.encode())
+    assert made.decode(made.encode(text)) == text
+    assert (made.vocab_size, made.end_id) == (257, 256)
+    assert b"".join(made.bytes_of(index) for index in range(256)) == bytes(range(256))
+    assert not list(tmp_path.iterdir())
+    again = tokenizer_of(made.to_json())
+    (tokens,) = again.encode_documents([text])
+    assert tokens.tolist() == [*text.encode(), 256]
+
+
+# Words as Llama 3 and Qwen cut them: line feeds go with what is before them.
+PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def write_tokenizer(
+    path: Path, corpus: Corpus, end: str = "<|end_of_text|>", byte_level: bool = True
+) -> Path:
+    model = tokenizers.Tokenizer(models.BPE())
+    cut = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence([cut, level])
+    if byte_level:
+        model.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    model.train_from_iterator(
+        corpus.train,
+        trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=[end, "<▁x▁>"]),
+    )
+    model.enable_truncation(5)
+    model.enable_padding(length=700)
+    model.save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|end_of_text|>", "</s>"])
+def test_a_file_of_hugging_face_encodes_as_the_library_does(small_corpus, tmp_path, monkeypatch, end):
+    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 3)
+    path = write_tokenizer(tmp_path / "tokenizer.json", small_corpus, end)
+    made = build_tokenizer(TokenizerConfig("file", path=str(path)), small_corpus, tmp_path)
+    plain = tokenizers.Tokenizer.from_file(str(path))
+    plain.no_truncation()
+    plain.no_padding()
+    texts = ["(a).\n\n  b, 12345;\n" * 20, *(text for text in STRANGE if end not in text)]
+    for tokenizer in (made, tokenizer_of(made.to_json())):
+        assert tokenizer.end == end
+        wanted = [[*plain.encode(text).ids, plain.token_to_id(end)] for text in texts]
+        assert np.concatenate(list(tokenizer.encode_documents(texts))).tolist() == list(
+            chain.from_iterable(wanted)
+        )
+        for text in [*texts, f"{end} spelled out"]:
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+            assert tokenizer.end_id not in tokenizer.encode(text)
+        assert b"".join(map(tokenizer.bytes_of, tokenizer.encode(texts[0]))).decode() == texts[0]
+        assert tokenizer.bytes_of(plain.token_to_id("<▁x▁>")) == "<▁x▁>".encode()
+
+
+def test_files_that_are_no_tokenizer_name_the_option(small_corpus, tmp_path):
+    (tmp_path / "text.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
+    write_tokenizer(tmp_path / "other.json", small_corpus, byte_level=False)
+    write_tokenizer(tmp_path / "endless.json", small_corpus, "<end>")
+    for name, reason in (
+        ("none.json", r"cannot be read \(No such file"),
+        ("text.json", "is no tokenizer.json"),
+        ("binary.json", r"cannot be read \(no text"),
+        ("other.json", "is no byte-level tokenizer"),
+        ("endless.json", "has no end of text"),
+    ):
+        config = TokenizerConfig("file", path=str(tmp_path / name))
+        with pytest.raises(ConfigError, match=rf"tokenizer\.path=.*{name} {reason}") as caught:
+            build_tokenizer(config, small_corpus, tmp_path)
+        assert "\n" not in str(caught.value)
