@@ -1,10 +1,11 @@
 """Ahead-of-time compilation of the pinned configurations: registers, shared memory and spills, without a GPU.
 
-``python -m kernels.resources`` brings resources.json up to date. The compilation runs the same Python code as
-a launch, on tensors without storage, so that what is compiled is what would be launched. Beside its numbers
-the table keeps the fingerprint of each entry: of all that decides what is compiled but for the compiler. It
-tells without a compilation whether the numbers are those of the present source, so that only what has
-changed is compiled anew; with ``--all``, or by another version of Triton, everything is.
+``python -m kernels.resources`` brings resources.json up to date, and instructions.json, which instructions.py
+is about. The compilation runs the same Python code as a launch, on tensors without storage, so that what is
+compiled is what would be launched. Beside its numbers the tables keep the fingerprint of each entry: of all
+that decides what is compiled but for the compiler. It tells without a compilation whether the numbers are
+those of the present source, so that only what has changed is compiled anew; with ``--all``, or by another
+version of Triton, everything is.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import subprocess
 import sys
 import tempfile
 import tokenize
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import instructions
 from kernels.launch import TARGETS, Target, compiling_for
 from kernels.triton_import import triton
 
@@ -41,6 +43,7 @@ POINTERS = {
 }
 
 Resources = dict[str, int]
+Cases = Callable[[], dict[str, Callable[[], object]]]
 
 
 class Launch(NamedTuple):
@@ -175,44 +178,87 @@ def _registers_and_spills(compiled: Any, target: Target) -> tuple[int, int]:
             for what in ("count", "spill_count")
         )
         return count, 4 * spills
-    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run(
-            [str(program), "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
+    usage = _dumped(compiled, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     return int(found[1]), int(found[2])
 
 
-def operations() -> dict[str, Callable[[], dict[str, Callable[[], object]]]]:
+def _dumped(compiled: Any, what: str) -> str:
+    """What cuobjdump says about a compiled kernel."""
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not program.exists():
+        raise SystemExit(f"kernels.resources needs cuobjdump, which this Triton lacks: there is no {program}")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [str(program), what, cubin.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def loop(launched: list[Launch]) -> dict[str, Any]:
+    """What the innermost loop of a kernel asks of a multiprocessor: of the launches that with the longest."""
+    distinct = {fingerprint([launch]): launch for launch in launched}.values()
+    found = [
+        instructions.describe(
+            _dumped(compiled, "--dump-sass"),
+            compiled.metadata.num_warps,
+            instructions.work_of(compiled.asm["ttir"]),
+        )
+        for compiled in map(compile_launch, distinct)
+    ]
+    return max(found, key=lambda entry: int(entry["instructions"]))
+
+
+def operations() -> dict[str, Cases]:
     """The launches to compile, by operation."""
     names = sorted(path.parent.name for path in Path(__file__).parent.glob("*/triton_code.py"))
     files = {name: import_module(f"kernels.{name}.triton_code") for name in names}
     return {name: file.compile_cases for name, file in files.items()}
 
 
-def main(everything: bool) -> None:
-    """Bring the table up to date."""
-    committed = json.loads(TABLE.read_text(encoding="utf-8"))
+def renew(
+    path: Path,
+    targets: Sequence[Target],
+    cases: dict[str, Cases],
+    measure: Callable[[list[Launch]], dict[str, Any]],
+    everything: bool,
+) -> None:
+    """Bring a table, by operation, target and launch, up to date."""
+    committed = json.loads(path.read_text(encoding="utf-8"))
     if everything or committed["triton"] != triton.__version__:
         committed = {}
     table: dict[str, Any] = {"triton": triton.__version__}
-    for operation, cases in operations().items():
+    for operation, made in cases.items():
         table[operation] = {}
-        for target in TARGETS:
+        for target in targets:
             known = committed.get(operation, {}).get(target.name, {})
             entries = table[operation][target.name] = {}
-            for name, launched in launches(target, cases()).items():
+            for name, launched in launches(target, made()).items():
                 own = fingerprint(launched)
                 if known.get(name, {}).get("fingerprint") == own:
                     entries[name] = known[name]
                     continue
                 print(f"{operation} for {target.name}: {name}", file=sys.stderr, flush=True)
-                entries[name] = {"fingerprint": own, **resources(launched)}
-    TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+                entries[name] = {"fingerprint": own, **measure(launched)}
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+def disassembled() -> tuple[list[Target], dict[str, Cases]]:
+    """Targets and operations, with their cases, whose loops are in instructions.json."""
+
+    def in_16_bits(cases: Cases) -> dict[str, Callable[[], object]]:
+        return {label: call for label, call in cases().items() if instructions.IN_16_BITS.search(label)}
+
+    own = [target for target in TARGETS if target.name == instructions.TARGET]
+    found = operations()
+    return own, {name: partial(in_16_bits, found[name]) for name in instructions.OPERATIONS}
+
+
+def main(everything: bool) -> None:
+    """Bring both tables up to date."""
+    renew(TABLE, TARGETS, operations(), resources, everything)
+    renew(instructions.TABLE, *disassembled(), loop, everything)
 
 
 if __name__ == "__main__":

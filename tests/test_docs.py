@@ -54,6 +54,7 @@ NOT_RUN = {
     "python -m pdoc": "test_the_reference_has_every_name_and_no_warning does it",
     "python -m muse.card": "asks for minutes; test_real_parts_answer_and_are_told asks in small",
     "python -m kernels.resources": "writes kernels/resources.json, which tests hold against the source",
+    "python -m kernels.instructions": "prints docs/instructions.md, which test_instructions.py compares",
     "wandb login": "needs an account",
     "wandb sync": "needs an account",
 }

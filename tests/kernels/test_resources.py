@@ -6,13 +6,14 @@ import json
 
 import pytest
 
-from kernels import resources
+from kernels import instructions, resources
 from kernels.complex_attention import triton_code as complex_attention
 from kernels.launch import TARGETS
 from kernels.resources import TABLE, Launch, fingerprint, launches, operations, source
 from kernels.triton_import import triton
 
 COMMITTED = json.loads(TABLE.read_text(encoding="utf-8"))
+INSTRUCTIONS = json.loads(instructions.TABLE.read_text(encoding="utf-8"))
 OPERATIONS = sorted(operations())
 BY_NAME = {target.name: target for target in TARGETS}
 
@@ -33,6 +34,52 @@ def test_the_table_is_of_the_present_source_and_fits(operation, target):
     changed = [name for name in found if fingerprint(found[name]) != table[name]["fingerprint"]]
     assert not changed, "run python -m kernels.resources"
     assert [name for name, entry in table.items() if entry["shared"] > target.shared_limit] == []
+
+
+@pytest.mark.parametrize("operation", instructions.OPERATIONS)
+def test_the_table_of_instructions_is_of_the_present_source(operation):
+    (target,), cases = resources.disassembled()
+    table = INSTRUCTIONS[operation][target.name]
+    found = launches(target, cases[operation]())
+    assert list(found) == list(table), "run python -m kernels.resources"
+    changed = [name for name in found if fingerprint(found[name]) != table[name]["fingerprint"]]
+    assert not changed, "run python -m kernels.resources"
+
+
+SMALL = (
+    ("complex_attention", "real 16 bits, d=16 query_gradient_kernel"),
+    ("symplectic", "bfloat16 64 silu adjoint_kernel"),
+)
+
+
+@pytest.mark.parametrize(
+    ("operation", "name"),
+    [
+        *SMALL,
+        *(
+            pytest.param(operation, name, marks=pytest.mark.slow)
+            for operation in instructions.OPERATIONS
+            for name in INSTRUCTIONS[operation][instructions.TARGET]
+            if (operation, name) not in SMALL
+        ),
+    ],
+)
+def test_loops_compile_to_the_table_of_instructions(operation, name):
+    if triton.__version__ != INSTRUCTIONS["triton"]:
+        pytest.skip("another version of the compiler chooses otherwise")
+    (target,), cases = resources.disassembled()
+    label = name.rpartition(" ")[0]
+    launched = launches(target, {label: cases[operation]()[label]})[name]
+    table = INSTRUCTIONS[operation][target.name][name]
+    assert {"fingerprint": fingerprint(launched), **resources.loop(launched)} == table
+
+
+def test_a_triton_without_cuobjdump_is_told_in_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(triton, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(
+        SystemExit, match=r"needs cuobjdump, which this Triton lacks: there is no .*cuobjdump$"
+    ):
+        resources._dumped(None, "--dump-sass")
 
 
 @pytest.mark.slow
@@ -102,6 +149,9 @@ def test_only_what_changed_is_compiled_anew(monkeypatch, tmp_path):
         return {"registers": 0, "shared": 0, "spilled": 0}
 
     monkeypatch.setattr(resources, "TABLE", path)
+    monkeypatch.setattr(resources, "disassembled", lambda: ([], {}))
+    monkeypatch.setattr(instructions, "TABLE", tmp_path / "instructions.json")
+    instructions.TABLE.write_text('{"triton": ""}', encoding="utf-8")
     monkeypatch.setattr(resources, "resources", compile_all)
     resources.main(everything=False)
     assert len(compiled) == 2
