@@ -23,10 +23,8 @@ import wandb_workspaces.workspaces as workspaces
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from matplotlib.figure import Figure
 from support.commands import WITHOUT_LOG, keep_here, measured_here, run_here
 from support.configs import write_text
-from support.pictures import save_blank
 from support.processes import ROOT, be_command, environment_apart
 from support.ranks import Ranks
 from support.serving import server_process
@@ -109,19 +107,20 @@ BENCH_DEFAULTS = {
 STANDARD = {"model": "tiny"}
 # Put before options of a command that holds the first of the two.
 DEFAULTS_WITH = {
-    "profile=true": "train.steps=12",
+    "profile=true": ["train.steps=12"],
     # At least one update within the steps.
-    "benchmark=speedup": "optim.accumulation=2",
+    "benchmark=speedup": ["optim.accumulation=2"],
     # Whose flow is that of the stage.
-    "benchmark=price": "benchmark.ode_steps=null",
-    "benchmark=ablation": "benchmark.ode_steps=null",
-    "experiment=price_smoke": "benchmark.ode_steps=null",
-    "benchmark=serving": "benchmark.ode_steps=null",
-    "hydra/sweeper=search": "hydra.sweeper.n_trials=1",
-    "hydra/launcher=submitit_local": "hydra.launcher.timeout_min=9",
+    "benchmark=price": ["benchmark.ode_steps=null"],
+    # A training for each.
+    "benchmark=ablation": ["benchmark.ode_steps=null", "benchmark.variants=[stage 3,all parts]"],
+    "experiment=price_smoke": ["benchmark.ode_steps=null"],
+    "benchmark=serving": ["benchmark.ode_steps=null"],
+    "hydra/sweeper=search": ["hydra.sweeper.n_trials=1"],
+    "hydra/launcher=submitit_local": ["hydra.launcher.timeout_min=9"],
     # One at a time stays in this process; tests/launch/test_sweep_cli.py has the cells of a sweep side by
     # side, and a search here that says so has its own.
-    "hydra/launcher=processes": "hydra.launcher.n_jobs=1",
+    "hydra/launcher=processes": ["hydra.launcher.n_jobs=1"],
 }
 # A launcher that is not here, and the same one without its cluster.
 LAUNCHERS = {"hydra/launcher=slurm": "hydra/launcher=submitit_local"}
@@ -314,7 +313,7 @@ def in_small(script: str, arguments: list[str], place: Path) -> list[str]:
     values = {**STANDARD, **groups, **DEFAULTS, **(BENCH_DEFAULTS if script == "bench.py" else {})}
     given = [
         *(f"{key}={value}" for key, value in values.items()),
-        *(default for option, default in DEFAULTS_WITH.items() if option in arguments),
+        *(line for option, lines in DEFAULTS_WITH.items() if option in arguments for line in lines),
         *(smaller(override, 2 if override is last_sweep else 1) for override in kept),
         *([] if groups["data"] == "mix" else [f"data.path={path}"]),
         f"data.cache={place / 'cache'}",
@@ -352,6 +351,9 @@ MEASURED: dict[str, dict[str, Any]] = {}
 def measured_once(measurement: str, config: BenchConfig, *others: BenchConfig) -> dict[str, Any]:
     """A measurement, or what it found before, in other sizes: nothing in these tests depends on that."""
     options = dataclasses.asdict(config)
+    if measurement in ("deployment", "serving"):
+        # A server does not care whose weights it has; tests/benchmarks/test_serving.py has both kinds.
+        options["benchmark"]["checkpoint"] = None
     groups = {group: without_sizes(options[group]) for group in ("stage", "benchmark", "stack")}
     key = json.dumps([measurement, groups], sort_keys=True)
     if key not in MEASURED:
@@ -445,7 +447,6 @@ HAS_RUN: set[tuple[str, ...]] = set()
 def test_a_command_runs(command, place, tmp_path, finished_run, monkeypatch, capfd):
     monkeypatch.chdir(place)
     keep_here(monkeypatch)
-    monkeypatch.setattr(Figure, "savefig", save_blank)
     monkeypatch.setattr(suite, "measure_isolated", measured_once)
     monkeypatch.setattr("muse.measure.matrix_products.PEAK_SIDE", {"cpu": 64})
     monkeypatch.setattr("muse.benchmarks.speedup.EVALUATED_TOKENS", 128)
