@@ -19,6 +19,8 @@ SEVERAL_BLOCKS = (130, 130, 1, 1, 6)
 ONE_MORE_KEY = (64, 65, 2, 2, 48)
 # The first query sees all keys of a block but one, whether that has 16, 32 or 64 keys.
 ALL_BUT_ONE_KEY = (7, 69, 4, 2, 20)
+# The last block lacks one key.
+ONE_KEY_LESS = (20, 63, 2, 1, 12)
 ONE_QUERY = (1, 40, 2, 1, 96)
 FEW_KEYS = (65, 20, 4, 2, 12)
 WIDE = (33, 33, 1, 1, 128)
@@ -71,6 +73,7 @@ def check(inputs, score, causal, samples=SAMPLES):
             ("real", torch.float16, True, ALL_BUT_ONE_KEY, 2),
             ("real", torch.float16, False, FEWER_THAN_A_BLOCK, 1),
             ("real", torch.float32, False, ONE_QUERY, 2),
+            ("real", torch.float16, False, ONE_KEY_LESS, 1),
             ("magnitude", torch.float16, True, ONE_PAST_A_BLOCK, 1),
             ("magnitude", torch.float32, True, ALL_BUT_ONE_KEY, 1),
             ("magnitude", torch.float32, False, FEW_KEYS, 1),
