@@ -127,10 +127,12 @@ def test_large_scores(score, dtype, device):
     check(operands(device, dtype, scale=6.0), score, True)
 
 
-def test_scores_far_below_zero(device):
+@pytest.mark.parametrize("keys", [33, 63])
+def test_scores_far_below_zero(keys, device):
     """Where a key that does not exist, with its score of 0, would weigh infinitely more than all others."""
-    q, k, v = operands(device, torch.float32)
-    q.copy_(-12 * k)
+    q, k, v = operands(device, torch.float32, (keys, keys, 3, 3, 16))
+    k.copy_(k[:, :, :1] + k / 10)
+    q.copy_(-24 * k)
     check([q, k, v], "real", False)
 
 
