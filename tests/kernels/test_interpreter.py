@@ -1,4 +1,4 @@
-"""Runs the tests of the Triton code in Triton's interpreter, one process a file."""
+"""Runs the tests of the Triton code in Triton's interpreter, in two processes, as one takes long to begin."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ FILES = sorted(Path(__file__).with_name("triton_code").glob("test_*.py"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_triton_code(path: Path) -> None:
+@pytest.mark.parametrize("first", [0, 1])
+def test_triton_code(first: int) -> None:
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(path)],
+        [sys.executable, "-m", "pytest", *options, *map(str, FILES[first::2])],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
