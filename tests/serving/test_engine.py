@@ -208,9 +208,9 @@ def test_greedy_answers_are_those_of_the_model_itself(stage, options, tmp_path, 
     trained = muse.load(make_trained(tmp_path, stage, seq_len=WINDOW, **options)[0])
     engine = start(trained, 4)
     assert engine.state().invariant
-    requests = [Request(prompt(length, length), 60, GREEDY) for length in (1, 3, PIECE, PIECE + 20, 25)]
+    requests = [Request(prompt(length, length), 30, GREEDY) for length in (1, 3, PIECE, PIECE + 20, 25)]
     for request, answer in zip(requests, ask(engine, *requests), strict=True):
-        offline = list(continuation(trained.model, request.ids, 60, WINDOW, GREEDY))
+        offline = list(continuation(trained.model, request.ids, 30, WINDOW, GREEDY))
         assert answer.wait().ids == offline
         stream = TextStream(trained.tokenizer)
         assert answer.text == "".join(map(stream.push, offline)) + stream.end()
