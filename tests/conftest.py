@@ -54,6 +54,16 @@ def nothing_compiled() -> Iterator[None]:
         torch.compiler.reset()
 
 
+@pytest.fixture(autouse=True)
+def nothing_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pictures be a single point where nobody looks at them: to draw one takes as long as a small run."""
+    if {"kernels", "report"}.isdisjoint(request.path.parts):
+        from matplotlib.figure import Figure
+        from support.pictures import save_blank
+
+        monkeypatch.setattr(Figure, "savefig", save_blank)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a text, and room for the cache of its tokens and for runs."""
