@@ -6,6 +6,7 @@ nothing touches a GPU at import.
 
 # The operations; the modules beside them are what these share.
 __all__ = [
+    "adamw",
     "complex_activation",
     "complex_attention",
     "complex_linear",

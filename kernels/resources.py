@@ -42,6 +42,9 @@ POINTERS = {
     torch.bool: "*i1",
 }
 
+# Of a launch, for the compiler.
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
 Resources = dict[str, int]
 Cases = Callable[[], dict[str, Callable[[], object]]]
 
@@ -54,7 +57,7 @@ class Launch(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     attributes: dict[tuple[int, ...], list[list[Any]]]
-    options: dict[str, int]  # warps and stages
+    options: dict[str, int]  # warps, stages, and whether sums of products are contracted
 
 
 def launches(target: Target, cases: dict[str, Callable[[], object]]) -> dict[str, list[Launch]]:
@@ -81,7 +84,7 @@ def specialise(target: Target, kernel: Any, arguments: tuple[Any, ...], options:
 
     1 and None are constants, multiples of 16 are known as such.
     """
-    own = {key: value for key, value in options.items() if key in ("num_warps", "num_stages")}
+    own = {key: value for key, value in options.items() if key in OPTIONS}
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}

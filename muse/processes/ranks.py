@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from muse.errors import ConfigError, RunError
 from muse.processes.torchrun import launched_ranks
@@ -111,6 +111,24 @@ def all_reduced_max(values: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its storage."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def run_starts(tensor: Tensor) -> tuple[int, ...]:
+    """Where this rank's part of a tensor lies in the whole one, the elements of each counted in order.
+
+    The part is one or more runs of equal length, each contiguous in the whole tensor. Returned is, for each
+    run, the position there of its first element.
+    """
+    if not isinstance(tensor, DTensor):
+        return (0,)
+    (place,) = tensor.placements
+    if not isinstance(place, Shard):
+        return (0,)
+    axis, inner = place.dim, tensor.shape[place.dim + 1 :].numel()
+    length = tensor.shape[axis]
+    # FSDP2 shards as torch.chunk does.
+    first = min(length, tensor.device_mesh.get_local_rank() * -(-length // tensor.device_mesh.size()))
+    return tuple((run * length + first) * inner for run in range(tensor.shape[:axis].numel()))
 
 
 def distributed_like(tensor: Tensor, part: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kernels.adamw.eager import CHUNK as ADAMW_CHUNK
 from muse.config import ModelConfig, StageConfig
 from muse.dynamics.integrators import stages
 from muse.dynamics.potential import CHUNK
@@ -20,7 +21,6 @@ from muse.scaling.counts import (
     width_of,
 )
 from muse.scaling.ranks import padded
-from muse.training.optim import SLICE_ELEMENTS
 
 BYTES = {"fp32": 4, "bf16": 2}
 # Scores of a block that eager attention on a CPU holds at most, or those of 64 queries if these are more; and
@@ -226,8 +226,8 @@ def memory(
        gradients of the state, before and behind. That of attention takes the gradients of q, k and v; on a
        CPU in bfloat16 of its queries and scores.
     3. Its end: all gradients, E once more for the lookup, three states, and z and v.
-    4. The update: all gradients; if they are bfloat16, float32 copies of parameter, gradient and moments of a
-       slice of 2^20 numbers, and 2^21 random int32.
+    4. The update: all gradients; if they are bfloat16, on a CPU 26 bytes for each of 2^18 numbers: float32
+       copies of parameter, gradient and moments, and random numbers. A GPU holds them in registers.
 
     ``ddp`` holds all gradients from the start, and so does a process that accumulates them. ``fsdp`` holds
     whole parameters of what is in no block and of two blocks, and while the gradients of a group are summed,
@@ -287,9 +287,9 @@ def memory(
     if reversible:
         end += states
     update = held - activations - gathered
-    if size == 2:
+    if size == 2 and device == "cpu":
         largest = max(padded(shape, shards) for shape in (*found.blocks[0], *found.rest)) // shards
-        update += 16 * min(SLICE_ELEMENTS, largest) + 8 * SLICE_ELEMENTS
+        update += 26 * min(ADAMW_CHUNK, largest)
     return Memory(
         parameters=held,
         optimiser=2 * held,

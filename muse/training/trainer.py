@@ -274,7 +274,7 @@ class Trainer:
         speed = median(self.speeds[-len(self.unlogged) :])
         line = {
             **_means(self.unlogged),
-            "train/lr": self.step.optimizer.optimizers[0].param_groups[0]["lr"],
+            "train/lr": self.step.optimizer.learning_rate,
             "train/tokens": self.done * self.tokens_per_step,
             "train/tokens_per_second": speed,
             **flow_metrics(self.model, (error for _, _, error in self.unlogged)),

@@ -16,6 +16,7 @@ from support.configs import VOCAB, stage_config
 from support.distributed import Training, run_config, run_ranks, run_train, whole
 from support.runs import same
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from muse.dynamics import MLPPotential
 from muse.errors import ConfigError
@@ -300,6 +301,36 @@ def test_sharded_weights_in_bfloat16_follow_steps_smaller_than_their_rounding(co
     for own, all_ranks in run_ranks(count, drift, "fsdp"):
         assert own == pytest.approx(STEPS * RATE, rel=0.3)
         assert all_ranks == pytest.approx(STEPS * RATE, rel=0.2)
+
+
+def stepped(together: str) -> dict[str, Tensor]:
+    """The parameters in bfloat16, whole, after three steps with given gradients."""
+    config = run_config(stage_config("2", precision="bf16"), optim={"lr": 0.01})
+    torch.manual_seed(0)
+    model = build_model(config.stage, config.model, VOCAB)
+    ParallelLoss(model, together)
+    optimizer = ModelOptimizer(model, config.optim, seed=3)
+    for step in range(3):
+        for parameter in model.parameters():
+            # Of the number of each element in the whole parameter.
+            index = torch.arange(parameter.numel()).view(parameter.shape)
+            gradient = torch.sin(index * (step + 1.0)).to(parameter.dtype)
+            if isinstance(parameter, DTensor):
+                gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+            parameter.grad = gradient
+        optimizer.attach_gradients()
+        optimizer.step(step, 0.5)
+    return {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_stochastic_rounding_does_not_depend_on_shards(count):
+    alone = run_ranks(1, stepped, "none")[0]
+    for found in run_ranks(count, stepped, "fsdp"):
+        assert any(x.dtype == torch.bfloat16 for x in found.values())
+        assert found.keys() == alone.keys()
+        assert all(torch.equal(found[name], x) for name, x in alone.items())
 
 
 def refused(together: str) -> str:

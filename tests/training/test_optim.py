@@ -9,11 +9,11 @@ from support.configs import small_width
 from support.runs import same
 from torch import nn
 
+from kernels.adamw import eager
 from muse.config import ModelConfig, OptimConfig, StageConfig
 from muse.layers import ComplexEmbedding, ComplexLinear, ComplexRMSNorm
 from muse.models import build_model
 from muse.runs.checkpoints import TrainingState, find_checkpoint, load_tensors
-from muse.training import optim
 from muse.training.checkpoint import CheckpointWriter
 from muse.training.optim import ModelOptimizer, first_non_finite
 
@@ -169,26 +169,23 @@ def test_rounding_depends_on_seed_and_step_alone():
 
 
 @pytest.mark.parametrize("elements", [1, 100, 7 * 50, 2**20])
-def test_every_slice_is_updated(elements, monkeypatch):
-    monkeypatch.setattr(optim, "SLICE_ELEMENTS", elements)
-    layer = ones(rows=50, columns=7)
-    slices = ModelOptimizer(layer, OptimConfig()).slices
-    assert sum(stop - start for _, start, stop, _ in slices) == 50
-    assert (len(slices) > 1) == (elements < 350)
+def test_every_element_is_updated_whatever_the_chunks(elements, monkeypatch):
+    whole = [one_step(0, lr=lr, rows=50, columns=7) for lr in (0.1, 1e-3)]
+    monkeypatch.setattr(eager, "CHUNK", elements)
     # An update of many ulps moves each element, and no element by more than one ulp from its exact value.
     moved = one_step(0, lr=0.1, rows=50, columns=7)
     assert (moved - 0.9).abs().max() < ULP
     after = torch.stack([one_step(seed, lr=1e-3, rows=50, columns=7) for seed in range(60)])
     assert (after < 1).any(0).all()
-    # Slices share their noise, so only elements of one slice count as independent.
-    independent = min(350, max(7, elements // 7 * 7)) * 60
-    assert abs((1 - after.mean()).item() - 1e-3) < 5 * standard_error(1e-3, independent)
+    assert abs((1 - after.mean()).item() - 1e-3) < 5 * standard_error(1e-3, after.numel())
+    assert torch.equal(moved, whole[0])
+    assert torch.equal(after[0], whole[1])
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("elements", [5, 2**20])
 def test_bfloat16_follows_float32(name, elements, monkeypatch):
-    monkeypatch.setattr(optim, "SLICE_ELEMENTS", elements)
+    monkeypatch.setattr(eager, "CHUNK", elements)
     config = OptimConfig(name=name, lr=0.02)
     model = language_model(torch.bfloat16, number=1)
     twin = copy.deepcopy(model).float()
@@ -230,7 +227,7 @@ class Planes(nn.Module):
 @pytest.mark.parametrize("elements", [20, 2**20])
 def test_direction_of_the_first_step(dtype, second_moment, elements, monkeypatch):
     """With one second moment for both planes a number moves along its gradient; with two it does not."""
-    monkeypatch.setattr(optim, "SLICE_ELEMENTS", elements)
+    monkeypatch.setattr(eager, "CHUNK", elements)
     model = Planes(dtype)
     for parameter in model.parameters():
         nn.init.zeros_(parameter)  # so that bfloat16 holds the update with its own relative precision
@@ -276,7 +273,7 @@ def test_modulus_is_adam_with_the_squared_modulus():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("second_moment", ["modulus", "plane"])
 def test_state_round_trip(dtype, name, second_moment, tmp_path, monkeypatch):
-    monkeypatch.setattr(optim, "SLICE_ELEMENTS", 50)
+    monkeypatch.setattr(eager, "CHUNK", 50)
     config = OptimConfig(name=name, second_moment=second_moment)
     model = language_model(dtype, number=1)
     optimizer = ModelOptimizer(model, config, seed=2)
@@ -316,7 +313,7 @@ def through_a_checkpoint(model, optimizer, config, run):
 def test_a_training_continued_from_checkpoints_again_and_again_is_one_training(
     dtype, name, second_moment, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(optim, "SLICE_ELEMENTS", 50)
+    monkeypatch.setattr(eager, "CHUNK", 50)
     config = OptimConfig(name=name, second_moment=second_moment)
     model, twin = language_model(dtype, number=1), language_model(dtype, number=1)
     optimizer, restored = (ModelOptimizer(m, config, seed=2) for m in (model, twin))
@@ -331,10 +328,10 @@ def test_a_training_continued_from_checkpoints_again_and_again_is_one_training(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_the_state_is_by_parameter_and_knows_no_slices(dtype, name, monkeypatch):
+def test_the_state_is_by_parameter_and_knows_no_chunks(dtype, name, monkeypatch):
     config = OptimConfig(name=name)
     model = language_model(dtype, number=1)
-    monkeypatch.setattr(optim, "SLICE_ELEMENTS", 50)
+    monkeypatch.setattr(eager, "CHUNK", 50)
     optimizer = ModelOptimizer(model, config)
     for step in range(2):
         advance(model, optimizer, step)
@@ -346,9 +343,8 @@ def test_the_state_is_by_parameter_and_knows_no_slices(dtype, name, monkeypatch)
             assert moment.shape == parameter.shape
             assert moment.dtype == parameter.dtype
             assert moment.abs().max() > 0
-    monkeypatch.setattr(optim, "SLICE_ELEMENTS", 2**20)
+    monkeypatch.setattr(eager, "CHUNK", 2**20)
     whole = ModelOptimizer(copy.deepcopy(model), config)
-    assert (len(whole.slices) < len(optimizer.slices)) == (dtype == torch.bfloat16)
     whole.load_state_dict(copy.deepcopy(state))
     assert same(whole.state_dict(), state)
 

@@ -57,15 +57,20 @@ def extent(x: Tensor) -> tuple[int, int]:
 
 
 @pytest.fixture(autouse=True)
-def no_access_outside_of_the_operands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel reads without a mask need not change a result, so that comparisons do not tell."""
+def no_access_outside_of_the_operands(monkeypatch: pytest.MonkeyPatch) -> list[Tensor] | None:
+    """What a kernel reads without a mask need not change a result, so that comparisons do not tell.
+
+    Returns:
+        A list for operands that a kernel knows by their addresses; None where nothing is checked.
+    """
     if not INTERPRETED:
-        return
+        return None
     from triton.runtime import interpreter
 
     builder, call = interpreter.interpreter_builder, interpreter.GridExecutor.__call__
     load, store = builder.create_masked_load, builder.create_masked_store
     extents: list[tuple[int, int]] = []
+    by_address: list[Tensor] = []
 
     def check(pointers, mask):
         addresses = pointers.data[mask.data]
@@ -74,7 +79,7 @@ def no_access_outside_of_the_operands(monkeypatch: pytest.MonkeyPatch) -> None:
             assert any(first <= low and high < end for first, end in extents), "outside of every operand"
 
     def checked_call(self, *arguments, **options):
-        extents[:] = [extent(x) for x in arguments if isinstance(x, Tensor)]
+        extents[:] = [extent(x) for x in (*arguments, *by_address) if isinstance(x, Tensor)]
         return call(self, *arguments, **options)
 
     def checked_load(pointers, mask, *rest, **more):
@@ -88,3 +93,4 @@ def no_access_outside_of_the_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", checked_call)
     monkeypatch.setattr(builder, "create_masked_load", checked_load)
     monkeypatch.setattr(builder, "create_masked_store", checked_store)
+    return by_address
