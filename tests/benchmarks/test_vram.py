@@ -77,7 +77,7 @@ def test_a_reversible_trunk_takes_less_of_stage_3_and_its_tokens_may_be_one_wind
     config = changed(
         bench_config(3, name="vram", seq_len=64),
         stage={"koopman": "replace"},
-        model={"complex": small_width(d_model=16, kv_heads=2, d_ff=32, layers=8)},
+        model={"complex": small_width(d_model=16, kv_heads=2, d_ff=32, layers=4)},
     )
     results = Results(tmp_path, measured_here, default_stage)
     vram.judge(settled(config, "vram"), results)

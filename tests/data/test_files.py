@@ -503,10 +503,10 @@ def test_processes_that_build_at_once_agree(put, tmp_path):
     assert config.path is not None
     command = [sys.executable, "-c", AT_ONCE, config.path, str(tmp_path / "other")]
     root = Path(__file__).resolve().parents[2]
-    started = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    started = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     told = [process.communicate(timeout=PATIENCE)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0]
-    assert told == [f"{whole.counts}\n"] * 3
+    assert [process.returncode for process in started] == [0, 0]
+    assert told == [f"{whole.counts}\n"] * 2
     for path in (tmp_path / "cache").glob("*.bin"):
         assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
     assert not list((tmp_path / "other").glob(".*"))

@@ -101,18 +101,19 @@ def states(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("number", "precision", "options"),
+    ("layers", "number", "precision", "options"),
     [
-        *((number, precision, {}) for number in STAGES for precision in ("fp32", "bf16")),
-        ("1", "bf16-mixed", {"dropout": 0.3, "activation": "mod_relu", "norm": "layer"}),
-        ("1", "bf16", {"score": "phase", "dropout": 0.3}),
-        ("2", "bf16", {"force_precision": "bf16", "gradient": "reversible", "dropout": 0.3}),
-        ("2", "fp32", {"gradient": "backprop", "integrator": "leapfrog", "dropout": 0.3}),
+        *((48, number, "bf16", {}) for number in STAGES),
+        *((6, number, "fp32", {}) for number in STAGES),
+        (6, "1", "bf16-mixed", {"dropout": 0.3, "activation": "mod_relu", "norm": "layer"}),
+        (6, "1", "bf16", {"score": "phase", "dropout": 0.3}),
+        (6, "2", "bf16", {"force_precision": "bf16", "gradient": "reversible", "dropout": 0.3}),
+        (6, "2", "fp32", {"gradient": "backprop", "integrator": "leapfrog", "dropout": 0.3}),
     ],
 )
-def test_every_state_is_rebuilt_to_the_last_bit_at_48_layers(states, number, precision, options):
+def test_every_state_is_rebuilt_to_the_last_bit_at_any_depth(states, layers, number, precision, options):
     step = training_step(
-        run_config(stage_config(number, precision)), build(number, 48, precision, **options).train()
+        run_config(stage_config(number, precision)), build(number, layers, precision, **options).train()
     )
     step.gradients([batch(), batch()])
     assert len(states) == 2
