@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import random
 import sys
@@ -44,6 +45,17 @@ def reproducible() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.set_deterministic_debug_mode(mode)
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_without_hydra() -> None:
+    """Undo what a command in this process did to logging: Hydra switches loggers off and adds handlers."""
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    root.handlers[:] = [own for own in root.handlers if type(own).__module__.startswith("_pytest.")]
+    for logger in root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @pytest.fixture(autouse=True)

@@ -248,9 +248,10 @@ def test_of_a_stage_that_has_another_value_of_the_same_name_that_of_the_flow_is_
     ]
     (axes,) = draw([cell("stage=1", vram_gb=3.0), three[0]]).axes
     assert [bar.get_width() for bar in axes.patches] == [3.0, 1.0]
-    widths = {patch.get_width() for patch in draw(three).axes[0].patches}
-    assert {1.0, 2.0, 9.0} <= widths
-    assert 7.0 not in widths
+    lines = lines_of(draw(three).axes[0])
+    assert lines["exact"] == [(1.0, 1.0), (2.0, 2.0)]
+    assert lines["backprop"] == [(1.0, 9.0), (2.0, 9.0)]
+    assert 7.0 not in {y for points in lines.values() for _, y in points}
 
 
 def test_a_difference_of_rounding_does_not_look_large():

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
 import httpx
 import pytest
@@ -16,13 +15,10 @@ from muse.serving.service import Limits, Service
 
 
 @pytest.fixture(autouse=True)
-def engine_thread(monkeypatch):
-    """What a server has: one thread for the arithmetic, and loggers that Hydra has not switched off."""
+def engine_thread():
+    """What a server has: one thread for the arithmetic."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for name, logger in logging.root.manager.loggerDict.items():
-        if name.startswith("muse.serving") and isinstance(logger, logging.Logger):
-            monkeypatch.setattr(logger, "disabled", False)
     yield
     torch.set_num_threads(threads)
 
