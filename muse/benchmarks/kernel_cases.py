@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels.adamw import Coefficients, Part, adamw, coefficients, key_of
+from kernels.adamw.plain import adamw as plain_adamw
 from kernels.complex_activation import ACTIVATIONS, complex_activation
 from kernels.complex_activation.eager import activation_floor
 from kernels.complex_activation.plain import activation as plain_activation
@@ -43,7 +45,7 @@ from muse.config import BenchConfig
 from muse.hardware import synchronize
 from muse.measure.matrix_products import COMPLEX_ATTENTION, ProductRecorder, product_rate
 from muse.measure.operations import InsideOperations
-from muse.measure.passes import Passes, Times, outputs, time_passes
+from muse.measure.passes import Passes, Times, Updates, outputs, time_passes
 from muse.measure.peak_memory import GB, peak_memory
 from muse.measure.timing import quantile
 
@@ -79,6 +81,7 @@ class Case:
         plain: the same maths in plain PyTorch.
         others: more alternatives, each with its own inputs.
         by_token: whether the plain code is a loop over the tokens, which torch.compile would write out.
+        updates: whether it has no backward pass and changes its inputs, or takes them as if it did.
     """
 
     name: str
@@ -87,6 +90,7 @@ class Case:
     plain: Function
     others: dict[str, tuple[Function, Sequence[Tensor]]] = field(default_factory=dict)
     by_token: bool = False
+    updates: bool = False
 
 
 def sizes_of(config: BenchConfig) -> Sizes:
@@ -167,7 +171,8 @@ def measure_case(case: Case, config: BenchConfig, device: torch.device, peak: fl
         compiled, notes["compiled"] = _compile(case, device)
         if compiled is not None:
             functions["compiled"] = (compiled, case.inputs)
-    calls = {name: Passes(*function) for name, function in functions.items()}
+    passes = Updates if case.updates else Passes
+    calls = {name: passes(*function) for name, function in functions.items()}
     times = time_passes(calls, config.benchmark.warmup, config.benchmark.repeats, device)
     memory = {name: memory_of(call.training, device, name) for name, call in calls.items()}
     alternatives = {name: _figures(times, memory, name) for name in times}
@@ -196,6 +201,8 @@ def largest_deviation(case: Case) -> tuple[float, str]:
     Errors are root mean squares against the plain code in float64. Allowed is twice the error of the plain
     code in the same dtype plus one unit in the last place of the largest value.
     """
+    if case.updates:
+        return _worst(*_updated(case))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         outs = outputs(case.plain(*case.inputs))
@@ -205,6 +212,21 @@ def largest_deviation(case: Case) -> tuple[float, str]:
     ours, plain = (_results(function, case.inputs, gradients) for function in (case.ours, case.plain))
     places = [f"output {n}" for n in range(len(gradients))]
     places += [f"the gradient of input {n}" for n in range(len(inputs))]
+    return _worst(places, ours, plain, exact)
+
+
+def _updated(case: Case) -> tuple[list[str], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Names and values of the outputs: ours, the plain ones, and these in float64."""
+    ours, plain = (
+        outputs(function(*(x.clone() for x in case.inputs))) for function in (case.ours, case.plain)
+    )
+    exact = outputs(case.plain(*(x.double() for x in case.inputs)))
+    return [f"output {n}" for n in range(len(exact))], ours, plain, exact
+
+
+def _worst(
+    places: Sequence[str], ours: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]
+) -> tuple[float, str]:
     worst, where = 0.0, "nothing"
     for place, result, other, reference in zip(places, ours, plain, exact, strict=True):
         error, error_of_plain = (_rms(x.double() - reference) for x in (result, other))
@@ -233,8 +255,9 @@ def _compile(case: Case, device: torch.device) -> tuple[Function | None, dict[st
     key_cache_by_vectors(device)
     compiled = torch.compile(case.plain, dynamic=False)
     start = time.perf_counter()
+    passes = Updates if case.updates else Passes
     try:
-        Passes(compiled, case.inputs).training()
+        passes(compiled, case.inputs).training()
     # Whatever a compiler raises; without a C++ compiler there is no torch.compile on a CPU.
     except Exception as error:  # noqa: BLE001
         return None, {"note": f"torch.compile failed: {_first_line(error)}"}
@@ -517,10 +540,70 @@ def gated_scan(scan: Function, u: Tensor, gate: Tensor, angle: Tensor) -> Tensor
     return scan(u, -F.softplus(gate), angle)[0]
 
 
+# --- Optimiser -------------------------------------------------------------------------------------------
+
+
+def adamw_cases(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> Iterator[Case]:
+    """AdamW over the weight of a linear map in bfloat16; other dtypes are left to torch.
+
+    Ours rounds parameters stochastically, and so does ``rounded``, as one would write it; all others round to
+    nearest. torch's fused AdamW in float32 moves twice the bytes.
+    """
+    if dtype != torch.bfloat16:
+        return
+    shape = (2, sizes.hidden, sizes.width)
+    w, g, m = (normal(*shape, scale=scale).detach() for scale in (0.1, 1.0, 0.1))
+    inputs = (w, g, m, m.square())
+    plain = partial(plain_adamw, **ADAMW)
+    others: dict[str, tuple[Function, Sequence[Tensor]]] = {
+        f"fused {str(kind).removeprefix('torch.')}": (
+            fused_adamw,
+            tuple(x.to(kind, copy=True) for x in inputs),
+        )
+        for kind in (torch.float32, torch.bfloat16)
+    }
+    others["rounded"] = (rounded_adamw, tuple(x.clone() for x in inputs))
+    ours = partial(adamw_step, numbers=coefficients(**ADAMW), key=key_of(0, 0, "weight"))
+    yield Case("adamw", inputs, ours, plain, others, updates=True)
+
+
+# A rate at which an update is far larger than what rounding may do.
+ADAMW: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "updates": 3}
+
+
+def adamw_step(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, *, numbers: Coefficients, key: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operation on one parameter."""
+    adamw([Part(w, m, v, decays=True)], [g], [key], numbers)
+    return w, m, v
+
+
+def rounded_adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The plain code, and bits added to the parameter of which bfloat16 cuts the lower 16 off."""
+    moved, first, second = plain_adamw(w.float(), g, m, v, **ADAMW)
+    noise = torch.randint(2**16, moved.shape, dtype=torch.int32, device=w.device)
+    bits = moved.view(torch.int32).add_(noise).bitwise_and_(-(2**16))
+    return bits.view(torch.float32).to(w.dtype), first.to(m.dtype), second.to(v.dtype)
+
+
+def fused_adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What torch.optim.AdamW(fused=True) calls."""
+    first, second = ADAMW["betas"]
+    # It is told the number of the update.
+    steps = [torch.tensor(float(ADAMW["updates"]), device=w.device)]
+    torch._fused_adamw_(
+        [w], [g], [m], [v], [], steps, lr=ADAMW["lr"], beta1=first, beta2=second,
+        weight_decay=ADAMW["weight_decay"], eps=ADAMW["eps"], amsgrad=False, maximize=False,
+    )  # fmt: skip
+    return w, m, v
+
+
 FAMILIES: dict[str, Callable[[Sizes, torch.dtype, Normal], Iterator[Case]]] = {
     "attention": attention_cases,
     "linear": linear_cases,
     "pointwise": pointwise_cases,
     "symplectic": symplectic_cases,
     "scan": scan_cases,
+    "adamw": adamw_cases,
 }

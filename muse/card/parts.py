@@ -109,6 +109,8 @@ def parts_of(device: str, sizes: Sizes) -> list[Part]:
     dtype = "bfloat16" if device == "cuda" else "float32"
     common = f"hardware={device} data=synthetic logger=none output_root={{folder}} model={sizes.model}"
     kernels = f"benchmark=kernels benchmark.dtypes=[{dtype}]"
+    # Of this there is nothing else.
+    halves = "benchmark=kernels benchmark.dtypes=[bfloat16]"
 
     def bench(name: str, seconds: float, options: str) -> Part:
         command = (str(ROOT / "bench.py"), *common.split(), *options.split())
@@ -139,6 +141,7 @@ def parts_of(device: str, sizes: Sizes) -> list[Part]:
         family("pointwise", 30),
         family("symplectic", 45),
         family("scan", 20),
+        bench("kernels_adamw", 20, f"{halves} {sizes.kernels} benchmark.families=[adamw]"),
         bench(
             "kernels_long",
             25,
@@ -251,6 +254,8 @@ GOALS = (
          _ratio("kernels_seeds", f"symplectic flow, {SINGLE}", "fixed point")),
     Goal("flow against torch.compile of the eager flow", 2.0, True,
          _ratio("kernels_symplectic", f"symplectic flow, {HALF}", "compiled")),
+    Goal("AdamW with rounding against torch's fused AdamW in float32", 1.5, True,
+         _ratio("kernels_adamw", f"adamw, {HALF}", "fused float32")),
     Goal("stage 1, tokens a second", 1e6, True, _value("training_1", "tokens_per_second")),
     Goal("stage 1, MFU of the data sheet", 0.40, True, _value("training_1", "mfu_of_data_sheet")),
     Goal("stage 2, exact against full backpropagation, time", 1.3, False,

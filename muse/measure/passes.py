@@ -35,6 +35,14 @@ class Passes:
         torch.autograd.grad(outputs(self.function(*self.inputs)), self.inputs, self.gradients)
 
 
+class Updates(Passes):
+    """What has no backward pass: all of it is the forward one."""
+
+    def training(self) -> None:
+        """As ``forward``."""
+        self.forward()
+
+
 def outputs(result: Any) -> tuple[Tensor, ...]:
     """What a function returns, one tensor or several, as a tuple."""
     return (result,) if isinstance(result, Tensor) else tuple(result)

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -43,7 +44,8 @@ def cases(bench_config):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_operation_is_right(cases, dtype):
     deviations = {name: largest_deviation(case) for name, case in cases(dtype).items()}
-    assert len(deviations) == 17
+    # AdamW is for bfloat16 alone.
+    assert len(deviations) == 17 + (dtype == torch.bfloat16)
     assert {name: found for name, found in deviations.items() if not found[0] <= 1} == {}
 
 
@@ -99,6 +101,20 @@ def test_a_wrong_operation_has_no_speed(bench_config, wrong, where):
     assert row["deviation_of"] == where
     assert where in row["error"]
     assert not [key for key in row if "ms" in key or "share" in key or key == "alternatives"]
+
+
+@pytest.mark.parametrize("fault", [None, 0.03])
+def test_an_update_is_measured_without_a_backward_pass(bench_config, fault):
+    config = settled(bench_config(name="kernels", repeats=2, compile=False), "kernels")
+    (case,) = FAMILIES["adamw"](sizes_of(config), torch.bfloat16, normal_leaves(0, torch.bfloat16, CPU))
+    if fault:
+        ours = case.ours
+        case = dataclasses.replace(case, ours=lambda w, *rest: ours(w.add_(fault), *rest))
+    row = measure_case(case, config, CPU, PEAK)
+    assert row["correct"] is not bool(fault)
+    if not fault:
+        assert row["alternatives"].keys() == {"ours", "eager", "rounded", "fused float32", "fused bfloat16"}
+        assert row["backward_gflop"] is None
 
 
 def test_a_right_operation_has_figures_that_fit_together(bench_config):
