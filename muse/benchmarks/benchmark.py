@@ -61,7 +61,7 @@ def require_part(config: BenchConfig) -> None:
     """
     part = config.benchmark.name
     if getattr(config.stage, part, "") == "none":
-        raise ConfigError(f"benchmark={part} needs {kinds_of(config, part)}")
+        raise ConfigError(f"benchmark={part} needs {kinds_of(config, 'stage', part)}")
 
 
 def measure_part(config: BenchConfig, results: Results, part: str, *keys: str) -> dict[str, Any]:
@@ -70,12 +70,12 @@ def measure_part(config: BenchConfig, results: Results, part: str, *keys: str) -
     Where the stage is without it that is nothing, ``keys`` of result.json are open, and that is the reason.
     """
     if getattr(config.stage, part) == "none":
-        results.leave_open(f"stage.{part}=none has none; it needs {kinds_of(config, part)}", *keys)
+        results.leave_open(f"stage.{part}=none has none; it needs {kinds_of(config, 'stage', part)}", *keys)
         return Unmeasured()
     return results.measure(part, name_of(config), config)
 
 
-def kinds_of(config: BenchConfig, part: str) -> str:
-    """The options that give stage 3 a part."""
-    kinds = (kind for kind in allowed_values(config.stage, part) if kind != "none")
-    return " or ".join(f"stage.{part}={kind}" for kind in kinds)
+def kinds_of(config: BenchConfig, group: str, name: str) -> str:
+    """The values of an option that are not none, as a command gives them."""
+    kinds = (kind for kind in allowed_values(getattr(config, group), name) if kind != "none")
+    return " or ".join(f"{group}.{name}={kind}" for kind in kinds)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from muse.benchmarks.benchmark import Benchmark
+from muse.benchmarks.benchmark import Benchmark, kinds_of
 from muse.benchmarks.model import benchmark_model, train_briefly
 from muse.benchmarks.results import Results, Unmeasured, name_of
 from muse.benchmarks.workload import Workload, batch_shape
@@ -21,7 +21,7 @@ from muse.data import Mix, TokenData, load_tokens
 from muse.errors import ConfigError
 from muse.hardware import autocast_dtype
 from muse.models import LanguageModel
-from muse.options import allowed_values, changed
+from muse.options import changed
 from muse.report.sweep_plot import Metric
 from muse.training.parallel import ParallelLoss
 from muse.training.selection import Choice, Selection, check_reference, selection_of
@@ -164,7 +164,8 @@ def judge(config: BenchConfig, results: Results) -> None:
     """What is left out at a kept share of 0.2, and how many windows of each document keep a token."""
     found: dict[str, Any] = Unmeasured()
     if config.optim.selection == "none":
-        reason = f"optim.selection=none leaves no token out; it needs {_kinds(config)}"
+        needed = kinds_of(config, "optim", "selection")
+        reason = f"optim.selection=none leaves no token out; it needs {needed}"
         results.leave_open(reason, "filter_rate", "selection_samples")
     else:
         found = results.run("selection", config, name_of(config))
@@ -190,11 +191,6 @@ def judge(config: BenchConfig, results: Results) -> None:
     }
 
 
-def _kinds(config: BenchConfig) -> str:
-    kinds = (kind for kind in allowed_values(config.optim, "selection") if kind != "none")
-    return " or ".join(f"optim.selection={kind}" for kind in kinds)
-
-
 def check(config: BenchConfig) -> None:
     """See that there is a selection.
 
@@ -202,7 +198,7 @@ def check(config: BenchConfig) -> None:
         ConfigError: there is none.
     """
     if config.benchmark.name == "selection" and config.optim.selection == "none":
-        raise ConfigError(f"benchmark=selection needs {_kinds(config)}")
+        raise ConfigError(f"benchmark=selection needs {kinds_of(config, 'optim', 'selection')}")
 
 
 BENCHMARK = Benchmark(
