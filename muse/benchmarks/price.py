@@ -302,6 +302,12 @@ def check(config: BenchConfig) -> None:
                 f"benchmark.{name}={given} changes nothing without stage {number}, of which they are; "
                 f"add {number} to benchmark.stages, or give benchmark.{name}=[]"
             )
+    repeats = any(number in trained and getattr(options, name) for name, number in REPEATED.items())
+    if not repeats and options.depths not in ([], default.depths):
+        raise ConfigError(
+            f"benchmark.depths={options.depths} changes nothing without loops or steps, whose worth "
+            "they tell; give benchmark.loops or benchmark.flow_steps, or benchmark.depths=[]"
+        )
     refuse_flow(config, "benchmark=price, which trains the flow of the stage", "give stage.{}")
 
 

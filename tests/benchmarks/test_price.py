@@ -309,6 +309,14 @@ def test_stage_3_stands_beside_all_others_and_is_held_against_stages_0_and_2(con
             {"stages": ["1"], "flow_steps": [2, 4], "loops": [3]},
             r"benchmark.loops=\[3\] changes nothing without",
         ),
+        (
+            {"depths": [3.0], "loops": [], "flow_steps": []},
+            r"benchmark.depths=\[3.0\] changes nothing without loops",
+        ),
+        (
+            {"number": 3, "stages": ["1"], "depths": [3.0]},
+            r"benchmark.depths=\[3.0\] changes nothing without loops",
+        ),
         ({"train_steps": 0}, "benchmark.train_steps=0 trains nothing"),
         ({"learning_rates": []}, "benchmark.learning_rates=.. leaves none"),
         ({"dt": 0.5}, "benchmark.dt changes nothing .* give stage.dt"),
