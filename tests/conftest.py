@@ -22,6 +22,9 @@ import numpy as np
 import pytest
 import torch
 
+# For devices that are not there torch.manual_seed would note, test by test, where it was called from.
+seed_torch = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+
 # Tests run side by side already; threads beyond the processors would wait for each other most of the time.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -37,7 +40,7 @@ def reproducible() -> Iterator[None]:
     seed = int(os.environ.get("MUSE_TEST_SEED", "0"))
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed_torch(seed)
     mode, filled = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
