@@ -321,15 +321,16 @@ class MuseModel(MusePreTrainedModel):
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache()
+        start = cache.get_seq_length() if cache is not None else 0
+        places = torch.arange(start, start + x.shape[1], device=x.device)
         if position_ids is None:
-            start = cache.get_seq_length() if cache is not None else 0
-            position_ids = torch.arange(start, start + x.shape[1], device=x.device)[None]
+            position_ids = places[None]
         told = {
             "config": self.config,
             "inputs_embeds": x,
             "input_embeds": x,
             "attention_mask": attention_mask,
-            "cache_position": position_ids[0],
+            "cache_position": places,
             CACHE: cache,
             "position_ids": position_ids,
         }
