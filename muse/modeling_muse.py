@@ -1,22 +1,26 @@
 """MUSE's decoders for transformers, without MUSE: inference in floating point.
 
-States are [re | im], (batch, tokens, 2 D). A block adds an attention, and a feed-forward map or, in stage 2,
-what Hamiltonian flows of (q, p) = (re, im) change, each of the normalised state.
+States are [re | im], (batch, tokens, 2 D). A block adds an attention, and a feed-forward map or, from stage 2
+on, what Hamiltonian flows of (q, p) = (re, im) change, each of the normalised state. In stage 3 a Koopman
+operator may stand in for an attention, or beside it.
 """
 
 import inspect
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # What is called a cache was called past_key_values before.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+# Of the convolution of a Koopman operator, and what its decay is sharpened by.
+TAPS, SHARPNESS = 4, 8.0
 
 
 class MuseConfig(PretrainedConfig):
@@ -48,6 +52,8 @@ class MuseConfig(PretrainedConfig):
         drifts=(),
         trunk_kicks=(),
         trunk_drifts=(),
+        mixers=(),
+        koopman_selective=True,
         tie_word_embeddings=False,
         **kwargs,
     ):
@@ -73,6 +79,9 @@ class MuseConfig(PretrainedConfig):
         self.drifts = list(drifts)
         self.trunk_kicks = list(trunk_kicks)
         self.trunk_drifts = list(trunk_drifts)
+        # Names for each layer; empty where all have an attention alone.
+        self.mixers = [list(names) for names in mixers]
+        self.koopman_selective = koopman_selective
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
@@ -158,6 +167,89 @@ def rotated(x, cos, sin):
     """The rotary embedding of (B, H, S, d), whose halves are turned into each other."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class MuseState(DynamicLayer):
+    """What a mixer keeps of the tokens, as large after any number of them, as keys and values."""
+
+    is_croppable = False
+    length = 0
+
+    def store(self, keys, values, length):
+        self.keys, self.values, self.device = keys, values, keys.device
+        self.length += length
+        self.is_initialized = True
+
+    def get_seq_length(self, *args):
+        return self.length
+
+    def reset(self):
+        self.keys = self.values = None
+        self.length, self.is_initialized = 0, False
+
+    def crop(self, *args):
+        raise ValueError("a Koopman operator keeps a sum of the tokens, of which none can be taken back")
+
+
+class MuseKoopman(nn.Module):
+    """out(g_t GELU(gate x_t)), g_t = lambda_t g_(t-1) + sqrt(1 - |lambda_t|^2) u_t, u a causal convolution.
+
+    lambda_t = exp(-8 sigmoid(rate x_t) softplus(nu) + i theta).
+    """
+
+    def __init__(self, config, slot):
+        super().__init__()
+        self.slot = slot
+        size = config.hidden_size
+        self.in_proj = nn.Linear(size, size, bias=False)
+        self.gate_proj = nn.Linear(size, size, bias=False)
+        self.out_proj = nn.Linear(size, size, bias=False)
+        self.rate = nn.Linear(size, size // 2) if config.koopman_selective else None
+        self.taps = nn.Parameter(torch.zeros(size // 2, TAPS))
+        self.nu = nn.Parameter(torch.zeros(size // 2))
+        self.theta = nn.Parameter(torch.zeros(size // 2))
+
+    def forward(self, x, live, cache):
+        """Of states (B, S, 2 D); ``live`` (B, S) is 0 for padding, which must come first, and may be None."""
+        high = torch.promote_types(x.dtype, torch.float32)
+        u, kept = self.in_proj(x), None if cache is None else cache.layers[self.slot]
+        if live is not None:
+            u = u * live.unsqueeze(-1).to(u.dtype)
+        if kept is not None and kept.length:
+            state, recent = torch.complex(*kept.keys.unbind(1)).unsqueeze(1), kept.values
+        else:
+            state, recent = 0.0, u.new_zeros(u.shape[0], TAPS - 1, u.shape[2])
+        padded = torch.cat((recent, u), 1)
+        taps = self.taps.t().repeat(1, 2)
+        u = sum(tap * padded[:, at : at + x.shape[1]] for at, tap in enumerate(taps)).to(high)
+        rate = 0.5 if self.rate is None else torch.sigmoid(self.rate(x).to(high))
+        log = (-SHARPNESS * rate * F.softplus(self.nu.to(high))).expand(*x.shape[:2], -1)
+        decay = torch.polar(log.exp(), self.theta.to(high).expand_as(log))
+        scale = (-torch.expm1(2 * log)).sqrt()
+        g = scanned(decay, torch.complex(*(scale * part for part in u.chunk(2, -1))), state)
+        if kept is not None:
+            last = g[:, -1]
+            # A view would keep all tokens of a prompt alive.
+            kept.store(torch.stack((last.real, last.imag), 1), padded[:, 1 - TAPS :].clone(), x.shape[1])
+        y = g * torch.complex(*F.gelu(self.gate_proj(x)).to(high).chunk(2, -1))
+        return self.out_proj(torch.cat((y.real, y.imag), -1).to(x.dtype))
+
+
+def scanned(decay, x, state):
+    """h_t = decay_t h_(t-1) + x_t of (B, S, K): tiles of tokens side by side, then what they hand on."""
+    length = x.shape[1]
+    tile = math.isqrt(length - 1) + 1
+    behind = (0, 0, 0, -length % tile)
+    decay, x = (F.pad(part, behind).unflatten(1, (-1, tile)) for part in (decay, x))
+    sums, products = [x[:, :, 0]], [decay[:, :, 0]]
+    for at in range(1, tile):
+        sums.append(decay[:, :, at] * sums[-1] + x[:, :, at])
+        products.append(decay[:, :, at] * products[-1])
+    out = []
+    for own, product in zip(torch.stack(sums, 2).unbind(1), torch.stack(products, 2).unbind(1), strict=True):
+        out.append(own + product * state)
+        state = out[-1][:, -1:]
+    return torch.cat(out, 1)[:, :length]
 
 
 class MuseMLP(nn.Module):
@@ -258,14 +350,38 @@ class MuseFlow(nn.Module):
 
 
 class MuseLayer(nn.Module):
-    """Two sub-layers, each of a normalised state."""
+    """Two sub-layers, each of a normalised state; the first one is a sum of mixers."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
+        slots = mixer_slots(config)[layer_idx]
         self.attention_norm = build_norm(config)
-        self.self_attn = MuseAttention(config, layer_idx)
+        self.self_attn = MuseAttention(config, layer_idx) if "attention" in slots else None
+        self.koopman = MuseKoopman(config, slots["koopman"]) if "koopman" in slots else None
         self.mlp_norm = build_norm(config)
         self.mlp = MuseFlow(config) if config.flows else MuseMLP(config)
+
+    def mix(self, x, rotary, attention_mask, live, cache, **kwargs):
+        parts = []
+        if self.self_attn is not None:
+            parts.append(self.self_attn(x, rotary, attention_mask, cache, **kwargs))
+        if self.koopman is not None:
+            parts.append(self.koopman(x, live, cache))
+        return sum(parts[1:], parts[0])
+
+
+def mixer_slots(config):
+    """For each layer the mixers by their names, and which layer of a cache each of them has.
+
+    A layer's first one has that of its own number, others have those behind the last layer.
+    """
+    if not config.mixers:
+        return [{"attention": number} for number in range(config.num_hidden_layers)]
+    slots, behind = [], config.num_hidden_layers
+    for number, (first, *others) in enumerate(config.mixers):
+        slots.append({first: number, **{name: behind + at for at, name in enumerate(others)}})
+        behind += len(others)
+    return slots
 
 
 class MusePreTrainedModel(PreTrainedModel):
@@ -306,6 +422,16 @@ class MuseModel(MusePreTrainedModel):
         )
         return cos, sin
 
+    def prepare_cache(self, cache):
+        """Have a state in place of keys and values where a mixer is no attention."""
+        if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+            raise ValueError("Koopman operators go with dynamic caches only")
+        for slots in mixer_slots(self.config):
+            for name, slot in slots.items():
+                cache.layers.extend(DynamicLayer() for _ in range(slot + 1 - len(cache.layers)))
+                if name != "attention" and not isinstance(cache.layers[slot], MuseState):
+                    cache.layers[slot] = MuseState()
+
     def forward(
         self,
         input_ids=None,
@@ -321,6 +447,15 @@ class MuseModel(MusePreTrainedModel):
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache()
+        live = None
+        if self.config.mixers:
+            if "attention_instances" in kwargs:
+                raise ValueError("vLLM has no cache for Koopman operators, and cannot run this model")
+            if attention_mask is not None and attention_mask.ndim != 2:
+                raise ValueError("Koopman operators take an attention mask of (batch, tokens) only")
+            live = None if attention_mask is None else attention_mask[:, -x.shape[1] :]
+            if cache is not None:
+                self.prepare_cache(cache)
         start = cache.get_seq_length() if cache is not None else 0
         places = torch.arange(start, start + x.shape[1], device=x.device)
         if position_ids is None:
@@ -341,12 +476,12 @@ class MuseModel(MusePreTrainedModel):
         schedule = iter(zip(self.config.trunk_kicks, self.config.trunk_drifts, strict=True))
         momentum = 0.0
         for layer in self.layers:
-            for norm, sublayer in ((layer.attention_norm, layer.self_attn), (layer.mlp_norm, layer.mlp)):
+            for norm in (layer.attention_norm, layer.mlp_norm):
                 normal = norm(x)
-                if sublayer is layer.self_attn:
-                    change = sublayer(normal, rotary, mask, cache, **kwargs)
+                if norm is layer.attention_norm:
+                    change = layer.mix(normal, rotary, mask, live, cache, **kwargs)
                 else:
-                    change = sublayer(normal)
+                    change = layer.mlp(normal)
                 if self.config.trunk_kicks:
                     kick, drift = next(schedule)
                     momentum = momentum + kick * change
@@ -360,6 +495,8 @@ class MuseForCausalLM(MusePreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
+        # No token of a state can be taken back.
+        self._is_stateful = bool(config.mixers)
         self.model = MuseModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

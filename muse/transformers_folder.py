@@ -11,7 +11,7 @@ map A + i B is the real one [[A, -B], [B, A]], which has its numbers twice.
   by sqrt(2). The rotary embedding pairs halves of a head, which are its planes.
 - Embeddings are divided by their rms on the way in, so head and embedding are two tensors.
 
-Other models of stages 1 and 2 with real scores bring ``modeling_muse.py``, which computes what they do
+Other models of stages 1 to 3 with real scores bring ``modeling_muse.py``, which computes what they do
 without MUSE, flows in floating point; it is loaded with ``trust_remote_code=True``.
 
 None of these programs is needed to write it.
@@ -34,9 +34,17 @@ from kernels.complex_linear.plain import real_form
 from muse.dynamics import HamiltonianNeuralODE, MLPPotential
 from muse.errors import ConfigError, RunError
 from muse.files import write_atomically
-from muse.layers import ComplexAttention, ComplexEmbedding, ComplexLayerNorm, ComplexLinear, ComplexRMSNorm
+from muse.layers import (
+    ComplexAttention,
+    ComplexEmbedding,
+    ComplexLayerNorm,
+    ComplexLinear,
+    ComplexRMSNorm,
+    KoopmanOperator,
+)
 from muse.models.complex import ComplexBlock
 from muse.models.hamiltonian import HamiltonianBlock
+from muse.models.integrated import IntegratedBlock, MixerSum
 from muse.models.real import RealAttention, RealBlock, RealEmbedding
 from muse.trained import Trained
 
@@ -112,24 +120,26 @@ def refusal(trained: Trained) -> str | None:
     if stage.dialectic != "none":
         return (
             f"stage.dialectic={stage.dialectic} corrects the logits of the head, which no engine does; only "
-            "stages 0, 1 and 2 can be exported"
+            "stage.dialectic=none can be exported"
         )
-    if stage.number == "3":
+    if stage.mera != "none":
+        return f"stage.mera={stage.mera} cannot be exported yet; only stage.mera=none can"
+    if stage.attention_window is not None:
         return (
-            "stage=3 has Koopman operators or MERA routers, for which no engine has a cache; only stages 0, "
-            "1 and 2 can be exported"
+            f"stage.attention_window={stage.attention_window} cannot be exported; only "
+            "stage.attention_window=null can"
         )
-    if stage.number in ("1", "2") and stage.score != "real":
+    if stage.number in ("1", "2", "3") and stage.score != "real":
         return (
             f"stage.score={stage.score} weighs values by complex scores, which attention elsewhere does not "
             "have; only stage.score=real can be exported"
         )
     if stage.number == "3a":
-        return "stage=3a is a benchmark's transformer; only stages 0, 1 and 2 can be exported"
+        return "stage=3a is a benchmark's transformer; only stages 0 to 3 can be exported"
     if stage.loops > 1:
         return f"stage.loops={stage.loops} needs a cache for each loop; only stage.loops=1 can be exported"
     if stage.number == "0" and stage.trunk == "reversible":
-        return "stage.trunk=reversible of stage 0 cannot be exported; that of stages 1 and 2 can"
+        return "stage.trunk=reversible of stage 0 cannot be exported; that of stages 1 to 3 can"
     return None
 
 
@@ -201,13 +211,20 @@ def _own_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
     drifts: tuple[float, ...] = ()
     flows = units = 0
     tensors = {"lm_head.weight": model.head_parameters()[0].float().flatten(1), **_named("model.norm", norm)}
+    mixers = []
     for number, block in enumerate(model.blocks):
-        assert isinstance(block, ComplexBlock | HamiltonianBlock)
+        assert isinstance(block, ComplexBlock | HamiltonianBlock | IntegratedBlock)
         place = f"model.layers.{number}"
-        maps = _attention_maps(block.attention, block.attention.projection.weight.float())
-        tensors |= {f"{place}.{name}.weight": weight for name, weight in maps.items()}
-        tensors |= _named(f"{place}.attention_norm", block.attention_norm)
-        if isinstance(block, HamiltonianBlock):
+        tensors |= _named(f"{place}.attention_norm", getattr(block, f"{block.mixer_name}_norm"))
+        own = _mixers(block)
+        mixers.append(list(own))
+        for mixer in own.values():
+            if isinstance(mixer, ComplexAttention):
+                maps = _attention_maps(mixer, mixer.projection.weight.float())
+                tensors |= {f"{place}.{name}.weight": weight for name, weight in maps.items()}
+            else:
+                tensors |= _koopman_tensors(f"{place}.koopman", mixer)
+        if isinstance(block, HamiltonianBlock | IntegratedBlock):
             tensors |= _named(f"{place}.mlp_norm", block.flow_norm)
             flows = len(block.flow.odes)
             for flow, ode in enumerate(block.flow.odes):
@@ -245,8 +262,35 @@ def _own_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "drifts": drifts,
         "trunk_kicks": model.trunk.kicks if model.trunk is not None else (),
         "trunk_drifts": model.trunk.drifts if model.trunk is not None else (),
+        "mixers": [] if all(own == ["attention"] for own in mixers) else mixers,
+        "koopman_selective": stage.koopman_selective,
     }
     return described, tensors
+
+
+def _mixers(block: ComplexBlock | HamiltonianBlock | IntegratedBlock) -> dict[str, nn.Module]:
+    """What mixes the tokens in a block, by names."""
+    if not isinstance(block, IntegratedBlock):
+        return {"attention": block.attention}
+    if isinstance(block.mixer, MixerSum):
+        return dict(block.mixer.named_children())
+    return {"attention" if isinstance(block.mixer, ComplexAttention) else "koopman": block.mixer}
+
+
+def _koopman_tensors(place: str, operator: nn.Module) -> dict[str, Tensor]:
+    """Complex maps as real ones, all else as it is; angles of 0 where there are none."""
+    assert isinstance(operator, KoopmanOperator)
+    observables, gate = operator.projection.weight.float().chunk(2, 1)
+    tensors = {
+        "in_proj.weight": real_form(observables),
+        "gate_proj.weight": real_form(gate),
+        "out_proj.weight": real_form(operator.output.weight.float()),
+        "taps": operator.taps.float(),
+        "nu": operator.nu.float(),
+        "theta": operator.theta.float(),
+    }
+    tensors = {f"{place}.{name}": tensor for name, tensor in tensors.items()}
+    return tensors if operator.rate is None else tensors | _named(f"{place}.rate", operator.rate)
 
 
 def _named(place: str, module: nn.Module) -> dict[str, Tensor]:

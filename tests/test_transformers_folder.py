@@ -40,6 +40,12 @@ OWN = [
     *({"stage": "1", "activation": name} for name in ("mod_relu", "mod_swish", "cardioid", "z_relu")),
 ]
 
+STATES = [
+    {"stage": "3"},
+    {"stage": "3", "koopman": "add", "koopman_angles": False, "koopman_selective": False, "tied": False},
+    {"stage": "3", "koopman_every": 1, "trunk": "reversible", "norm": "layer"},
+]
+
 
 def trained(folder, stage, **options):
     """A model none of whose gains is 1, in float32."""
@@ -129,7 +135,9 @@ def test_the_maps_are_exact_in_float64(tmp_path, options):
         ({"stage": "1", "mixer": "none"}, "stage.mixer=none"),
         ({"stage": "1", "loops": 2}, "stage.loops=2"),
         ({"stage": "0", "trunk": "reversible"}, "stage.trunk=reversible of stage 0"),
-        ({"stage": "3"}, "stage=3 has Koopman operators"),
+        ({"stage": "3", "score": "phase"}, "stage.score=phase"),
+        ({"stage": "3", "attention_window": 4}, "stage.attention_window=4"),
+        ({"stage": "3", "mera": "replace"}, "stage.mera=replace"),
         ({"stage": "3", "dialectic": "mlp"}, "stage.dialectic=mlp corrects the logits"),
         ({"stage": "3a"}, "stage=3a"),
     ],
@@ -168,7 +176,7 @@ def test_a_folder_is_replaced_whole_and_never_one_with_other_things(tmp_path, ca
         export_transformers(muse.load(run), tmp_path / "file")
 
 
-@pytest.mark.parametrize("options", [*DECODERS, *OWN], ids=str)
+@pytest.mark.parametrize("options", [*DECODERS, *OWN, *STATES], ids=str)
 def test_transformers_loads_it_and_goes_on_with_the_same_tokens(tmp_path, options):
     transformers = pytest.importorskip("transformers", reason="the extra interop is not installed")
     found = trained(tmp_path, **options)
@@ -187,6 +195,58 @@ def test_transformers_loads_it_and_goes_on_with_the_same_tokens(tmp_path, option
     assert tokenizer.decode(found.tokenizer.encode(text)) == text
     plain = text.replace(" <|endoftext|>", "")
     assert tokenizer(plain)["input_ids"] == found.tokenizer.encode(plain)
+
+
+def loaded(folder, found):
+    """The folder's model by transformers."""
+    transformers = pytest.importorskip("transformers", reason="the extra interop is not installed")
+    export_transformers(found, folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("options", [OWN[0], *STATES], ids=str)
+def test_a_long_text_in_a_padded_batch_goes_on_as_alone(tmp_path, options):
+    found = trained(tmp_path, seq_len=80, **options)
+    model = loaded(tmp_path / "out", found)
+    padded, mask = TOKENS[:, :7].clone(), torch.ones(2, 7, dtype=torch.int64)
+    padded[0, :3], mask[0, :3] = 5, 0
+    told = {"attention_mask": mask, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    made = model.generate(padded, max_new_tokens=64, **told)[:, 7:]
+    for row, prompt in enumerate((padded[0, 3:], padded[1])):
+        assert made[row].tolist() == list(continuation(found.model, prompt.tolist(), 64, 80, GREEDY))
+    # Beams change places, and what is kept of them with them.
+    told = {"max_new_tokens": 9, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    beams = [model.generate(TOKENS[:, :7], use_cache=cached, **told) for cached in (True, False)]
+    assert torch.equal(*beams)
+
+
+@pytest.mark.parametrize("options", STATES, ids=str)
+def test_a_text_that_is_read_in_pieces_has_the_same_logits(tmp_path, options):
+    found = trained(tmp_path, **options)
+    model = loaded(tmp_path / "out", found)
+    cache, logits = None, []
+    with torch.no_grad():
+        for piece in TOKENS.split([5, 1, 7, 1, 2], 1):
+            out = model(piece, use_cache=True, **({} if cache is None else {"past_key_values": cache}))
+            cache = out.get("cache", out.get("past_key_values"))
+            logits.append(out.logits)
+        ours = found.model(TOKENS)
+    assert cache.get_seq_length() == 16
+    assert (torch.cat(logits, 1) - ours).abs().max() < 2e-5 * ours.abs().max()
+
+
+def test_what_a_state_cannot_do_is_refused(tmp_path):
+    model = loaded(tmp_path / "out", trained(tmp_path, "3"))
+    told = {"max_new_tokens": 4, "do_sample": False}
+    # Before transformers 5 the mask of such a cache is told of first.
+    with pytest.raises(ValueError, match=r"dynamic caches only|attention mask of"):
+        model.generate(TOKENS, cache_implementation="static", **told)
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        model.generate(TOKENS[:1], prompt_lookup_num_tokens=2, **told)
+    with pytest.raises(ValueError, match="attention mask of"):
+        model(TOKENS, attention_mask=torch.ones(2, 1, 16, 16, dtype=torch.bool))
+    with pytest.raises(ValueError, match="vLLM"):
+        model(TOKENS, attention_instances={})
 
 
 @pytest.mark.parametrize("options", OWN, ids=str)
