@@ -2,7 +2,7 @@
 
 States are [re | im], (batch, tokens, 2 D). A block adds an attention, and a feed-forward map or, from stage 2
 on, what Hamiltonian flows of (q, p) = (re, im) change, each of the normalised state. In stage 3 a Koopman
-operator may stand in for an attention, or beside it.
+operator or a MERA router may stand in for an attention, or beside it, and energies correct the logits.
 """
 
 import inspect
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -54,6 +54,12 @@ class MuseConfig(PretrainedConfig):
         trunk_drifts=(),
         mixers=(),
         koopman_selective=True,
+        mera_levels=0,
+        sliding_window=None,
+        dialectic="",
+        dialectic_units=0,
+        dialectic_candidates=0,
+        dialectic_rounds=1,
         tie_word_embeddings=False,
         **kwargs,
     ):
@@ -82,6 +88,12 @@ class MuseConfig(PretrainedConfig):
         # Names for each layer; empty where all have an attention alone.
         self.mixers = [list(names) for names in mixers]
         self.koopman_selective = koopman_selective
+        self.mera_levels = mera_levels
+        self.sliding_window = sliding_window
+        self.dialectic = dialectic
+        self.dialectic_units = dialectic_units
+        self.dialectic_candidates = dialectic_candidates
+        self.dialectic_rounds = dialectic_rounds
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
@@ -159,7 +171,8 @@ class MuseAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        out, _ = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        told = {"scaling": self.scaling, "sliding_window": self.config.sliding_window, **kwargs}
+        out, _ = attend(self, q, k, v, attention_mask, dropout=0.0, **told)
         return self.o_proj(out.reshape(*x.shape[:-1], -1).contiguous())
 
 
@@ -188,7 +201,7 @@ class MuseState(DynamicLayer):
         self.length, self.is_initialized = 0, False
 
     def crop(self, *args):
-        raise ValueError("a Koopman operator keeps a sum of the tokens, of which none can be taken back")
+        raise ValueError("a mixer of stage 3 keeps sums of the tokens, of which none can be taken back")
 
 
 class MuseKoopman(nn.Module):
@@ -209,12 +222,12 @@ class MuseKoopman(nn.Module):
         self.nu = nn.Parameter(torch.zeros(size // 2))
         self.theta = nn.Parameter(torch.zeros(size // 2))
 
-    def forward(self, x, live, cache):
-        """Of states (B, S, 2 D); ``live`` (B, S) is 0 for padding, which must come first, and may be None."""
+    def forward(self, x, places, cache):
+        """Of states (B, S, 2 D) of tokens at ``places``, see ``MuseModel.places``."""
         high = torch.promote_types(x.dtype, torch.float32)
         u, kept = self.in_proj(x), None if cache is None else cache.layers[self.slot]
-        if live is not None:
-            u = u * live.unsqueeze(-1).to(u.dtype)
+        # Padding before the tokens adds nothing.
+        u = u * (places >= 0).unsqueeze(-1).to(u.dtype)
         if kept is not None and kept.length:
             state, recent = torch.complex(*kept.keys.unbind(1)).unsqueeze(1), kept.values
         else:
@@ -250,6 +263,113 @@ def scanned(decay, x, state):
         out.append(own + product * state)
         state = out[-1][:, -1:]
     return torch.cat(out, 1)[:, :length]
+
+
+class MuseRouter(nn.Module):
+    """out(y_t GELU(gate x_t)), y_t a sum of nodes of a tree of the past: two a level, weighed for each head.
+
+    From a level to the next, of nodes x_k: a rotation of x_(2k+1) and x_(2k+2) with angles theta and g, and
+    then sums of x_(2k) and x_(2k+1) with angles phi, a and b. Node k of level l has tokens up to
+    2^l k + 2^(l+1) - 2.
+    """
+
+    def __init__(self, config, slot):
+        super().__init__()
+        self.slot, self.heads, self.levels = slot, config.num_attention_heads, config.mera_levels
+        size = config.hidden_size
+        self.in_proj = nn.Linear(size, size, bias=False)
+        self.gate_proj = nn.Linear(size, size, bias=False)
+        self.out_proj = nn.Linear(size, size, bias=False)
+        self.router = nn.Linear(size, 2 * self.heads * (self.levels + 1))
+        self.disentanglers = nn.Parameter(torch.zeros(self.levels, size))
+        self.isometries = nn.Parameter(torch.zeros(self.levels, 3 * (size // 2)))
+
+    def forward(self, x, places, cache):
+        """Of states (B, S, 2 D) of tokens at ``places``, see ``MuseModel.places``."""
+        high = torch.promote_types(x.dtype, torch.float32)
+        leaves = torch.complex(*self.in_proj(x).to(high).chunk(2, -1))
+        kept = None if cache is None else cache.layers[self.slot]
+        length = x.shape[1] + (0 if kept is None else kept.length)
+        levels = 1 + min(self.levels, (length + 1).bit_length() - 2)
+        weights = self.weights(self.router(x).to(high), places.clamp(min=0), levels)
+        if kept is None or not kept.length:
+            y, state = self.read_all(leaves, places, weights)
+        else:
+            y, state = self.read_on(leaves, places, weights, kept.keys, kept.values)
+        if kept is not None:
+            kept.store(*state, x.shape[1])
+        y = y * torch.complex(*F.gelu(self.gate_proj(x)).to(high).chunk(2, -1))
+        return self.out_proj(torch.cat((y.real, y.imag), -1).to(x.dtype))
+
+    def weights(self, logits, places, levels):
+        """Of nodes, (B, S, levels, 2, H, 1), the newest one of a level first."""
+        logits = logits.unflatten(-1, (self.heads, -1))[..., : 2 * levels].transpose(2, 3)
+        slots = torch.arange(2 * levels, device=logits.device)
+        missing = newest(places.unsqueeze(-1), slots // 2) < slots % 2
+        weights = logits.masked_fill(missing.unsqueeze(-1), -math.inf).softmax(2)
+        return weights.unflatten(2, (levels, 2)).unsqueeze(-1)
+
+    def read_all(self, leaves, places, weights):
+        """What tokens read that none comes before, (B, S, D), and the state after them."""
+        batch, length = leaves.shape[:2]
+        row = torch.arange(batch, device=leaves.device).unsqueeze(1)
+        # Without the padding before them; nobody reads what is behind them then.
+        at = torch.arange(length, device=leaves.device) + (places < 0).sum(1, keepdim=True)
+        nodes = leaves[row, at.clamp(max=length - 1)]
+        seen, y, recent, first = places.clamp(min=0), 0.0, [], []
+        for level in range(weights.shape[2]):
+            own, count = newest(seen, level), newest(places[:, -1:], level) + 1
+            for before in (0, 1):
+                read = nodes[row, (own - before).clamp(min=0)].unflatten(-1, (self.heads, -1))
+                y = y + weights[:, :, level, before] * read
+                recent.append(nodes[row, (count - 1 - before).clamp(min=0)])
+            firsts, nodes = self.coarser(nodes, level)
+            first.append(firsts[row, ((count - 1) // 2).clamp(min=0)])
+        state = torch.cat(recent, 1).unflatten(1, (-1, 2)), torch.cat(first, 1)
+        return y.flatten(2), state
+
+    def read_on(self, leaves, places, weights, recent, first):
+        """What tokens read that follow those of a state, one after another, and the state after them."""
+        levels = weights.shape[2]
+        recent = F.pad(recent, (0, 0, 0, 0, 0, levels - recent.shape[1]))
+        first = F.pad(first, (0, 0, 0, levels - first.shape[1]))
+        out = []
+        for at in range(leaves.shape[1]):
+            node, place, recents, firsts = leaves[:, at], places[:, at], [], []
+            for level in range(levels):
+                number = newest(place, level)
+                ends = ((number + 2 << level == place + 2) & (number >= 0)).unsqueeze(-1)
+                own, odd = recent[:, level], (number % 2 == 1).unsqueeze(-1)
+                pair = torch.stack((first[:, level], own[:, 0], node), 1)
+                after, made = self.coarser(pair, level)
+                after = torch.where((number == 0).unsqueeze(-1), node, after[:, -1])
+                firsts.append(torch.where(ends & ~odd, after, first[:, level]))
+                moved = torch.stack((node, own[:, 0]), 1)
+                recents.append(torch.where(ends.unsqueeze(-1), moved, own))
+                node = made[:, 0]
+            recent, first = torch.stack(recents, 1), torch.stack(firsts, 1)
+            nodes = recent.unflatten(-1, (self.heads, -1))
+            out.append((weights[:, at] * nodes).sum((1, 2)).flatten(1))
+        return torch.stack(out, 1), (recent, first)
+
+    def coarser(self, nodes, level):
+        """Of nodes (B, n, D): the first of each pair as it is summed, and one more; and the sums."""
+        pairs = (nodes.shape[1] - 1) // 2
+        left, right = nodes[:, 1 : 2 * pairs : 2], nodes[:, 2 : 2 * pairs + 1 : 2]
+        if level == self.levels:
+            return nodes[:, : pairs + 1], left
+        theta, g = self.disentanglers[level].to(nodes.real.dtype).chunk(2)
+        phi, a, b = self.isometries[level].to(nodes.real.dtype).chunk(3)
+        along, across = theta.cos(), torch.polar(theta.sin(), g)
+        left, right = along * left + across * right, along * right - across.conj() * left
+        firsts = torch.cat((nodes[:, :1], right), 1)
+        one, two = torch.polar(phi.cos(), a), torch.polar(phi.sin(), b)
+        return firsts, one * firsts[:, :-1] + two * left
+
+
+def newest(place, level):
+    """The last node of a level that has no token after a place; negative where there is none."""
+    return (place + 2 >> level) - 2
 
 
 class MuseMLP(nn.Module):
@@ -358,15 +478,15 @@ class MuseLayer(nn.Module):
         self.attention_norm = build_norm(config)
         self.self_attn = MuseAttention(config, layer_idx) if "attention" in slots else None
         self.koopman = MuseKoopman(config, slots["koopman"]) if "koopman" in slots else None
+        self.mera = MuseRouter(config, slots["mera"]) if "mera" in slots else None
         self.mlp_norm = build_norm(config)
         self.mlp = MuseFlow(config) if config.flows else MuseMLP(config)
 
-    def mix(self, x, rotary, attention_mask, live, cache, **kwargs):
+    def mix(self, x, rotary, attention_mask, places, cache, **kwargs):
         parts = []
         if self.self_attn is not None:
             parts.append(self.self_attn(x, rotary, attention_mask, cache, **kwargs))
-        if self.koopman is not None:
-            parts.append(self.koopman(x, live, cache))
+        parts += [part(x, places, cache) for part in (self.koopman, self.mera) if part is not None]
         return sum(parts[1:], parts[0])
 
 
@@ -422,10 +542,21 @@ class MuseModel(MusePreTrainedModel):
         )
         return cos, sin
 
+    def places(self, attention_mask, columns):
+        """Of tokens among those that are no padding, (B, S) or (1, S); -1 for padding before them.
+
+        Padding behind them may have any place: nothing can follow it.
+        """
+        if attention_mask is None:
+            return columns[None]
+        if attention_mask.ndim != 2:
+            raise ValueError("the mixers of stage 3 take an attention mask of (batch, tokens) only")
+        return (attention_mask.long().cumsum(1) - 1)[:, -len(columns) :]
+
     def prepare_cache(self, cache):
         """Have a state in place of keys and values where a mixer is no attention."""
         if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-            raise ValueError("Koopman operators go with dynamic caches only")
+            raise ValueError("the mixers of stage 3 go with dynamic caches only")
         for slots in mixer_slots(self.config):
             for name, slot in slots.items():
                 cache.layers.extend(DynamicLayer() for _ in range(slot + 1 - len(cache.layers)))
@@ -447,47 +578,87 @@ class MuseModel(MusePreTrainedModel):
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache()
-        live = None
-        if self.config.mixers:
-            if "attention_instances" in kwargs:
-                raise ValueError("vLLM has no cache for Koopman operators, and cannot run this model")
-            if attention_mask is not None and attention_mask.ndim != 2:
-                raise ValueError("Koopman operators take an attention mask of (batch, tokens) only")
-            live = None if attention_mask is None else attention_mask[:, -x.shape[1] :]
-            if cache is not None:
-                self.prepare_cache(cache)
+        config = self.config
+        if "attention_instances" in kwargs and (config.mixers or config.dialectic or config.sliding_window):
+            raise ValueError("vLLM has neither the caches of stage 3 nor its head, and cannot run this model")
+        if config.mixers and cache is not None:
+            self.prepare_cache(cache)
         start = cache.get_seq_length() if cache is not None else 0
-        places = torch.arange(start, start + x.shape[1], device=x.device)
+        columns = torch.arange(start, start + x.shape[1], device=x.device)
         if position_ids is None:
-            position_ids = places[None]
+            position_ids = columns[None]
+        places = self.places(attention_mask, columns) if config.mixers else None
         told = {
-            "config": self.config,
+            "config": config,
             "inputs_embeds": x,
             "input_embeds": x,
             "attention_mask": attention_mask,
-            "cache_position": places,
+            "cache_position": columns,
             CACHE: cache,
             "position_ids": position_ids,
         }
-        known = inspect.signature(create_causal_mask).parameters
-        mask = create_causal_mask(**{name: value for name, value in told.items() if name in known})
+        masking = create_sliding_window_causal_mask if config.sliding_window else create_causal_mask
+        known = inspect.signature(masking).parameters
+        mask = masking(**{name: value for name, value in told.items() if name in known})
         rotary = self.rotary(position_ids, x.dtype)
         # Of a trunk with a momentum v: v += kick f(norm x), x += drift v.
-        schedule = iter(zip(self.config.trunk_kicks, self.config.trunk_drifts, strict=True))
+        schedule = iter(zip(config.trunk_kicks, config.trunk_drifts, strict=True))
         momentum = 0.0
         for layer in self.layers:
             for norm in (layer.attention_norm, layer.mlp_norm):
                 normal = norm(x)
                 if norm is layer.attention_norm:
-                    change = layer.mix(normal, rotary, mask, live, cache, **kwargs)
+                    change = layer.mix(normal, rotary, mask, places, cache, **kwargs)
                 else:
                     change = layer.mlp(normal)
-                if self.config.trunk_kicks:
+                if config.trunk_kicks:
                     kick, drift = next(schedule)
                     momentum = momentum + kick * change
                     change = drift * momentum
                 x = x + change
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
+
+
+class MuseAntithesis(nn.Module):
+    """Logits minus energies of the likeliest tokens: r . f(A x + B e + C m + b) / sqrt(units).
+
+    e is a token's row in the head at a root mean square of 1, m the mean of B e by the tokens' shares.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        units, size = config.dialectic_units, config.hidden_size
+        self.kind, self.candidates = config.dialectic, config.dialectic_candidates
+        self.rounds = config.dialectic_rounds
+        self.state_weight = nn.Parameter(torch.zeros(units, size))
+        self.token_weight = nn.Parameter(torch.zeros(units, size))
+        self.mean_weight = nn.Parameter(torch.zeros(units, units))
+        self.bias = nn.Parameter(torch.zeros(units))
+        self.readout = nn.Parameter(torch.zeros(units))
+
+    def forward(self, states, logits, matrix):
+        high = torch.promote_types(states.dtype, torch.float32)
+        thesis, tokens = logits.to(high).topk(min(self.candidates, logits.shape[-1]), -1)
+        rows = F.embedding(tokens, matrix).to(high)
+        rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-12)
+        seen = F.linear(rows.to(states.dtype), self.token_weight).to(high)
+        own = F.linear(states, self.state_weight).to(high) + self.bias.to(high)
+        energies = torch.zeros_like(thesis)
+        for _ in range(self.rounds):
+            share = torch.softmax(thesis - energies, -1).unsqueeze(-1)
+            mean = F.linear((share * seen).sum(-2).to(states.dtype), self.mean_weight).to(high)
+            value = self.value(seen + (own + mean).unsqueeze(-2))
+            energies = (value * self.readout.to(high)).sum(-1) * len(self.readout) ** -0.5
+        return logits.to(high).scatter(-1, tokens, thesis - energies)
+
+    def value(self, a):
+        if self.kind == "mlp":
+            return F.gelu(a)
+        q, p = a.chunk(2, -1)
+        # The integral of GELU.
+        share = 0.5 * (1 + torch.erf(q * 0.5**0.5))
+        density = torch.exp(-0.5 * q.square()) / (2 * torch.pi) ** 0.5
+        return torch.cat((0.5 * ((q.square() - 1) * share + q * density), p.square() / 2), -1)
 
 
 class MuseForCausalLM(MusePreTrainedModel, GenerationMixin):
@@ -500,6 +671,7 @@ class MuseForCausalLM(MusePreTrainedModel, GenerationMixin):
         self.model = MuseModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.antithesis = MuseAntithesis(config) if config.dialectic else None
         self.post_init()
 
     def get_output_embeddings(self):
@@ -529,6 +701,8 @@ class MuseForCausalLM(MusePreTrainedModel, GenerationMixin):
         else:
             states = states[:, logits_to_keep]
         logits = self.lm_head(states)
+        if self.antithesis is not None:
+            logits = self.antithesis(states, logits, self.lm_head.weight)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)

@@ -41,6 +41,7 @@ from muse.layers import (
     ComplexLinear,
     ComplexRMSNorm,
     KoopmanOperator,
+    MeraRouter,
 )
 from muse.models.complex import ComplexBlock
 from muse.models.hamiltonian import HamiltonianBlock
@@ -117,17 +118,10 @@ def refusal(trained: Trained) -> str | None:
     stage = trained.config.stage
     if stage.mixer == "none":
         return "stage.mixer=none mixes no tokens, which no decoder elsewhere does; it cannot be exported"
-    if stage.dialectic != "none":
+    if stage.attention_window == 1:
         return (
-            f"stage.dialectic={stage.dialectic} corrects the logits of the head, which no engine does; only "
-            "stage.dialectic=none can be exported"
-        )
-    if stage.mera != "none":
-        return f"stage.mera={stage.mera} cannot be exported yet; only stage.mera=none can"
-    if stage.attention_window is not None:
-        return (
-            f"stage.attention_window={stage.attention_window} cannot be exported; only "
-            "stage.attention_window=null can"
+            "stage.attention_window=1 is a window that caches of transformers do not keep; larger ones and "
+            "stage.attention_window=null can be exported"
         )
     if stage.number in ("1", "2", "3") and stage.score != "real":
         return (
@@ -223,7 +217,8 @@ def _own_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 maps = _attention_maps(mixer, mixer.projection.weight.float())
                 tensors |= {f"{place}.{name}.weight": weight for name, weight in maps.items()}
             else:
-                tensors |= _koopman_tensors(f"{place}.koopman", mixer)
+                assert isinstance(mixer, KoopmanOperator | MeraRouter)
+                tensors |= _mixer_tensors(place, mixer)
         if isinstance(block, HamiltonianBlock | IntegratedBlock):
             tensors |= _named(f"{place}.mlp_norm", block.flow_norm)
             flows = len(block.flow.odes)
@@ -240,6 +235,8 @@ def _own_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
         gates = [gate for gate in (block.ffn.activation.bias, block.ffn.activation.slope) if gate is not None]
         if gates:
             tensors[f"{place}.mlp.gates"] = torch.stack([gate.float() for gate in gates])
+    if model.antithesis is not None:
+        tensors |= _named("antithesis", model.antithesis)
     described = {
         "model_type": "muse",
         "auto_map": {
@@ -264,6 +261,12 @@ def _own_decoder(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "trunk_drifts": model.trunk.drifts if model.trunk is not None else (),
         "mixers": [] if all(own == ["attention"] for own in mixers) else mixers,
         "koopman_selective": stage.koopman_selective,
+        "mera_levels": stage.mera_levels,
+        "sliding_window": stage.attention_window,
+        "dialectic": stage.dialectic if model.antithesis is not None else "",
+        "dialectic_units": len(model.antithesis.bias) if model.antithesis is not None else 0,
+        "dialectic_candidates": stage.dialectic_candidates,
+        "dialectic_rounds": stage.dialectic_rounds,
     }
     return described, tensors
 
@@ -274,23 +277,28 @@ def _mixers(block: ComplexBlock | HamiltonianBlock | IntegratedBlock) -> dict[st
         return {"attention": block.attention}
     if isinstance(block.mixer, MixerSum):
         return dict(block.mixer.named_children())
-    return {"attention" if isinstance(block.mixer, ComplexAttention) else "koopman": block.mixer}
+    names = {ComplexAttention: "attention", KoopmanOperator: "koopman", MeraRouter: "mera"}
+    return {names[type(block.mixer)]: block.mixer}
 
 
-def _koopman_tensors(place: str, operator: nn.Module) -> dict[str, Tensor]:
-    """Complex maps as real ones, all else as it is; angles of 0 where there are none."""
-    assert isinstance(operator, KoopmanOperator)
-    observables, gate = operator.projection.weight.float().chunk(2, 1)
+def _mixer_tensors(place: str, mixer: KoopmanOperator | MeraRouter) -> dict[str, Tensor]:
+    """Complex maps as real ones, all else as it is; angles of 0 where an operator has none."""
+    inward, gate = mixer.projection.weight.float().chunk(2, 1)
     tensors = {
-        "in_proj.weight": real_form(observables),
+        "in_proj.weight": real_form(inward),
         "gate_proj.weight": real_form(gate),
-        "out_proj.weight": real_form(operator.output.weight.float()),
-        "taps": operator.taps.float(),
-        "nu": operator.nu.float(),
-        "theta": operator.theta.float(),
+        "out_proj.weight": real_form(mixer.output.weight.float()),
     }
-    tensors = {f"{place}.{name}": tensor for name, tensor in tensors.items()}
-    return tensors if operator.rate is None else tensors | _named(f"{place}.rate", operator.rate)
+    if isinstance(mixer, KoopmanOperator):
+        place = f"{place}.koopman"
+        own = {"taps": mixer.taps, "nu": mixer.nu, "theta": mixer.theta}
+        linear = {} if mixer.rate is None else _named("rate", mixer.rate)
+    else:
+        place = f"{place}.mera"
+        own = {"disentanglers": mixer.disentanglers, "isometries": mixer.isometries}
+        linear = _named("router", mixer.router)
+    tensors |= {name: tensor.float() for name, tensor in own.items()} | linear
+    return {f"{place}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _named(place: str, module: nn.Module) -> dict[str, Tensor]:
