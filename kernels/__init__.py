@@ -13,5 +13,6 @@ __all__ = [
     "complex_norm",
     "complex_rotary",
     "complex_scan",
+    "linear_cross_entropy",
     "symplectic",
 ]

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 TABLE = Path(__file__).with_suffix(".json")
 TARGET = "sm_90"
 # Operations whose kernels multiply matrices; the others wait for memory.
-OPERATIONS = ("complex_attention", "complex_linear", "symplectic")
+OPERATIONS = ("complex_attention", "complex_linear", "linear_cross_entropy", "symplectic")
 # Launches whose products Hopper has instructions for: labels of cases to compile.
 IN_16_BITS = re.compile(r"16 bits|bfloat16")
 

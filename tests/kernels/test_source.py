@@ -67,6 +67,7 @@ def test_the_kernels_multiply():
     assert {name for name, count in products.items() if count} == {
         "complex_attention.triton_code",
         "complex_linear.triton_code",
+        "linear_cross_entropy.triton_code",
         "symplectic.triton_code",
     }
 
