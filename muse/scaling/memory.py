@@ -213,7 +213,8 @@ def memory(
     number of the state, z and v, for all blocks together. Behind the blocks nothing changes.
 
     1. The loss: activations, logits of min(T, 2^25 / V) tokens, their softmax of 2^22 numbers, the features'
-       gradient, once more for a chunk, and E.
+       gradient, once more for a chunk, and E. What is pinned for kernels/linear_cross_entropy has no logits
+       there, and its formula is larger by these.
     2. The backward pass of the last block, when all others still hold their activations: E, in stage 1 four
        times the hidden channels, in stage 0 three times those of up and gate, in stage 2 64 D bytes a token
        (states and gradients of a flow, in pieces and joined) and four times the hidden units of 1024 tokens.

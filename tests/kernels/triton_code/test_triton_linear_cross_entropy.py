@@ -10,6 +10,8 @@ from support.rounding import assert_as_accurate
 from kernels import linear_cross_entropy as operation
 from kernels.launch import eager
 from kernels.linear_cross_entropy import linear_cross_entropy, plain
+from muse.models import loss
+from muse.models.dialectic import Antithesis
 
 # Tokens, vocabulary, features. The interpreter's blocks are 16 tokens and words and, of losses, 32 features.
 ONE = (1, 1, 1)
@@ -197,3 +199,51 @@ def test_eager_and_triton_agree(device):
     for actual, reference in zip(got, expected, strict=True):
         torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got[0], plain.linear_cross_entropy(given[0], given[1], given[3], given[2]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_loss_of_the_models(dtype, reduction, device, splits, monkeypatch):
+    """As by chunks, without logits of a chunk."""
+    x, weight, bias, targets, _ = head_inputs(17, 21, 32, dtype, device)
+    monkeypatch.setattr(operation, "takes_triton", lambda x, training: operation.use_triton(x))
+
+    def run():
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        value = loss.linear_cross_entropy(*leaves[:2], targets, leaves[2], reduction)
+        return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+    got = run()
+    assert len(splits) == 3
+    with eager():
+        expected = run()
+    within = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 5e-3, "atol": 5e-3}
+    for actual, reference in zip(got, expected, strict=True):
+        torch.testing.assert_close(actual, reference, **within)
+    with torch.no_grad():
+        value = loss.linear_cross_entropy(x, weight, targets, bias, reduction)
+    torch.testing.assert_close(value, got[0])
+    assert len(splits) == 4
+
+
+def test_losses_of_the_models_tokens(device, splits, monkeypatch):
+    """With their entropy, which the kernel does not make, by chunks."""
+    x, weight, bias, targets, _ = head_inputs(17, 21, 32, torch.float32, device)
+    monkeypatch.setattr(operation, "takes_triton", lambda x, training: operation.use_triton(x))
+    losses, nothing = loss.linear_losses(x, weight, targets, bias)
+    assert (len(splits), nothing) == (1, None)
+    others, entropies = loss.linear_losses(x, weight, targets, bias, entropy=True)
+    assert len(splits) == 1
+    assert entropies.shape == losses.shape
+    torch.testing.assert_close(losses, others.where(targets >= 0, 0.0))
+
+
+def test_an_antithesis_is_given_logits(device, splits, monkeypatch):
+    x, weight, bias, targets, _ = head_inputs(17, 21, 32, torch.float32, device)
+    monkeypatch.setattr(operation, "takes_triton", lambda x, training: operation.use_triton(x))
+    antithesis = Antithesis("mlp", 32, 4).to(device)
+    value = loss.linear_cross_entropy(x, weight, targets, bias, antithesis=antithesis)
+    assert splits == []
+    # Its energies are 0 at the start.
+    torch.testing.assert_close(value, loss.linear_cross_entropy(x, weight, targets, bias))
+    assert len(splits) == 1
