@@ -674,9 +674,9 @@ class BenchmarkConfig:
     inputs: int = option(100, "random inputs of the stability benchmark.", at_least=1)
     rerun: bool = option(False, "whether a sweep measures again what a finished cell has already measured.")
     families: list[str] = option(
-        ["attention", "linear", "pointwise", "symplectic", "scan", "adamw"],
+        ["attention", "linear", "pointwise", "symplectic", "scan", "loss", "adamw"],
         "of the kernels.",
-        choices=("attention", "linear", "pointwise", "symplectic", "scan", "adamw"),
+        choices=("attention", "linear", "pointwise", "symplectic", "scan", "loss", "adamw"),
     )
     dtypes: list[str] = option(
         ["float32", "bfloat16"],

@@ -36,6 +36,9 @@ from kernels.complex_rotary import rotate
 from kernels.complex_rotary.plain import rotate as plain_rotate
 from kernels.complex_scan import complex_scan
 from kernels.complex_scan.plain import complex_scan as plain_scan
+from kernels.launch import eager
+from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.linear_cross_entropy.plain import linear_cross_entropy as plain_cross_entropy
 from kernels.planar import modulus_floor
 from kernels.symplectic import symplectic_flow
 from kernels.symplectic.plain import plain_flow, plain_force
@@ -48,6 +51,7 @@ from muse.measure.operations import InsideOperations
 from muse.measure.passes import Passes, Times, Updates, outputs, time_passes
 from muse.measure.peak_memory import GB, peak_memory
 from muse.measure.timing import quantile
+from muse.models.loss import linear_cross_entropy as loss_by_chunks
 
 TIME_STEP = 0.1
 # Units of the exact flow's state: 2^-22.
@@ -68,6 +72,7 @@ class Sizes:
     head_dim: int
     hidden: int
     steps: int
+    vocab: int
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ def sizes_of(config: BenchConfig) -> Sizes:
         head_dim=options.head_dim or widths.d_model // widths.heads,
         hidden=options.hidden or widths.d_ff,
         steps=options.ode_steps,
+        vocab=config.model.vocab_size,
     )
 
 
@@ -540,6 +546,48 @@ def gated_scan(scan: Function, u: Tensor, gate: Tensor, angle: Tensor) -> Tensor
     return scan(u, -F.softplus(gate), angle)[0]
 
 
+# --- Loss ------------------------------------------------------------------------------------------------
+
+
+def loss_cases(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> Iterator[Case]:
+    """The loss of each token under a planar head.
+
+    ``checkpoint`` makes all logits again in the backward pass, as ours makes tiles of them. ``chunks`` and
+    ``torch`` are means whose logits are made by chunks of tokens, with their gradients: as in the models
+    where this operation is not taken, and by torch where it has that.
+    """
+    x = normal(sizes.batch * sizes.length, 2 * sizes.width)
+    weight = normal(sizes.vocab, 2, sizes.width, scale=(2 * sizes.width) ** -0.5)
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(sizes.vocab, (len(x),), generator=generator).to(x.device)
+    functions = {"checkpoint": checkpointed_loss, "chunks": mean_by_chunks}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # Since torch 2.13.
+        functions["torch"] = mean_of_torch
+    ours, plain = (partial(f, targets=targets) for f in (linear_cross_entropy, plain_cross_entropy))
+    others: dict[str, tuple[Function, Sequence[Tensor]]] = {
+        name: (partial(f, targets=targets), (x, weight)) for name, f in functions.items()
+    }
+    yield Case("head loss", (x, weight), ours, plain, others)
+
+
+def checkpointed_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Autograd that keeps no logits."""
+    losses: Tensor = checkpoint(plain_cross_entropy, x, weight, targets, use_reentrant=False)
+    return losses
+
+
+def mean_by_chunks(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The loss of the models where no kernel makes it."""
+    with eager():
+        return loss_by_chunks(x, weight, targets)
+
+
+def mean_of_torch(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """torch's own function, by chunks."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(x, weight.flatten(1), targets, options=options)
+
+
 # --- Optimiser -------------------------------------------------------------------------------------------
 
 
@@ -605,5 +653,6 @@ FAMILIES: dict[str, Callable[[Sizes, torch.dtype, Normal], Iterator[Case]]] = {
     "pointwise": pointwise_cases,
     "symplectic": symplectic_cases,
     "scan": scan_cases,
+    "loss": loss_cases,
     "adamw": adamw_cases,
 }

@@ -141,6 +141,8 @@ def parts_of(device: str, sizes: Sizes) -> list[Part]:
         family("pointwise", 30),
         family("symplectic", 45),
         family("scan", 20),
+        # Of as many features as the kernels are pinned for.
+        bench("kernels_loss", 20, f"{kernels} {sizes.kernels} benchmark.width=128 benchmark.families=[loss]"),
         bench("kernels_adamw", 20, f"{halves} {sizes.kernels} benchmark.families=[adamw]"),
         bench(
             "kernels_long",
@@ -254,6 +256,8 @@ GOALS = (
          _ratio("kernels_seeds", f"symplectic flow, {SINGLE}", "fixed point")),
     Goal("flow against torch.compile of the eager flow", 2.0, True,
          _ratio("kernels_symplectic", f"symplectic flow, {HALF}", "compiled")),
+    Goal("loss of a head with 256 features, its gradients included, against chunks of logits", 1.0, True,
+         _ratio("kernels_loss", f"head loss, {HALF}", "chunks")),
     Goal("AdamW with rounding against torch's fused AdamW in float32", 1.5, True,
          _ratio("kernels_adamw", f"adamw, {HALF}", "fused float32")),
     Goal("stage 1, tokens a second", 1e6, True, _value("training_1", "tokens_per_second")),

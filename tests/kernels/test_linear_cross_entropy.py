@@ -89,6 +89,16 @@ def test_registration(with_bias):
         torch.library.opcheck(operation._linear_cross_entropy_backward, arguments)
 
 
+@pytest.mark.slow
+def test_compiles_in_one_graph():
+    given = head_inputs(9, 7, 4, torch.float32)
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True)
+    for actual, expected in zip(
+        results(compiled, *given), results(linear_cross_entropy, *given), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_no_second_derivative():
     x, weight, _, targets, grad = head_inputs(9, 7, 4)
     x.requires_grad_()

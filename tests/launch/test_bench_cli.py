@@ -143,7 +143,7 @@ def test_the_kernels_are_measured_beside_their_alternatives(tmp_path, bench):
     assert result["attention_real_float32_sdpa_ratio"] > 0
     assert result["symplectic_flow_bfloat16_eager_ratio"] > 0
     rows = result["details"]["kernels"]
-    assert len(rows) == 35
+    assert len(rows) == 37
     assert all(row["alternatives"]["ours"]["peak_gb"] > 0 for row in rows.values())
     assert (path.parent / "kernels.png").read_bytes().startswith(b"\x89PNG")
     assert "rms norm, bfloat16:" in done.stdout
