@@ -50,6 +50,7 @@ NOT_RUN = {
     "pip install": "the gate installs .[dev] (.ci/run), which has the other extras",
     "python -m pytest": "the gate does it (.ci/run)",
     "python -m pdoc": "test_the_reference_has_every_name_and_no_warning does it",
+    "python tests/random_kills.py": "takes minutes; test_random_kills.py does it in small",
     "python -m muse.card": "asks for minutes; test_real_parts_answer_and_are_told asks in small",
     "python -m kernels.resources": "writes kernels/resources.json, which tests hold against the source",
     "python -m kernels.instructions": "prints docs/instructions.md, which test_instructions.py compares",
