@@ -23,7 +23,7 @@ from muse.files import disk_full_as_run_error
 from muse.launch.composition import one_line, prepare_hydra
 from muse.launch.help import help_text
 from muse.launch.sweep import check_plugins, digest, finish_sweep, record, record_failure, record_interruption
-from muse.processes import signals
+from muse.processes import signals, slurm
 from muse.processes.torchrun import launched_rank, launched_ranks, report_exit
 from muse.report.sweep import UNFINISHED
 from muse.runs.options import stage_and_model
@@ -138,6 +138,7 @@ def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
     """
     if not signals.is_command():
         signals.install_worker_handlers()
+        slurm.install_slurm_handler()
     if signals.received() is not None:
         return
     run = Path(HydraConfig.get().runtime.output_dir)
@@ -162,7 +163,7 @@ def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
         status = 130
     except SystemExit:
         received = signals.received()
-        if received is None:  # Slurm's time is over, and submitit has queued the cell again.
+        if received is None:
             raise
         _print_interrupted()
         status = 128 + received
@@ -171,6 +172,11 @@ def run_job(composed: DictConfig, job: Callable[[Any, Path], int]) -> None:
         raise
     if status > 128:
         record_interruption()
+        try:
+            slurm.queue_again()
+        except RunError as error:
+            record_failure(error)
+            _print_error(error)
     signals.exit_if_orphaned()
     _statuses.append(status)
     # A worker returns instead: it would be ended, and with it the others, which may not have saved yet.

@@ -6,54 +6,31 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from safetensors.torch import load_file, save
 from support.commands import commands_here
-from support.configs import run_options
-from support.processes import ROOT, Copies, be_command, environment_apart, keep_cells
-from support.waiting import PATIENCE, wait_until
+from support.processes import ROOT, Copies, be_command, keep_cells
+from support.sweeps import (
+    HELD,
+    STEPS,
+    TWO,
+    options,
+    outcomes,
+    start,
+    summary,
+    sweep,
+    sweeps,
+    wait_for_steps,
+    wait_until_alone,
+    weights,
+)
+from support.waiting import PATIENCE
 
-from muse.export import export_run
 from muse.files import find_files
-
-STEPS = 16
-# Of which a process and all that it starts can be told.
-MARK = "MUSE_TEST_SWEEP"
-
-
-def options(place: Path, root: str) -> list[str]:
-    """Of a sweep of very small runs that log every step."""
-    return [*run_options(place, root), "train.eval_every=0", "train.sample_tokens=0"]
-
-
-def start(place: Path, root: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Start a sweep below the folder ``root``; its processes may be found by ``processes_of(root)``."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "-m", *options(place, root), *arguments],
-        cwd=place,
-        # submitit starts processes that know nothing of train.py's folder.
-        env={**environment_apart(), MARK: str(place / root), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def sweep(place: Path, root: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of a sweep; nothing may ever show a traceback."""
-    process = start(place, root, *arguments, **environment)
-    try:
-        out, err = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-    assert "Traceback" not in out + err, err
-    return process.returncode, out, err
 
 
 @pytest.fixture
@@ -68,67 +45,6 @@ def sweep_here(monkeypatch, capfd, place):
         return status, out, err
 
     return run
-
-
-def sweeps(place: Path, root: str) -> list[Path]:
-    """Folders of the sweeps below ``root``, the oldest first."""
-    found = (place / root / "train" / "sweep").glob("*/summary.json")
-    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
-
-
-def summary(folder: Path) -> list[dict[str, Any]]:
-    cells: list[dict[str, Any]] = json.loads((folder / "summary.json").read_text())
-    return cells
-
-
-def outcomes(folder: Path, option: str) -> list[tuple[str, str]]:
-    return [(cell["options"][option], cell["status"]) for cell in summary(folder)]
-
-
-def weights(folder: Path, place: Path) -> list[bytes]:
-    """Final weights of each cell of a sweep."""
-    found = []
-    for cell in summary(folder):
-        export_run(folder / cell["folder"], place / "weights.safetensors", "last")
-        # Without the metadata, which name the cell's options.
-        found.append(save(load_file(place / "weights.safetensors")))
-    return found
-
-
-def processes_of(mark: Path) -> list[int]:
-    """Processes that a sweep below ``mark`` has started, and that still run."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"{MARK}={mark}".encode() in entry.read_bytes().split(b"\0"):
-                found.append(int(entry.parent.name))
-        except OSError:
-            continue
-    return found
-
-
-def wait_for_steps(process: subprocess.Popen[str], root: Path, steps: int, cells: int) -> None:
-    """Wait until so many cells have made so many steps."""
-
-    def count(path: Path) -> int:
-        return path.read_text(encoding="utf-8").count("\n")
-
-    def made() -> bool:
-        logs = find_files(root / "train", "metrics.jsonl")
-        return sum(count(log) >= steps for log in logs) >= cells
-
-    try:
-        wait_until(made, lambda: process.poll() is None)
-    except AssertionError as error:
-        process.kill()
-        raise AssertionError(process.communicate()) from error
-
-
-def wait_until_alone(root: Path) -> None:
-    wait_until(lambda: not processes_of(root))
-
-
-TWO = ["seed=0,1", f"train.steps={STEPS}", "train.checkpoint_every=4", "resume=auto"]
 
 
 @pytest.fixture(scope="module")
@@ -186,25 +102,6 @@ def test_cells_that_differ_in_their_hardware_are_all_trained(place, sweep_here):
     assert status == 0, err
     (folder,) = sweeps(place, "hardware")
     assert outcomes(folder, "hardware.threads") == [("1", "trained"), ("2", "trained")]
-
-
-# Lets every cell wait after so many steps until it is sent a signal, or has been since its first step.
-HELD = """
-import signal, time
-from muse.report.metrics import MetricsLog
-
-log, sent = MetricsLog.__call__, []
-
-def log_and_wait(self, step, metrics):
-    if step == 1:
-        handle = signal.getsignal(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, lambda *given: (sent.append(given), handle(*given)))
-    log(self, step, metrics)
-    while step == {steps} and not sent:
-        time.sleep(0.01)
-
-MetricsLog.__call__ = log_and_wait
-"""
 
 
 @pytest.mark.slow
@@ -340,7 +237,7 @@ os.execv(command[0], command)
 
 @pytest.mark.slow
 def test_cells_run_through_slurm(place, tmp_path):
-    """Slurm itself is played by two scripts."""
+    """Slurm itself is played by two scripts; test_slurm.py has a real one where it is installed."""
     for name, text in (("sbatch", SBATCH), ("srun", SRUN)):
         (tmp_path / name).write_text(text.format(python=sys.executable, folder=tmp_path))
         (tmp_path / name).chmod(0o755)
@@ -352,6 +249,14 @@ def test_cells_run_through_slurm(place, tmp_path):
     (folder,) = sweeps(place, "slurm")
     assert outcomes(folder, "seed") == [("0", "trained"), ("1", "trained")]
     script = (tmp_path / "script.sh").read_text()
-    for line in ("--array=0-1%2", "--gpus-per-node=1", "--cpus-per-task=8", "--partition=fast", "--time=240"):
+    for line in (
+        "--array=0-1%2",
+        "--gpus-per-node=1",
+        "--cpus-per-task=8",
+        "--partition=fast",
+        "--time=240",
+        "--requeue",
+        "--signal=USR2@300",
+    ):
         assert f"#SBATCH {line}\n" in script
     assert "\nexport OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK\n" in script
