@@ -115,6 +115,10 @@ def start(main: Callable[[], Any]) -> None:
     except SystemExit as ended:
         if isinstance(ended.__cause__, ConfigError):
             _print_error(ended.__cause__)
+        received = signals.received()
+        if received is not None:
+            # Of the status with which a signal ends the command Ray makes 1.
+            sys.exit(128 + received)
         raise
     except BrokenPipeError:
         if not INFORMATION_FLAGS.intersection(sys.argv):

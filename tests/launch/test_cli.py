@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -81,3 +82,14 @@ def test_another_error_on_one_of_several_ranks_keeps_its_trace(run_failing, caps
         run_failing(RuntimeError(message))
     assert str(caught.value) == message
     assert "reach each other" not in capsys.readouterr().err
+
+
+def test_after_a_signal_the_status_tells_it_whatever_a_launcher_makes_of_it(monkeypatch):
+    def launch():
+        monkeypatch.setattr(cli.signals, "_received", signal.SIGTERM)
+        raise SystemExit(1)
+
+    monkeypatch.setattr(cli, "prepare", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.start(launch)
+    assert ended.value.code == 128 + signal.SIGTERM
