@@ -138,7 +138,6 @@ def one_node_slurm(folder: Path) -> Iterator[Slurm]:
         try:
             yield slurm
         finally:
-            slurm("scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}")
             slurm("scancel", f"--user={getpass.getuser()}")
             wait_until(lambda: not slurm.jobs())
 
