@@ -1,6 +1,8 @@
 """Text, tokenizers, tokenised splits and batches."""
 
 from muse.data.batches import (
+    document_batch,
+    document_targets,
     end_of_training_text,
     evaluation_batches,
     evaluation_windows,
@@ -9,6 +11,7 @@ from muse.data.batches import (
 )
 from muse.data.corpus import Corpus, count_words, load_corpus
 from muse.data.interleaving import Mix
+from muse.data.packing import PackedText, pack
 from muse.data.splits import SPLITS
 from muse.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_of
 from muse.data.tokens import Counts, TokenData, load_tokens
@@ -18,15 +21,19 @@ __all__ = [
     "Corpus",
     "Counts",
     "Mix",
+    "PackedText",
     "TokenData",
     "Tokenizer",
     "build_tokenizer",
     "count_words",
+    "document_batch",
+    "document_targets",
     "end_of_training_text",
     "evaluation_batches",
     "evaluation_windows",
     "load_corpus",
     "load_tokens",
+    "pack",
     "rolling_batches",
     "tokenizer_of",
     "training_batch",

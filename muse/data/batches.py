@@ -5,11 +5,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
 from muse.data.interleaving import Mix
+from muse.data.packing import PackedText
 from muse.errors import ConfigError
 
 # What messages call a training split that is no mix.
@@ -44,13 +46,54 @@ def training_batch(
     return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
+def document_batch(
+    text: PackedText | Mix, step: int, batch_size: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The batch of one training step on documents, a pure function of its arguments.
+
+    An epoch visits every window once, in random order; else it is as ``training_batch``.
+
+    Args:
+        text: the packed training split, or several.
+        step: number of the micro-batch, from 0.
+        batch_size: windows in the batch.
+        seed: seed of the orders.
+
+    Returns:
+        Inputs, targets, the tokens that follow, or -1 where nothing does, and positions, which are 0 where a
+        token sees none of those before it; int64 of shape (batch_size, seq_len).
+    """
+    windows = [
+        packed.window(number)
+        for packed, number in _packed_windows(text, step * batch_size, (step + 1) * batch_size, seed)
+    ]
+    inputs, targets, positions = (torch.from_numpy(np.stack(part)) for part in zip(*windows, strict=True))
+    return inputs, targets, positions
+
+
+def document_targets(text: PackedText | Mix, first: int, last: int, seed: int) -> int:
+    """How many targets count in the windows ``first`` to ``last - 1`` of a training on documents."""
+    return sum(packed.filled(number) for packed, number in _packed_windows(text, first, last, seed))
+
+
+def _packed_windows(
+    text: PackedText | Mix, first: int, last: int, seed: int
+) -> Iterator[tuple[PackedText, int]]:
+    """Of each window in the row of all epochs, the text that it is of and its number there."""
+    for index in range(first, last):
+        packed, _, key, own = _source_of(text, index, seed)
+        epoch, position = divmod(own, packed.windows)
+        _, order = _epoch(packed.windows, 0, (*key, epoch))
+        yield packed, int(order[position])
+
+
 def end_of_training_text(
-    tokens: np.ndarray | Mix, windows: int, seq_len: int, seed: int, most: int
+    tokens: np.ndarray | PackedText | Mix, windows: int, seq_len: int, seed: int, most: int
 ) -> tuple[int, str] | None:
     """After which step some training text has no window left that was not seen.
 
     Args:
-        tokens: the training split, or several.
+        tokens: the training split, packed or not, or several.
         windows: in a step.
         seq_len: inputs in a window.
         seed: of the training.
@@ -65,7 +108,10 @@ def end_of_training_text(
     mix = tokens if isinstance(tokens, Mix) else Mix((WHOLE,), (tokens,), (1.0,))
     ends = []
     for number, (name, stream) in enumerate(zip(mix.names, mix.tokens, strict=True)):
-        there, _ = _epoch_size(len(stream), seq_len, name)
+        if isinstance(stream, PackedText):
+            there = stream.windows
+        else:
+            there, _ = _epoch_size(len(stream), seq_len, name)
 
         def seen(step: int, number: int = number) -> int:
             return mix.windows_of(step * windows, seed)[number]
@@ -77,16 +123,20 @@ def end_of_training_text(
 
 def _window(tokens: np.ndarray | Mix, index: int, seq_len: int, seed: int) -> np.ndarray:
     """A window of ``seq_len`` inputs and the last target, by its number."""
-    name = WHOLE
-    key: tuple[int, ...] = (seed,)
-    if isinstance(tokens, Mix):
-        source, index = tokens.source_of(index, seed)
-        name, key, tokens = tokens.names[source], (seed, source), tokens.tokens[source]
-    windows, slack = _epoch_size(len(tokens), seq_len, name)
-    epoch, position = divmod(index, windows)
+    source, name, key, own = _source_of(tokens, index, seed)
+    windows, slack = _epoch_size(len(source), seq_len, name)
+    epoch, position = divmod(own, windows)
     offset, order = _epoch(windows, slack, (*key, epoch))
     start = offset + int(order[position]) * seq_len
-    return tokens[start : start + seq_len + 1]
+    return source[start : start + seq_len + 1]
+
+
+def _source_of(text: Any, index: int, seed: int) -> tuple[Any, str, tuple[int, ...], int]:
+    """What a window is of, its name, what its epochs are drawn by, and the window's number in it."""
+    if not isinstance(text, Mix):
+        return text, WHOLE, (seed,), index
+    source, index = text.source_of(index, seed)
+    return text.tokens[source], text.names[source], (seed, source), index
 
 
 def _epoch_size(tokens: int, seq_len: int, name: str) -> tuple[int, int]:

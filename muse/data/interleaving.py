@@ -7,6 +7,8 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from muse.data.packing import PackedText
+
 # Shares are whole multiples of 1 / SCALE, so that no place is rounded, however far the training is.
 SCALE = 1 << 40
 
@@ -21,12 +23,12 @@ class Mix:
 
     Attributes:
         names: of the sources, as messages tell them.
-        tokens: of each, integers of shape (n,).
+        tokens: of each, integers of shape (n,), or those packed.
         weights: of each, above 0.
     """
 
     names: tuple[str, ...]
-    tokens: tuple[np.ndarray, ...]
+    tokens: tuple[np.ndarray | PackedText, ...]
     weights: tuple[float, ...]
 
     def __len__(self) -> int:
