@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kernels.complex_attention import complex_attention, windowed_attention
 from kernels.complex_rotary import split_heads
 from muse.layers.linear import ComplexLinear
+from muse.layers.packing import Packing
 from muse.layers.rotary import rotary_table
 
 
@@ -88,29 +89,25 @@ class ComplexAttention(nn.Module):
         self,
         z: Tensor,
         cache: KVCache | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Map planar (B, S, 2, D) to planar (B, S, 2, D).
 
         Args:
             z: states.
             cache: of the tokens before z, which those of z are added to. Decode without gradients.
-            cu_seqlens: int32 boundaries of sequences packed into a batch of one, see ``complex_attention``;
-                the positions of each begin at 0.
-            max_seqlen: an upper bound of the packed lengths.
+            packing: of documents that do not see each other.
 
         Raises:
-            ValueError: a cache, or a window, of packed sequences.
+            ValueError: a cache, or a window, of packed documents.
         """
-        if (cache is not None or self.window is not None) and cu_seqlens is not None:
-            raise ValueError("packed sequences have no cache and no window")
+        if packing is not None:
+            if cache is not None or self.window is not None:
+                raise ValueError("packed documents have no cache and no window")
+            return self._of_documents(z, packing)
         projection = self.projection(z).unflatten(-1, (-1, self.head_dim))
         start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + z.shape[1], device=z.device)
-        if cu_seqlens is not None:
-            own = torch.bucketize(positions.to(cu_seqlens.dtype), cu_seqlens, right=True) - 1
-            positions = positions - cu_seqlens[own]
         table = rotary_table(positions, self.head_dim)
         q, k, v = split_heads(projection, table, self.heads, self.kv_heads)
         if cache is not None:
@@ -118,5 +115,19 @@ class ComplexAttention(nn.Module):
         if self.window is not None:
             out = windowed_attention(q, k, v, self.score, self.window)
         else:
-            out = complex_attention(q, k, v, self.score, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        return self.output(out.permute(0, 2, 3, 1, 4).flatten(-2))
+            out = complex_attention(q, k, v, self.score)
+        return self.output(_states_of(out))
+
+    def _of_documents(self, z: Tensor, packing: Packing) -> Tensor:
+        """The windows as one row, of which a token sees its own document alone."""
+        projection = self.projection(z.flatten(0, 1)[None]).unflatten(-1, (-1, self.head_dim))
+        table = rotary_table(packing.positions.flatten(), self.head_dim)
+        q, k, v = split_heads(projection, table, self.heads, self.kv_heads)
+        bounds = packing.cu_seqlens
+        out = complex_attention(q, k, v, self.score, cu_seqlens=bounds, max_seqlen=z.shape[1])
+        return self.output(_states_of(out)).view(z.shape)
+
+
+def _states_of(heads: Tensor) -> Tensor:
+    """Planar (B, H, S, 2, d) as planar (B, S, 2, H d)."""
+    return heads.permute(0, 2, 3, 1, 4).flatten(-2)

@@ -16,6 +16,7 @@ from kernels.planar import multiply, upcast
 from kernels.products import linear
 from muse.layers.activation import SplitGELU
 from muse.layers.linear import ComplexLinear
+from muse.layers.packing import Packing
 from muse.layers.prediction import shares_of
 from muse.processes.ranks import whole
 
@@ -173,16 +174,26 @@ class KoopmanOperator(nn.Module):
         rate = linear(z.flatten(-2), self.rate.weight, self.rate.bias)
         return _fastest(self.nu) * torch.sigmoid(upcast(rate))
 
-    def forward(self, z: Tensor, cache: KoopmanState | None = None) -> Tensor:
+    def forward(self, z: Tensor, cache: KoopmanState | None = None, packing: Packing | None = None) -> Tensor:
         """Map planar (B, S, 2, D) to planar (B, S, 2, D).
 
         Args:
             z: states.
             cache: of the tokens before z, which takes in those of z. Decode without gradients.
+            packing: of documents that know nothing of each other, without a cache.
+
+        Raises:
+            ValueError: a cache of packed documents.
         """
         u, gate = self.projection(z).chunk(2, dim=-1)
-        before = None if cache is None else cache.observables
-        g, after = complex_scan(self._convolved(u, cache), self.log_decay(z), self.theta, before)
+        log_decay, before = self.log_decay(z), None if cache is None else cache.observables
+        if packing is None:
+            heard = self._convolved(u, cache)
+        elif cache is not None:
+            raise ValueError("packed documents have no cache")
+        else:
+            heard, log_decay = self._begun_anew(u, log_decay, packing.positions)
+        g, after = complex_scan(heard, log_decay, self.theta, before)
         if self.noted is not None and (shares := shares_of(g, u)) is not None:
             self.noted.append(shares)
         if cache is not None:
@@ -203,6 +214,21 @@ class KoopmanOperator(nn.Module):
         turn = steps * theta.double()
         power = (steps * decay).exp() * torch.stack((turn.cos(), turn.sin())).to(decay)
         return multiply(power, observables)
+
+    def _begun_anew(self, u: Tensor, log_decay: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What a scan takes of documents, so that each is as if nothing came before it."""
+        high, taps = upcast(u), upcast(self.taps)
+        heard = high * taps[:, -1]
+        for back in range(1, TAPS):
+            earlier = F.pad(high, (0, 0, 0, 0, back, 0))[:, : u.shape[1]]
+            unknown = (positions < back)[..., None, None]
+            heard = heard + earlier.masked_fill(unknown, 0) * taps[:, -1 - back]
+        # A scan that forgets takes the whole input, and a first token that has nothing to forget its share.
+        first = (positions == 0)[..., None]
+        power = -torch.expm1(2 * log_decay)
+        share = power.clamp(min=torch.finfo(power.dtype).tiny).sqrt()
+        heard = torch.where(first, share, 1.0).unsqueeze(-2) * heard
+        return heard.to(u.dtype), log_decay.masked_fill(first, -math.inf)
 
     def _convolved(self, u: Tensor, cache: KoopmanState | None) -> Tensor:
         recent = None if cache is None else cache.recent

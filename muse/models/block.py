@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from muse.layers.packing import Packing
 from muse.models.trunk import Sublayer, TrunkState
 
 
@@ -29,15 +30,17 @@ class Block(nn.Module):
         """What the mixer keeps of the tokens before, without tokens."""
         return getattr(self, self.mixer_name).new_cache(longest)
 
-    def sublayers(self, cache: Any = None) -> list[Sublayer]:
+    def sublayers(self, cache: Any = None, packing: Packing | None = None) -> list[Sublayer]:
         """What is added to the state, in turn."""
         return [
-            Sublayer(getattr(self, f"{name}_norm"), getattr(self, name), self.dropout, own)
-            for name, own in ((self.mixer_name, cache), (self.update_name, None))
+            Sublayer(getattr(self, f"{name}_norm"), getattr(self, name), self.dropout, *own)
+            for name, own in ((self.mixer_name, (cache, packing)), (self.update_name, ()))
         ]
 
-    def forward(self, x: Tensor | TrunkState, cache: Any = None) -> Tensor | TrunkState:
-        mixing, updating = self.sublayers(cache)
+    def forward(
+        self, x: Tensor | TrunkState, cache: Any = None, packing: Packing | None = None
+    ) -> Tensor | TrunkState:
+        mixing, updating = self.sublayers(cache, packing)
         if isinstance(x, TrunkState):
             return x.through((mixing, updating))
         x, normal = updating.norm.of_sum(x, mixing(x))  # type: ignore[operator]

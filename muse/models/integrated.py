@@ -16,6 +16,7 @@ from muse.layers import (
     MeraRouter,
     MeraState,
 )
+from muse.layers.packing import Packing
 from muse.models.block import Block
 from muse.models.complex import build_norm, decoder_of
 from muse.models.dialectic import Antithesis
@@ -50,9 +51,12 @@ class MixerSum(nn.Module):
         """A cache of each without tokens."""
         return Caches([mixer.new_cache(longest) for mixer in self.children()])  # type: ignore[operator]
 
-    def forward(self, z: Tensor, cache: Caches | None = None) -> Tensor:
+    def forward(self, z: Tensor, cache: Caches | None = None, packing: Packing | None = None) -> Tensor:
         caches = [None] * len(self._modules) if cache is None else cache.parts
-        first, *others = (mixer(z, own) for mixer, own in zip(self.children(), caches, strict=True))
+        together = () if packing is None else (packing,)
+        first, *others = (
+            mixer(z, own, *together) for mixer, own in zip(self.children(), caches, strict=True)
+        )
         return sum(others, first)
 
 

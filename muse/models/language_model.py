@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kernels.products import linear
 from muse.layers.koopman import noted_shares, prediction_loss
+from muse.layers.packing import Packing
 from muse.layers.recompute import recomputed_call
 from muse.models.dialectic import Antithesis
 from muse.models.loss import linear_cross_entropy, linear_losses
@@ -56,28 +57,30 @@ class LanguageModel(nn.Module):
         # Weight of the auxiliary loss of Koopman operators; 0 for none.
         self.koopman_prediction = 0.0
 
-    def features(self, tokens: Tensor) -> Tensor:
-        """Real features (B, S, E) before the head."""
-        return self.read_out(self.norm(self._through_loops(self.embedding(tokens))))
+    def features(self, tokens: Tensor, packing: Packing | None = None) -> Tensor:
+        """Real features (B, S, E) before the head; of packed documents, each as if it were alone."""
+        return self.read_out(self.norm(self._through_loops(self.embedding(tokens), packing=packing)))
 
-    def _through_loops(self, embedded: Tensor, caches: Sequence[Any] | None = None) -> Tensor:
+    def _through_loops(
+        self, embedded: Tensor, caches: Sequence[Any] | None = None, packing: Packing | None = None
+    ) -> Tensor:
         """The state after all blocks; each takes a cache for every loop, if there are any."""
         if self.trunk is not None:
-            return self.trunk(embedded, self.blocks, caches)
+            return self.trunk(embedded, self.blocks, caches, packing)
         state, count = embedded, len(self.blocks)
         for loop in range(self.loops):
             if loop:
                 state = state + embedded
-            state = self._through_blocks(
-                state, None if caches is None else caches[loop * count : (loop + 1) * count]
-            )
+            own = None if caches is None else caches[loop * count : (loop + 1) * count]
+            state = self._through_blocks(state, own, packing)
         return state
 
-    def _through_blocks(self, state: Tensor, caches: Sequence[Any] | None) -> Tensor:
+    def _through_blocks(self, state: Tensor, caches: Sequence[Any] | None, packing: Packing | None) -> Tensor:
         if not self.recompute or not torch.is_grad_enabled():
-            return through(state, self.blocks, caches)
+            return through(state, self.blocks, caches, packing)
         for start in range(0, len(self.blocks), self.recompute):
-            state = recomputed_call(through, state, self.blocks[start : start + self.recompute])
+            own = self.blocks[start : start + self.recompute]
+            state = recomputed_call(through, state, own, None, packing)
         return state
 
     def compile_features(self) -> None:
@@ -133,7 +136,12 @@ class LanguageModel(nn.Module):
         return logits if self.antithesis is None else self.antithesis(features, logits, matrix)
 
     def loss(
-        self, tokens: Tensor, targets: Tensor, reduction: str = "mean", select: Select | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        reduction: str = "mean",
+        select: Select | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Cross-entropy in nats of ``targets`` (B, S) given ``tokens`` (B, S); targets of -1 do not count.
 
@@ -141,16 +149,17 @@ class LanguageModel(nn.Module):
             tokens, targets: int64.
             reduction: ``mean`` or ``sum``.
             select: which of the tokens count; None for all.
+            packing: of documents that know nothing of each other; of stages 0 to 3.
 
         An auxiliary loss of Koopman operators adds to the gradient, and not to the value.
         """
         auxiliary = None
         if self.koopman_prediction and torch.is_grad_enabled():
             with noted_shares(self) as noted:
-                features = self.features(tokens)
+                features = self.features(tokens, packing)
             auxiliary = prediction_loss(noted)
         else:
-            features = self.features(tokens)
+            features = self.features(tokens, packing)
         if select is not None:
             kept = select(self, features, tokens, targets)
             features, targets = (x.flatten(0, 1)[kept][None] for x in (features, targets))

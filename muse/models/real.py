@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from muse.config import StageConfig, WidthConfig
 from muse.layers import KVCache
+from muse.layers.packing import Packing
 from muse.layers.rotary import rotary_table, rotate_pairs
 from muse.models.block import Block
 from muse.models.language_model import LanguageModel
@@ -48,8 +49,21 @@ class RealAttention(nn.Module):
         """A cache without tokens, of which it may have any number."""
         return KVCache()
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Map (B, S, d) to (B, S, d); a cache is of the tokens before x, which those of x are added to."""
+    def forward(self, x: Tensor, cache: KVCache | None = None, packing: Packing | None = None) -> Tensor:
+        """Map (B, S, d) to (B, S, d).
+
+        Args:
+            x: states.
+            cache: of the tokens before x, which those of x are added to.
+            packing: of documents that do not see each other, without a cache.
+
+        Raises:
+            ValueError: a cache of packed documents.
+        """
+        if packing is not None:
+            if cache is not None:
+                raise ValueError("packed documents have no cache")
+            return self._of_documents(x, packing)
         heads = self.projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         start = 0 if cache is None else cache.length
@@ -64,6 +78,19 @@ class RealAttention(nn.Module):
                 mask = torch.arange(k.shape[2], device=x.device) <= positions[:, None]
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.output(out.transpose(1, 2).flatten(-2))
+
+    def _of_documents(self, x: Tensor, packing: Packing) -> Tensor:
+        heads = self.projection(x.flatten(0, 1)).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
+        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads))
+        table = rotary_table(packing.positions.flatten(), self.head_dim // 2)
+        q, k, v = (
+            y.unflatten(1, packing.positions.shape).transpose(0, 1)
+            for y in (rotate_pairs(q, table), rotate_pairs(k, table), v)
+        )
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=packing.seen()[:, None], enable_gqa=self.heads != self.kv_heads
         )
         return self.output(out.transpose(1, 2).flatten(-2))
 

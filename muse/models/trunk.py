@@ -35,6 +35,7 @@ from torch.autograd.graph import get_gradient_edge
 from muse.dynamics import FallsBack
 from muse.errors import RunError
 from muse.hardware import restore_torch_random_state, torch_random_state
+from muse.layers.packing import Packing
 from muse.layers.recompute import recomputed_as_a_whole, recomputed_call
 
 # The resolution of z is that of float32 at about 8.
@@ -53,15 +54,19 @@ class Sublayer:
         map: of what is normalised; takes the cache, if there is one.
         dropout: of what the map gives.
         cache: what the map keeps of the tokens before.
+        packing: of documents that the map keeps apart.
     """
 
     norm: nn.Module
     map: nn.Module
     dropout: nn.Module
     cache: Any = None
+    packing: Packing | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         normal = self.norm(x)
+        if self.packing is not None:
+            return self.dropout(self.map(normal, self.cache, self.packing))
         return self.dropout(self.map(normal) if self.cache is None else self.map(normal, self.cache))
 
     def parameters(self) -> list[nn.Parameter]:
@@ -101,9 +106,17 @@ class TrunkState(NamedTuple):
         return TrunkState(position, momentum, self.path)
 
 
-def through(state: Any, blocks: Iterable[nn.Module], caches: Sequence[Any] | None = None) -> Any:
-    """The state, of whatever trunk, after blocks; each takes its cache, if there are any."""
-    if caches is None:
+def through(
+    state: Any,
+    blocks: Iterable[nn.Module],
+    caches: Sequence[Any] | None = None,
+    packing: Packing | None = None,
+) -> Any:
+    """The state, of whatever trunk, after blocks; each takes its cache, if there are any, or the packing."""
+    if packing is not None:
+        for block in blocks:
+            state = block(state, packing=packing)
+    elif caches is None:
         for block in blocks:
             state = block(state)
     else:
@@ -144,17 +157,23 @@ class ReversibleTrunk(FallsBack):
 
     # Its backward pass cannot be traced; ``LanguageModel.compile_features`` compiles the sub-layers.
     @torch.compiler.disable
-    def forward(self, z: Tensor, blocks: Iterable[nn.Module], caches: Sequence[Any] | None = None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        blocks: Iterable[nn.Module],
+        caches: Sequence[Any] | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
         """The state after all blocks, like z (..., D), in whose dtype each sub-layer sees it."""
         if not self.fallen_back:
             fixed = _FixedPoint(self, z)
             position, momentum = _Enter.apply(fixed, z)
-            position, momentum, _ = through(TrunkState(position, momentum, fixed), blocks, caches)
+            position, momentum, _ = through(TrunkState(position, momentum, fixed), blocks, caches, packing)
             return _Leave.apply(fixed, position, momentum)
         high = torch.promote_types(z.dtype, torch.float32)
         position = z.to(high)
         state = TrunkState(position, torch.zeros_like(position), _FloatingPoint(self, z.dtype))
-        return through(state, blocks, caches).position.to(z.dtype)
+        return through(state, blocks, caches, packing).position.to(z.dtype)
 
     def take_rebuild_failed(self) -> Tensor | None:
         """Whether a backward pass did not come back to where it began since the last call; on the device."""

@@ -10,6 +10,7 @@ from support.rounding import assert_as_accurate
 from kernels.complex_attention import SCORES
 from kernels.complex_attention.plain import attention
 from muse.layers import ComplexAttention, KVCache
+from muse.layers.packing import packing_of
 from muse.planar import multiply
 
 
@@ -92,36 +93,39 @@ def test_tokens_after_those_in_a_cache(score, dtype):
         ("phase", torch.float32),
     ],
 )
-def test_packed_sequences_are_those_apart(score, dtype):
+def test_packed_documents_are_those_apart(score, dtype):
     layer = ComplexAttention(12, 4, 2, score).to(dtype)
-    z = torch.randn(1, 14, 2, 12, dtype=torch.float64).to(dtype)
-    bounds = torch.tensor([0, 1, 9, 9, 14], dtype=torch.int32)
+    z = torch.randn(2, 7, 2, 12, dtype=torch.float64).to(dtype)
+    # One ends where a window does.
+    packing = packing_of(torch.tensor([[0, 0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 3, 4]]))
+    assert packing.cu_seqlens.tolist() == [0, 1, 7, 9, 14]
 
     def run(kind, packed):
         layer.to(kind)
         leaf = z.to(kind).requires_grad_()
         if packed:
-            out = layer(leaf, cu_seqlens=bounds, max_seqlen=8)
+            out = layer(leaf, packing=packing)
         else:
-            out = torch.cat([layer(part) for part in leaf.split([1, 8, 5], dim=1)], dim=1)
+            row = leaf.view(1, 14, 2, 12)
+            out = torch.cat([layer(part) for part in row.split([1, 6, 2, 5], dim=1)], dim=1).view_as(leaf)
         return out.detach(), torch.autograd.grad(out.float().square().sum(), leaf)[0]
 
     assert_as_accurate(run(dtype, True), lambda: run(dtype, False), run(torch.float64, False), samples=8)
     layer.to(dtype)
     with torch.no_grad():
-        before = layer(z, cu_seqlens=bounds)
-        z[:, 5] = 7
-        after = layer(z, cu_seqlens=bounds)
-    changed = [not torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True)]
-    assert changed == [5 <= n < 9 for n in range(14)]
+        before = layer(z, packing=packing)
+        z[0, 5] = 7
+        after = layer(z, packing=packing)
+    changed = [not torch.equal(a, b) for a, b in zip(before.flatten(0, 1), after.flatten(0, 1), strict=True)]
+    assert changed == [5 <= n < 7 for n in range(14)]
 
 
-def test_packed_sequences_have_no_cache():
-    bounds = torch.tensor([0, 3], dtype=torch.int32)
-    with pytest.raises(ValueError, match="packed sequences have no cache"):
-        ComplexAttention(12, 4)(torch.randn(1, 3, 2, 12), KVCache(), bounds)
-    with pytest.raises(ValueError, match="packed sequences have no cache and no window"):
-        ComplexAttention(12, 4, window=2)(torch.randn(1, 3, 2, 12), cu_seqlens=bounds)
+def test_packed_documents_have_no_cache():
+    packing = packing_of(torch.arange(3)[None])
+    with pytest.raises(ValueError, match="packed documents have no cache"):
+        ComplexAttention(12, 4)(torch.randn(1, 3, 2, 12), KVCache(), packing)
+    with pytest.raises(ValueError, match="packed documents have no cache and no window"):
+        ComplexAttention(12, 4, window=2)(torch.randn(1, 3, 2, 12), packing=packing)
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from support.causality import assert_causal
+from support.rounding import assert_as_accurate
 
 from muse.layers import ComplexAttention, KoopmanOperator, KoopmanState
 from muse.layers.koopman import LONGEST, SHARPNESS, SHORTEST, TAPS, half_lives
+from muse.layers.packing import packing_of
 from muse.planar import to_complex
 
 FORMS = [{}, {"angles": False}, {"selective": False}]
@@ -112,3 +114,53 @@ def test_half_lives_of_a_model_are_told_by_operator():
         "koopman/1/half_life_p90": 179.2,
     }
     assert told == {key: pytest.approx(value, rel=1e-4) for key, value in expected.items()}
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_packed_documents_are_those_apart(form, dtype):
+    layer, sizes = operator(**form), [[1, 2, 60, 7], [70], [3, 3, 3, 61]]
+    positions = torch.stack([torch.cat([torch.arange(size) for size in row]) for row in sizes])
+    z, packing = states(70, batch=3, dtype=dtype), packing_of(positions)
+
+    def run(kind, packed):
+        layer.to(kind)
+        given = z.to(kind)
+        if packed:
+            return layer(given, packing=packing).detach()
+        rows = zip(given, sizes, strict=True)
+        alone = [torch.cat([layer(part) for part in row[None].split(own, 1)], 1) for row, own in rows]
+        return torch.cat(alone).detach()
+
+    layer.to(dtype)
+    assert_as_accurate(
+        (run(dtype, True),), lambda: (run(dtype, False),), (run(torch.float64, False),), samples=8
+    )
+    out = run(dtype, True)
+    # Another document, and not a bit of the others.
+    z[0, 40] = 5
+    changed = (run(dtype, True) != out).flatten(2).any(-1)
+    assert changed[0].tolist() == [40 <= n < 63 for n in range(70)]
+    assert not changed[1:].any()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_gradients_of_packed_documents_are_those_apart(form):
+    layer, sizes = operator(**form), [1, 2, 40, 7]
+    z = states(50, batch=1).requires_grad_()
+    positions = torch.cat([torch.arange(size) for size in sizes])[None]
+    cotangent = torch.randn_like(z)
+
+    def gradients(out):
+        return torch.autograd.grad((out * cotangent).sum(), [z, *layer.parameters()])
+
+    packed = gradients(layer(z, packing=packing_of(positions)))
+    for found, known in zip(
+        packed, gradients(torch.cat([layer(part) for part in z.split(sizes, 1)], 1)), strict=True
+    ):
+        torch.testing.assert_close(found, known, rtol=1e-9, atol=1e-12)
+
+
+def test_packed_documents_have_no_cache():
+    with pytest.raises(ValueError, match="packed documents have no cache"):
+        operator()(states(3, batch=1), KoopmanState(), packing_of(torch.arange(3)[None]))
