@@ -378,6 +378,12 @@ class DataConfig:
         "or stop.",
         choices=("repeat", "stop"),
     )
+    packing: str = option(
+        "stream",
+        "what a training window holds: stream (so many tokens in a row, whatever documents they are of) or "
+        "documents (whole ones side by side, of which none sees another; docs/data.md).",
+        choices=("stream", "documents"),
+    )
     variant: str = option(
         "wikitext-2-v1",
         "the hub's configuration of WikiText-2, wikitext-2-v1 or wikitext-2-raw-v1.",
@@ -818,8 +824,27 @@ class RunConfig:
                 f"{self.train.reference or 'null'} do not go together; reducible needs train.reference=<run "
                 "folder>, and nothing else has one"
             )
+        if self.data.packing == "documents":
+            self._check_packed()
         if self.hardware.parallel == "fsdp":
             self._check_sharded()
+
+    def _check_packed(self) -> None:
+        stage, selection = self.stage, self.optim.selection
+        window, weight = stage.attention_window, stage.koopman_prediction
+        for name, value, refused, instead in (
+            ("stage", stage.number, stage.number == "3a", "0, 1, 2 or 3"),
+            ("stage.mixer", stage.mixer, stage.mixer == "none", "attention"),
+            ("stage.mera", stage.mera, stage.mera != "none", "none"),
+            ("stage.attention_window", window, window is not None, "null"),
+            ("stage.koopman_prediction", weight, weight > 0, "0"),
+            ("optim.selection", selection, selection != "none", "none"),
+        ):
+            if refused:
+                raise ConfigError(
+                    f"data.packing=documents does not go with {name}={value}, which takes a window for one "
+                    f"text; choose {name}={instead}, or data.packing=stream"
+                )
 
     def _check_sharded(self) -> None:
         for name, value, refused, instead in (

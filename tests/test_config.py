@@ -89,6 +89,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (DataConfig, {"name": "mix", "sources": {"a": SourceConfig()}}, "data.sources.a: data=files needs"),
     (DataConfig, {"sources": {"a": SourceConfig(path="x")}}, "data.sources is of data=mix"),
     (DataConfig, {"at_end": "pause"}, "data.at_end=pause"),
+    (DataConfig, {"packing": "best"}, "data.packing=best"),
     (TrainConfig, {"eval_sets": {"valid": "x"}}, "train.eval_sets.valid"),
     (TokenizerConfig, {"name": "char"}, "tokenizer=char"),
     (TokenizerConfig, {"vocab_size": 256}, "tokenizer.vocab_size"),

@@ -14,7 +14,7 @@ from muse.data.interleaving import Mix
 from muse.data.packing import PackedText, pack
 from muse.data.splits import SPLITS
 from muse.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_of
-from muse.data.tokens import Counts, TokenData, load_tokens
+from muse.data.tokens import Counts, TokenData, load_tokens, packed_text
 
 __all__ = [
     "SPLITS",
@@ -34,6 +34,7 @@ __all__ = [
     "load_corpus",
     "load_tokens",
     "pack",
+    "packed_text",
     "rolling_batches",
     "tokenizer_of",
     "training_batch",

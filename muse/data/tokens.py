@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from muse.data.corpus import Corpus, count_words
 from muse.data.files import REPAIR, FileCorpus
 from muse.data.interleaving import Mix
 from muse.data.mix import MixCorpus, about_source, corpus_of, find_mix
+from muse.data.packing import PackedText, pack
 from muse.data.splits import FULL_NAMES, SPLITS
 from muse.data.tokenizer import Tokenizer, build_tokenizer
 from muse.errors import ConfigError
@@ -92,6 +95,35 @@ def load_tokens(
         return _mixed(corpus, built, cache)
     tokens, counts = _tokenised(corpus, built, cache)
     return TokenData(**tokens, vocab_size=built.vocab_size, tokenizer=built, counts=counts)
+
+
+@lru_cache(maxsize=1)
+def packed_text(data: TokenData, seq_len: int) -> PackedText | Mix:
+    """The training split of ``data.packing=documents``, in windows of so many places; logs their padding.
+
+    Raises:
+        ConfigError: no token ends the documents.
+    """
+    tokenizer = data.tokenizer
+    if tokenizer is None or tokenizer.of_words:
+        what = "tokenizer=word, which ends lines," if tokenizer is not None else "data=synthetic"
+        raise ConfigError(
+            f"data.packing=documents needs an end of text after each document, which {what} does not have; "
+            "choose tokenizer=bpe, gpt2, file or bytes and some text, or data.packing=stream"
+        )
+    if not isinstance(data.train, Mix):
+        return _packed(data.train, tokenizer.end_id, seq_len, "training split")
+    of_source = zip(data.train.tokens, data.train.names, strict=True)
+    packed = tuple(_packed(tokens, tokenizer.end_id, seq_len, name) for tokens, name in of_source)
+    return dataclasses.replace(data.train, tokens=packed)
+
+
+def _packed(tokens: np.ndarray | PackedText, end: int, seq_len: int, name: str) -> PackedText:
+    assert not isinstance(tokens, PackedText)
+    packed = pack(tokens, end, seq_len)
+    padding = 1 - len(packed) / (packed.windows * seq_len)
+    log.info("%s: windows of documents %d, padding %.2g %%", name, packed.windows, 100 * padding)
+    return packed
 
 
 def _mixed(corpus: MixCorpus, tokenizer: Tokenizer, cache: Path) -> TokenData:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from muse.layers.packing import Packing
 from muse.models import LanguageModel
 from muse.models.language_model import Select
 from muse.processes.ranks import ranks
@@ -33,8 +34,10 @@ class ModelLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, targets: Tensor, select: Select | None) -> Tensor:
-        return self.model.loss(tokens, targets, select=select)
+    def forward(
+        self, tokens: Tensor, targets: Tensor, select: Select | None, packing: Packing | None
+    ) -> Tensor:
+        return self.model.loss(tokens, targets, select=select, packing=packing)
 
 
 class ParallelLoss:
@@ -56,10 +59,16 @@ class ParallelLoss:
         elif self.sharded:
             shard(model)
 
-    def __call__(self, tokens: Tensor, targets: Tensor, select: Select | None = None) -> Tensor:
+    def __call__(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        select: Select | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
         if self.replicas is not None:
-            return self.replicas(tokens, targets, select)
-        return self.model.loss(tokens, targets, select=select)
+            return self.replicas(tokens, targets, select, packing)
+        return self.model.loss(tokens, targets, select=select, packing=packing)
 
     @contextmanager
     def gradients_summed(self, last: bool) -> Iterator[None]:

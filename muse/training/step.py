@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from muse.dynamics import (
 )
 from muse.errors import RunError
 from muse.hardware import autocast_dtype, restore_torch_random_state, torch_random_state
+from muse.layers.packing import packing_of
 from muse.models import LanguageModel
 from muse.models.language_model import model_device
 from muse.processes.ranks import all_reduced_sum, rank, ranks
@@ -41,12 +42,33 @@ class NotFinite(RunError):
         self.what, self.where = what, where
 
 
+class Batch(NamedTuple):
+    """A micro-batch of a rank.
+
+    Attributes:
+        inputs: int64 (B, S).
+        targets: likewise; those below 0 do not count.
+        positions: of each token in its document, likewise, on the CPU; None where a window is one text.
+        weight: of its mean loss in the mean over the step, times the number of ranks; None where that is as
+            much as that of any other.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    positions: Tensor | None = None
+    weight: float | None = None
+
+
+# Of one whose windows are texts, inputs and targets will do.
+Batches = Sequence[Batch | tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class TakenStep:
     """What all ranks found in a step.
 
     Attributes:
-        loss: mean over the windows of all ranks.
+        loss: mean over the targets that count, of all ranks.
         gradient_norm: before clipping. It is not finite where a loss scaler skipped the update.
         reconstruction_error: the largest of any flow that compares; None where none does.
         signal: the largest number of a signal that a rank was sent.
@@ -128,9 +150,7 @@ class TrainingStep(Generic[AnyOptimizer]):
         self.cast = autocast_dtype(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.cast == torch.float16)
 
-    def take(
-        self, number: int, batches: Sequence[tuple[Tensor, Tensor]], signal: int | None = None
-    ) -> TakenStep:
+    def take(self, number: int, batches: Batches, signal: int | None = None) -> TakenStep:
         """Take the gradient of the mean loss of the micro-batches, clip it and update the parameters.
 
         A step in which the state of a flow or of the trunk is lost, or that of the trunk was not rebuilt, is
@@ -138,7 +158,7 @@ class TrainingStep(Generic[AnyOptimizer]):
 
         Args:
             number: of the step, from 0.
-            batches: inputs and targets of this rank, int64 (B, S) each.
+            batches: of this rank.
             signal: that this rank was sent.
 
         Raises:
@@ -155,7 +175,7 @@ class TrainingStep(Generic[AnyOptimizer]):
         self.update(number, taken)
         return taken
 
-    def gradients(self, batches: Sequence[tuple[Tensor, Tensor]], number: int = 0) -> Tensor:
+    def gradients(self, batches: Batches, number: int = 0) -> Tensor:
         """Leave the gradient of the mean loss of the micro-batches in the parameters.
 
         Args:
@@ -169,14 +189,15 @@ class TrainingStep(Generic[AnyOptimizer]):
         self.model.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         selected = None if self.selection is None else torch.zeros(3).to(total)
-        for piece, (inputs, targets) in enumerate(batches):
-            inputs, targets = (x.to(self.device, non_blocking=True) for x in (inputs, targets))
+        for piece, batch in enumerate(Batch(*given) for given in batches):
+            inputs, targets = (x.to(self.device, non_blocking=True) for x in (batch.inputs, batch.targets))
             found: Selected | None = None
             with self.loss.gradients_summed(last=piece + 1 == len(batches)):
                 with torch.autocast(self.device.type, self.cast, enabled=self.cast is not None):
                     if self.selection is not None:
                         found = self.selection.loss(inputs, targets, number, piece)
-                    loss = (self.loss(inputs, targets) if found is None else found.loss) / len(batches)
+                    loss = self._mean_loss(inputs, targets, batch.positions) if found is None else found.loss
+                    loss = loss / len(batches) if batch.weight is None else loss * batch.weight
                 self.scaler.scale(loss).backward()
             if found is None:
                 total += loss.detach()
@@ -186,6 +207,12 @@ class TrainingStep(Generic[AnyOptimizer]):
                 selected += torch.stack((found.loss.detach(), found.share, found.windows)) / len(batches)
         self.selected = selected
         return total
+
+    def _mean_loss(self, inputs: Tensor, targets: Tensor, positions: Tensor | None) -> Tensor:
+        if positions is None:
+            return self.loss(inputs, targets)
+        assert isinstance(self.loss, ParallelLoss)
+        return self.loss(inputs, targets, packing=packing_of(positions).to(self.device))
 
     def agree(self, loss: Tensor, signal: int | None = None) -> TakenStep:
         """What all ranks found in a step whose gradients are there; the host waits for it.

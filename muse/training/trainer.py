@@ -11,10 +11,17 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from muse.config import RunConfig
-from muse.data import TokenData, end_of_training_text, evaluation_windows, training_batch
+from muse.data import (
+    TokenData,
+    document_batch,
+    document_targets,
+    end_of_training_text,
+    evaluation_windows,
+    packed_text,
+    training_batch,
+)
 from muse.dynamics import flow_metrics, watched_flows
 from muse.errors import ConfigError, RunError, of_all_ranks
 from muse.layers.koopman import half_lives, watched_predictions
@@ -32,7 +39,7 @@ from muse.training.profile import profiled
 from muse.training.progress import Progress, shown_progress
 from muse.training.schedule import learning_rate_factor
 from muse.training.selection import check_reference
-from muse.training.step import NotFinite, training_step
+from muse.training.step import Batch, NotFinite, training_step
 
 # What a selection of tokens is told by, in the order of ``TakenStep.selected``.
 SELECTED = ("train/selected_loss", "train/selected_share", "train/selected_windows")
@@ -145,13 +152,15 @@ def until_end_of_text(config: RunConfig, data: TokenData) -> RunConfig:
     """``config`` with the steps that there is training text for, where the end of that ends the run.
 
     Raises:
-        ConfigError: it is not enough for one step.
+        ConfigError: it is not enough for one step, or cannot be packed.
     """
+    seq_len, steps = config.model.seq_len, config.train.steps
+    # First, so that what cannot be packed is told in any case.
+    text = packed_text(data, seq_len) if config.data.packing == "documents" else data.train
     if config.data.at_end == "repeat":
         return config
     windows = config.train.batch_size * config.optim.accumulation
-    seq_len, steps = config.model.seq_len, config.train.steps
-    end = end_of_training_text(data.train, windows, seq_len, config.seed, steps)
+    end = end_of_training_text(text, windows, seq_len, config.seed, steps)
     if end is None:
         return config
     if end[0] == 0:
@@ -281,11 +290,18 @@ class Trainer:
         }
         if self.model.trunk is not None:
             line["trunk/fallbacks"] = float(self.model.trunk.fallback_count)
+        if self.config.data.packing == "documents":
+            line["train/padding"] = self._padding(self.done - len(self.unlogged))
         for name, values in zip(SELECTED, zip(*self.selected, strict=True), strict=False):
             line[name] = math.fsum(values) / len(values)
         self.unlogged, self.selected = [], []
         self.log(self.done, line)
         progress.show(self.done, line["train/loss"], speed, self.tokens_per_step)
+
+    def _padding(self, before: int) -> float:
+        """The share of padding in the steps after so many."""
+        places = (self.done - before) * self.tokens_per_step
+        return 1 - _targets(self.config, self.data, before, self.done) / places
 
     def validate(self, progress: Progress) -> None:
         """Where an evaluation is due, evaluate, and see whether the model is the best so far."""
@@ -373,15 +389,29 @@ class Trainer:
         return {"model": self.model.state_dict(), "optimizer": self.step.optimizer.state_dict()}
 
 
-def _batches(config: RunConfig, data: TokenData, step: int) -> list[tuple[Tensor, Tensor]]:
-    """Inputs and targets of this rank in each micro-batch of a step."""
-    pieces, size = config.optim.accumulation, config.train.batch_size
+def _batches(config: RunConfig, data: TokenData, step: int) -> list[Batch]:
+    """What this rank has of each micro-batch of a step."""
+    pieces, size, seq_len = config.optim.accumulation, config.train.batch_size, config.model.seq_len
     own = slice(rank() * size // ranks(), (rank() + 1) * size // ranks())
-    batches = (
-        training_batch(data.train, step * pieces + piece, size, config.model.seq_len, config.seed)
-        for piece in range(pieces)
-    )
-    return [(inputs[own], targets[own]) for inputs, targets in batches]
+    numbers = range(step * pieces, (step + 1) * pieces)
+    if config.data.packing == "stream":
+        batches = (training_batch(data.train, number, size, seq_len, config.seed) for number in numbers)
+        return [Batch(inputs[own], targets[own]) for inputs, targets in batches]
+    text, counted = packed_text(data, seq_len), _targets(config, data, step, step + 1)
+    packed = []
+    for number in numbers:
+        inputs, targets, positions = (part[own] for part in document_batch(text, number, size, config.seed))
+        # Windows have unequal numbers of targets, and each of these counts as much.
+        weight = int((targets >= 0).sum()) * ranks() / counted
+        packed.append(Batch(inputs, targets, positions, weight))
+    return packed
+
+
+def _targets(config: RunConfig, data: TokenData, first: int, last: int) -> int:
+    """Targets that count in the steps ``first`` to ``last - 1`` on documents, of all ranks."""
+    windows = config.train.batch_size * config.optim.accumulation
+    text = packed_text(data, config.model.seq_len)
+    return document_targets(text, first * windows, last * windows, config.seed)
 
 
 def _not_finite(bad: NotFinite, step: int, writer: CheckpointWriter) -> RunError:

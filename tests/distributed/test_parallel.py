@@ -6,13 +6,15 @@ import copy
 import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.configs import VOCAB, stage_config
+from support import distributed
+from support.configs import VOCAB, document_data, stage_config
 from support.distributed import Training, run_config, run_ranks, run_train, whole
 from support.runs import same
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from muse.dynamics import MLPPotential
 from muse.errors import ConfigError
 from muse.models import build_model
 from muse.processes.ranks import local, rank
+from muse.training import trainer
 from muse.training.optim import ModelOptimizer
 from muse.training.parallel import ParallelLoss
 
@@ -210,6 +213,32 @@ def test_sharded_operators_learn_to_predict_as_replicas_do(tmp_path):
     for sharded in run_ranks(2, train_predicting, tmp_path / "fsdp", "fsdp"):
         torch.testing.assert_close(sharded.flat(), replica.flat(), rtol=1e-10, atol=1e-10)
         assert sharded.series("train/loss") == pytest.approx(replica.series("train/loss"), rel=1e-10)
+
+
+def train_on_documents(folder: Path, together: str) -> tuple[Training, list[Tensor]]:
+    """And the targets of the second step."""
+    distributed.token_data = partial(document_data, 405)
+    config = run_config(stage_config("3", gradient="reversible"), together)
+    config.data.packing = "documents"
+    batches = trainer._batches(config, document_data(405), 1)
+    return run_train(config, folder, double=True), [batch.targets for batch in batches]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", ["ddp", "fsdp"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_share_windows_of_documents_and_each_token_counts_as_much(tmp_path, together, count):
+    ((one, targets),) = run_ranks(1, train_on_documents, tmp_path / "one", "none")
+    found = run_ranks(count, train_on_documents, tmp_path / "joined", together)
+    for pieces in zip(targets, *(own for _, own in found), strict=True):
+        assert torch.equal(pieces[0], torch.cat(pieces[1:]))
+    # Not as many on every rank, or the mean of means would do.
+    assert len({int((own[0] >= 0).sum()) for _, own in found}) > 1
+    for training, _ in found:
+        for name in ("train/loss", "train/last_loss", "valid/whole_loss"):
+            assert training.series(name) == pytest.approx(one.series(name), rel=1e-12)
+        assert training.series("train/padding") == one.series("train/padding")
+        torch.testing.assert_close(training.flat(), one.flat(), rtol=1e-12, atol=1e-12)
 
 
 def fall_back(folder: Path, together: str, failing: str) -> Training:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -73,6 +75,12 @@ def token_data(train_tokens: int = TRAIN_TOKENS, valid_tokens: int = 61) -> Toke
     tokens = {"train": split(train_tokens), "valid": split(valid_tokens), "test": split(40)}
     counts = {name: Counts(len(values), len(values) // 3, 2 * len(values)) for name, values in tokens.items()}
     return TokenData(**tokens, vocab_size=VOCAB, tokenizer=None, counts=counts)
+
+
+def document_data(train_tokens: int = TRAIN_TOKENS) -> TokenData:
+    """The same, whose zeros end documents of some thirteen tokens."""
+    tokenizer: Any = SimpleNamespace(end_id=0, of_words=False)
+    return dataclasses.replace(token_data(train_tokens), tokenizer=tokenizer)
 
 
 def run_options(place: Path, root: str) -> list[str]:
