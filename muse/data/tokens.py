@@ -106,10 +106,10 @@ def packed_text(data: TokenData, seq_len: int) -> PackedText | Mix:
     """
     tokenizer = data.tokenizer
     if tokenizer is None or tokenizer.of_words:
-        what = "tokenizer=word, which ends lines," if tokenizer is not None else "data=synthetic"
+        what = "tokenizer=word ends lines" if tokenizer is not None else "data=synthetic has none"
         raise ConfigError(
-            f"data.packing=documents needs an end of text after each document, which {what} does not have; "
-            "choose tokenizer=bpe, gpt2, file or bytes and some text, or data.packing=stream"
+            f"data.packing=documents needs an end of text after each document, and {what}; choose "
+            "tokenizer=bpe, gpt2, file or bytes and some text, or data.packing=stream"
         )
     if not isinstance(data.train, Mix):
         return _packed(data.train, tokenizer.end_id, seq_len, "training split")
