@@ -15,11 +15,7 @@ from muse.config import BenchConfig, BenchmarkConfig, OptimConfig, RunConfig, St
 from muse.options import allowed_values, nearest, options_of, summary, type_name
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUPS = [
-    value
-    for value in vars(config).values()
-    if isinstance(value, type) and dataclasses.is_dataclass(value) and value.__module__ == config.__name__
-]
+GROUPS = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
 
 
 @pytest.mark.parametrize("schema", GROUPS, ids=lambda schema: schema.__name__)
