@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from muse.config import ConfigError
 from muse.data import batches, evaluation_batches, evaluation_windows, rolling_batches, training_batch
+from muse.errors import ConfigError
 
 
 def count_up(size: int) -> np.ndarray:

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 from support.waiting import PATIENCE
 
-from muse.config import ConfigError, DataConfig
+from muse.config import DataConfig
 from muse.data import SPLITS, Corpus, count_words, hub, load_corpus
+from muse.errors import ConfigError
 
 
 def test_stdlib_splits_are_disjoint_and_about_90_5_5():
@@ -268,7 +269,8 @@ def test_the_hub_gives_the_published_text(monkeypatch):
 
 OFFLINE = """
 from pathlib import Path
-from muse.config import ConfigError, DataConfig, TokenizerConfig
+from muse.config import DataConfig, TokenizerConfig
+from muse.errors import ConfigError
 from muse.data import Corpus, build_tokenizer, load_corpus
 for call in (
     lambda: load_corpus(DataConfig("wikitext2")),

@@ -22,9 +22,10 @@ import pyarrow.parquet
 import pytest
 from support.waiting import PATIENCE
 
-from muse.config import ConfigError, DataConfig, TokenizerConfig
+from muse.config import DataConfig, TokenizerConfig
 from muse.data import SPLITS, TokenData, building, documents, files, load_corpus, load_tokens
 from muse.data.files import Documents, find_corpus
+from muse.errors import ConfigError
 
 BPE = TokenizerConfig("bpe", 300)
 TEXTS = [f'Document {n}, "quoted"\n\twith é and 漢字, {n * n};\n' for n in range(150)] + [

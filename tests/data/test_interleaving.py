@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from muse.config import ConfigError
 from muse.data import Mix, end_of_training_text, training_batch
+from muse.errors import ConfigError
 
 WEIGHTS = [
     (1.0,),

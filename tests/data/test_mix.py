@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from muse.config import ConfigError, DataConfig, SourceConfig, TokenizerConfig
+from muse.config import DataConfig, SourceConfig, TokenizerConfig
 from muse.data import SPLITS, Mix, building, files, load_tokens, tokens
 from muse.data.mix import find_mix
+from muse.errors import ConfigError
 
 BPE = TokenizerConfig("bpe", 300)
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from muse.config import ConfigError
 from muse.data.splits import MIN_CHARACTERS, find_splits, hold_out
+from muse.errors import ConfigError
 
 
 def names_by_split(root, names: list[str]) -> dict[str, list[str]]:

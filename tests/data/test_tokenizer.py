@@ -13,9 +13,10 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from muse.config import ConfigError, DataConfig, TokenizerConfig
+from muse.config import DataConfig, TokenizerConfig
 from muse.data import Corpus, Tokenizer, build_tokenizer, count_words, load_corpus, tokenizer_of
 from muse.data import tokenizer as module
+from muse.errors import ConfigError
 
 STRANGE = [
     "",

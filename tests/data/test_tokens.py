@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from muse.config import ConfigError, DataConfig, TokenizerConfig
+from muse.config import DataConfig, TokenizerConfig
 from muse.data import SPLITS, TokenData, Tokenizer, count_words, load_corpus, load_tokens
+from muse.errors import ConfigError
 
 BPE = TokenizerConfig("bpe", 300)
 
