@@ -51,7 +51,7 @@ def queue_again() -> None:
     # It comes again to all processes of a job that is queued again, and would end scontrol.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not _warned:
-        job = _job_fields(os.environ["SLURM_JOB_ID"])
+        job = job_fields(os.environ["SLURM_JOB_ID"])
         if int(job.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
             sys.exit(128 + signal.SIGTERM)
         # Slurm itself queues again only what has not ended by itself when its time of grace is over.
@@ -63,12 +63,14 @@ def queue_again() -> None:
         raise RunError(str(error)) from error
 
 
-def _job_fields(job: str) -> dict[str, str]:
-    """What Slurm tells of a job; nothing where it does not answer."""
+def job_fields(job: str) -> dict[str, str]:
+    """What Slurm tells of the job of this number, as ``JobState``; nothing where it does not answer."""
     try:
         told = subprocess.run(
             ["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, check=False
         ).stdout
     except OSError:
         return {}
-    return dict(word.split("=", 1) for word in told.split() if "=" in word)
+    # One job of an array has the array's number, and by that Slurm tells of all of them.
+    jobs = (dict(word.split("=", 1) for word in line.split() if "=" in word) for line in told.splitlines())
+    return next((fields for fields in jobs if fields.get("JobId") == job), {})

@@ -17,6 +17,7 @@ from support.sweeps import HELD, STEPS, TWO, outcomes, start, summary, sweep, sw
 from support.waiting import PATIENCE, wait_until
 
 from muse.files import find_files
+from muse.processes.slurm import job_fields
 from muse.runs.checkpoints import find_checkpoint
 
 pytestmark = [
@@ -63,7 +64,7 @@ def resumed_steps(folder: Path) -> list[str]:
     return [line.rpartition(" ")[2] for line in lines if line.startswith("resuming ")]
 
 
-def test_the_cells_of_a_sweep_are_the_jobs_of_an_array(place, slurm):
+def test_the_cells_of_a_sweep_are_the_jobs_of_an_array(place, slurm, monkeypatch):
     options = ["seed=0,1", "optim.lr=0.01,0.02", "train.steps=2"]
     status, out, err = sweep(place, "array", *options, *LAUNCHER, **slurm.environment)
     assert status == 0, err
@@ -74,6 +75,10 @@ def test_the_cells_of_a_sweep_are_the_jobs_of_an_array(place, slurm):
     jobs = [slurm.job(job) for job in array_of(folder)]
     assert len({job["ArrayJobId"] for job in jobs}) == 1
     assert [job["ArrayTaskId"] for job in jobs] == list("0123")
+    # Each is told apart, also the one whose number is the array's.
+    for name, value in slurm.environment.items():
+        monkeypatch.setenv(name, value)
+    assert [job_fields(job["JobId"])["ArrayTaskId"] for job in jobs] == list("0123")
     # What the launcher asks for.
     assert {(job["TresPerNode"], job["MinMemoryNode"]) for job in jobs} == {("gres:gpu:1", "64G")}
     assert {job["TimeLimit"] for job in jobs} == {"04:00:00"}
