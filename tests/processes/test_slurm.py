@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
@@ -10,18 +11,24 @@ from muse.errors import RunError
 from muse.processes import slurm
 from muse.training.interrupt import deferred_interrupt
 
-RUNNING = {"JobState": "RUNNING", "Restarts": "1", "PreemptTime": "None"}
+RUNNING = {"JobId": "7", "JobState": "RUNNING", "Restarts": "1", "PreemptTime": "None"}
+# Another job of the array that has the number of this one.
+OTHER = {"JobId": "8", "ArrayJobId": "7", "JobState": "COMPLETING", "Restarts": "2", "PreemptTime": "None"}
 
 
 @pytest.fixture
-def ask(monkeypatch):
+def ask(monkeypatch, tmp_path):
     """Lets a job that was queued again once before ask whether it is now, after SIGTERM."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     before = signal.getsignal(signal.SIGTERM)
 
     def run(told, handler=lambda number, frame: pytest.fail("queued again")):
-        monkeypatch.setattr(slurm, "_job_fields", lambda job: told)
+        jobs = "\n".join(" ".join(f"{name}={value}" for name, value in job.items()) for job in (told, OTHER))
+        scontrol = tmp_path / "scontrol"
+        scontrol.write_text(f"#!/bin/sh\ncat <<END\n{jobs}\nEND\n")
+        scontrol.chmod(0o755)
         monkeypatch.setattr(slurm, "_submitit_handler", handler)
         slurm.queue_again()
 
